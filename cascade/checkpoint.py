@@ -1,0 +1,204 @@
+"""Checkpoints of a training run (Orbax), and the folders of weights that sampling reads.
+
+A run's folder holds `checkpoints/STEP/{train,ema,config,data}`: what the optimizer owns, the
+averaged weights, the config as JSON, and where the data stood. Each can be restored alone and on
+any mesh. An exported folder holds `config.json` and `model.safetensors`; reading one runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from cascade.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saving is asynchronous: `close` (or the next save) waits."""
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int | None = 3):
+        """keep: how many of the newest stay on disk; None keeps all."""
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_names=("train", "ema", "config", "data"),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, *, train: Any, ema: Any, config: Any, data: Any) -> None:
+        """train, ema: pytrees of arrays. config, data: JSON values. Complete or not there."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                train=ocp.args.StandardSave(train),
+                ema=ocp.args.StandardSave(ema),
+                config=ocp.args.JsonSave(config),
+                data=ocp.args.JsonSave(data),
+            ),
+        )
+
+    def restore(self, *, train: Any, ema: Any) -> tuple[int, Any, Any, Any]:
+        """(step, train, ema, data) of the newest checkpoint that can be read.
+
+        train, ema: pytrees of ShapeDtypeStructs with the shardings to restore onto. A damaged
+        checkpoint is passed over with a warning; UserError when none is left.
+        """
+        step, found = self._newest(
+            ocp.args.Composite(
+                train=ocp.args.StandardRestore(train),
+                ema=ocp.args.StandardRestore(ema),
+                data=ocp.args.JsonRestore(),
+            )
+        )
+        return step, found["train"], found["ema"], found["data"]
+
+    def restore_ema(self) -> tuple[int, dict[str, Any], Any]:
+        """(step, EMA weights as NumPy arrays, config) of the newest readable checkpoint."""
+        step, found = self._newest(
+            ocp.args.Composite(ema=ocp.args.StandardRestore(), config=ocp.args.JsonRestore())
+        )
+        return step, jax.tree.map(np.asarray, found["ema"]), found["config"]
+
+    def read_config(self) -> Any:
+        """The config (JSON values) of the newest checkpoint."""
+        return self._newest(ocp.args.Composite(config=ocp.args.JsonRestore()))[1]["config"]
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _newest(self, args: ocp.args.Composite) -> tuple[int, Any]:
+        reasons = []
+        for step in reversed(self.steps()):
+            try:
+                with _quiet_orbax():
+                    return step, self._manager.restore(step, args=args)
+            except Exception as e:  # Orbax raises whatever the damaged file made its readers raise
+                reasons.append(f"{step}: {str(e).splitlines()[0][:120]}")
+                warnings.warn(
+                    f"checkpoint {self.directory / str(step)} cannot be read", stacklevel=2
+                )
+        raise UserError(
+            f"{self.directory}: no readable checkpoint ({'; '.join(reasons) or 'none was saved'}); "
+            "restore the folder from a copy, or start again in an empty --workdir"
+        )
+
+
+def save_safetensors(
+    path: Path,
+    params: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    metadata: Mapping[str, str] = {},
+) -> None:
+    """Nested dicts of arrays -> one file with keys such as `levels.0.conv.kernel`.
+
+    dtype: what floating arrays are stored as. The file appears whole or not at all.
+    """
+    flat = {
+        ".".join(str(k.key) for k in keys): np.asarray(leaf).astype(dtype)
+        for keys, leaf in jax.tree.leaves_with_path(dict(params))
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(flat, partial, metadata=dict(metadata))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_safetensors(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `save_safetensors`, as float32, checked against the expected shapes.
+
+    abstract: nested dicts of ShapeDtypeStructs. Raises UserError that lists what is missing, left
+    over or of another shape.
+    """
+    try:
+        flat = load_file(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; is this a folder that `cascade export` wrote?"
+        ) from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path}: damaged or not a safetensors file ({e}); copy it again") from None
+    names = [
+        (".".join(str(k.key) for k in keys), leaf.shape)
+        for keys, leaf in jax.tree.leaves_with_path(dict(abstract))
+    ]
+    expected = dict(names)
+    problems = [f"missing {name}" for name in expected if name not in flat]
+    problems += [f"left over {name}" for name in flat if name not in expected]
+    problems += [
+        f"{name} has shape {flat[name].shape}, expected {shape}"
+        for name, shape in names
+        if name in flat and flat[name].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path} does not fit its config.json: {'; '.join(problems[:3])}{more}")
+    leaves = [flat[name].astype(np.float32) for name, _ in names]
+    return jax.tree.unflatten(jax.tree.structure(dict(abstract)), leaves)
+
+
+class WholeFolder:
+    """Context manager: fill a hidden neighbour folder that becomes `path` if all goes well."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+
+    def __enter__(self) -> Path:
+        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise UserError(f"{self.path} exists already; name a new or empty folder")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial = Path(
+                tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+            )
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be written there ({e.strerror})") from None
+        return self._partial
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            if self.path.is_dir():
+                self.path.rmdir()
+            self._partial.chmod(0o755)
+            os.replace(self._partial, self.path)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+class _quiet_orbax:
+    """Orbax logs a page when it restores without shardings; onto the host is what is meant."""
+
+    def __enter__(self):
+        self._logger, self._filter = logging.getLogger("absl"), warnings.catch_warnings()
+        self._level = self._logger.level
+        self._logger.setLevel(logging.CRITICAL)
+        self._filter.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *error):
+        self._logger.setLevel(self._level)
+        self._filter.__exit__(*error)

@@ -1,0 +1,60 @@
+"""The console command: `cascade <verb>`.
+
+Each verb lives in a module of its own with a `main(argv)`; it is imported when it is asked for, so
+that `cascade --help` needs no JAX. A person's mistake (UserError) is one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from cascade.errors import UserError
+
+VERBS = {
+    "sample": ("cascade.sample", "draw pictures from prompts"),
+    "train": ("cascade.train_command", "train a stage or a text encoder; the same command resumes"),
+    "export": ("cascade.export", "collect trained stages into a model folder for `sample --model`"),
+    "data": ("cascade.data.commands", "make or inspect a dataset"),
+    "bench": ("cascade.bench", "measure this machine: time to a picture, training speed"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command line. Exits 0 on success, 2 on bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("cascade-diffusion"))
+        return
+    try:
+        if argv[0] not in VERBS:
+            from cascade.config import nearest
+
+            raise UserError(f"{argv[0]!r} is no verb of cascade{nearest(argv[0], list(VERBS))}")
+        # Worker threads and libraries read these at import.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    except UserError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def usage() -> str:
+    lines = "\n".join(f"  {verb:<8} {help}" for verb, (_, help) in VERBS.items())
+    return (
+        "usage: cascade VERB ...\n\nText to image by cascaded pixel diffusion.\n\n"
+        f"{lines}\n\n`cascade VERB --help` shows what a verb takes, with units and defaults."
+    )

@@ -1,0 +1,198 @@
+"""Configurations: frozen dataclasses, written in Python files, saved as JSON, overridden by tyro.
+
+A config file is a Python file with a function `config()` that returns a dataclass. Files are only
+run when a person names them (`cascade train FILE`). What is stored beside weights is JSON, and
+reading it runs no code: it can only name dataclasses that the expected type itself mentions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import runpy
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cascade.errors import UserError
+
+T = TypeVar("T")
+
+
+def load(path: str) -> Any:
+    """Run a config file and return what its `config()` returns."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(
+            f"config {path}: no such file; give the path of one, as configs/tiny/base16.py"
+        )
+    try:
+        names = runpy.run_path(str(file))
+    except SyntaxError as e:
+        raise UserError(f"config {path}, line {e.lineno}: {e.msg}") from None
+    except ImportError as e:
+        raise UserError(f"config {path}: {e}") from None
+    if not callable(names.get("config")):
+        raise UserError(f"config {path}: defines no function config(); it must return the config")
+    try:
+        return names["config"]()
+    except TypeError as e:  # an unknown or missing field of a dataclass
+        raise UserError(f"config {path}: {_with_nearest_field(str(e), names)}") from None
+    except ValueError as e:
+        raise UserError(f"config {path}: {e}") from None
+
+
+def parse(
+    cls: type[T],
+    argv: Sequence[str],
+    *,
+    default: T | None = None,
+    prog: str,
+    description: str | None = None,
+) -> T:
+    """Command-line words -> an instance of `cls`; a mistake becomes a one-line UserError.
+
+    default: the values that the words override, field by field (`--stage.network.levels.0.width`).
+    """
+    import tyro
+
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            return tyro.cli(
+                cls,
+                args=[str(a) for a in argv],
+                prog=prog,
+                description=description,
+                config=(tyro.conf.AvoidSubcommands,),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise UserError(f"{prog}: {_one_line(err.getvalue())}") from None
+    except (ValueError, TypeError) as e:  # a dataclass refused its values
+        raise UserError(f"{prog}: {e}") from None
+
+
+def to_json(config: Any) -> Any:
+    """A dataclass -> plain JSON values; each object carries its class's name under `type`."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"type": type(config).__name__, **fields}
+    if isinstance(config, (list, tuple)):
+        return [to_json(v) for v in config]
+    if config is None or isinstance(config, (bool, int, float, str)):
+        return config
+    raise TypeError(f"a config may hold numbers, text, tuples and dataclasses, not {config!r}")
+
+
+def from_json(cls: Any, value: Any, where: str = "config") -> Any:
+    """The inverse of `to_json` for an expected type, with every name and type checked.
+
+    Raises UserError naming the field; for an unknown field, the nearest known one.
+    """
+    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if origin in (typing.Union, types.UnionType):
+        return _from_union(args, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where} must be a list, got {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(args) != len(value):
+            raise UserError(f"{where} must have {len(args)} values, got {len(value)}")
+        return tuple(
+            from_json(a, v, f"{where}[{i}]")
+            for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
+    if dataclasses.is_dataclass(cls):
+        return _from_object(cls, value, where)
+    if cls is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, cls) or (isinstance(value, bool) and cls is not bool):
+        raise UserError(f"{where} must be {cls.__name__}, got {value!r}")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; UserError when it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e}); it may be damaged") from None
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint such as ` (did you mean 'width'?)`, or nothing when no known name is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+
+
+def _from_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(o for o in options if o is not type(None))
+    if isinstance(value, dict):
+        by_name = {o.__name__: o for o in options if dataclasses.is_dataclass(o)}
+        if (name := value.get("type")) in by_name:
+            return _from_object(by_name[name], value, where)
+        raise UserError(f"{where}.type must be one of {', '.join(by_name)}, got {name!r}")
+    for option in options:
+        with contextlib.suppress(UserError):
+            return from_json(option, value, where)
+    raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, options))}")
+
+
+def _from_object(cls: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict) or value.get("type", cls.__name__) != cls.__name__:
+        raise UserError(f"{where} must be a {cls.__name__}, got {value!r}"[:200])
+    hints = typing.get_type_hints(cls)
+    fields = {k: v for k, v in value.items() if k != "type"}
+    for name in fields:
+        if name not in hints:
+            raise UserError(
+                f"{where}: {cls.__name__} has no field {name!r}{nearest(name, list(hints))}"
+            )
+    try:
+        return cls(**{k: from_json(hints[k], v, f"{where}.{k}") for k, v in fields.items()})
+    except UserError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{where}: {e}") from None
+
+
+def _with_nearest_field(message: str, names: dict[str, Any]) -> str:
+    """Python's message about an unknown field, with the nearest known one added."""
+    found = re.search(
+        r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", message
+    )
+    if not found:
+        return message
+    classes = [c for c in names.values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    classes = [c for c in classes if c.__name__ == found[1]] or classes
+    known = [f.name for c in classes for f in dataclasses.fields(c)]
+    return f"{found[1] or 'a class'} has no field {found[2]!r}{nearest(found[2], known)}"
+
+
+def _one_line(text: str) -> str:
+    """tyro's boxed message as one line: what was wrong, and the nearest option if it names one."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not re.match(r"^[╭╰━┌└]", line)]
+    sections = " ".join("\0" if re.match(r"^─+$", line) else line for line in lines).split("\0")
+    message = sections[0].strip() or "cannot understand these arguments"
+    close = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", text, re.DOTALL)
+    return message + (f" (did you mean {close[1]}?)" if close else "; see --help")

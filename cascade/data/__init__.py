@@ -1,0 +1,24 @@
+"""Captioned pictures -> batches for training. Importing this room loads neither JAX nor Grain."""
+
+from cascade.data.pipeline import Batches, batches
+from cascade.data.sources import (
+    DataConfig,
+    FolderData,
+    ScenesData,
+    Source,
+    TFDSData,
+    known_words,
+    open_source,
+)
+
+__all__ = [
+    "Batches",
+    "DataConfig",
+    "FolderData",
+    "ScenesData",
+    "Source",
+    "TFDSData",
+    "batches",
+    "known_words",
+    "open_source",
+]

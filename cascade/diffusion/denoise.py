@@ -1,0 +1,117 @@
+"""Denoisers: functions (x_t, logsnr) -> an estimate of x0, and what wraps them.
+
+A sampler sees nothing else: whatever the network predicts, its denoiser returns x0. The order of
+wrapping is the order of Imagen (Saharia et al. 2022, sec. 2.3), guidance inside, threshold outside:
+
+    thresholded(guided(conditional, unconditional, 7.0), Threshold())
+
+Samplers re-derive eps from x_t and the x0 they are given, so that after clipping the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cascade.diffusion.process import expand
+
+Denoiser = Callable[[Float[Array, " b *d"], Float[Array, " b"]], Float[Array, " b *d"]]
+"""(x_t [b, *d], logsnr [b]) -> x0_hat [b, *d], float32."""
+
+Weight = float | int | Float[Array, ""] | Float[Array, " b"]
+"""A guidance weight: one for all, or one an example."""
+
+
+def guided(conditional: Denoiser, unconditional: Denoiser, w: Weight) -> Denoiser:
+    """Classifier-free guidance of one denoiser away from another, with the w of `guide`.
+
+    The Python number 1 gives `conditional` itself: the other one is never evaluated. A network
+    that can answer both in one pass does so itself and calls `guide`.
+    """
+    if isinstance(w, int | float) and w == 1:
+        return conditional
+    return lambda x_t, logsnr: guide(conditional(x_t, logsnr), unconditional(x_t, logsnr), w)
+
+
+def guide(
+    x0_cond: Float[Array, " b *d"], x0_uncond: Float[Array, " b *d"], w: Weight
+) -> Float[Array, " b *d"]:
+    """x0_uncond + w (x0_cond - x0_uncond): 0 unconditional, 1 conditional, above 1 guided.
+
+    Imagen's convention: VDM and Imagen Video call w - 1 the weight. Mixing x0, eps or v comes to
+    the same, all three being affine in one another at a given x_t. Ho & Salimans 2022
+    ("Classifier-Free Diffusion Guidance"); Saharia et al. 2022, sec. 2.2.
+    """
+    if isinstance(w, int | float) and w == 1:
+        return x0_cond
+    w = jnp.asarray(w, jnp.float32)
+    w = expand(w, x0_cond) if w.ndim else w
+    return x0_uncond + w * (x0_cond - x0_uncond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """How x0 estimates are brought back to [-1, 1], example by example; a function of x0.
+
+    kind: "static" clips, "dynamic" clips to a percentile and rescales, "none" does nothing (for
+        latents and embeddings, which have no range).
+    percentile, cap: see `dynamic_threshold`; only "dynamic" reads them.
+    """
+
+    kind: Literal["none", "static", "dynamic"] = "dynamic"
+    percentile: float = 0.995
+    cap: float | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("none", "static", "dynamic"):
+            raise ValueError(f'Threshold.kind: "none", "static" or "dynamic", got {self.kind!r}')
+        _check(self.percentile, self.cap)
+
+    def __call__(self, x0: Float[Array, " b *d"]) -> Float[Array, " b *d"]:
+        match self.kind:
+            case "none":
+                return x0
+            case "static":
+                return static_threshold(x0)
+            case _:
+                return dynamic_threshold(x0, self.percentile, self.cap)
+
+
+def thresholded(denoiser: Denoiser, threshold: Threshold) -> Denoiser:
+    """The denoiser with its estimates thresholded. Wrap guidance, not the other way round."""
+    return lambda x_t, logsnr: threshold(denoiser(x_t, logsnr))
+
+
+def static_threshold(x0: Float[Array, " b *d"]) -> Float[Array, " b *d"]:
+    """Clip to [-1, 1]."""
+    return jnp.clip(x0, -1.0, 1.0)
+
+
+def dynamic_threshold(
+    x0: Float[Array, " b *d"], percentile: float = 0.995, cap: float | None = None
+) -> Float[Array, " b *d"]:
+    """Clip each example to [-s, s] and divide by s, s the percentile of its own |x0|, at least 1.
+
+    x0: predicted images, nominally in [-1, 1]. percentile: a fraction in (0, 1); .995 is the
+    99.5th percentile (linear interpolation) over everything but the batch. cap: an upper bound for
+    s, beyond which pictures are clipped rather than dimmed (DeepFloyd IF uses 1.5, with .95); 1
+    makes this static thresholding. Raises ValueError. Saharia et al. 2022, sec. 2.3.
+    """
+    _check(percentile, cap)
+    x0 = x0.astype(jnp.float32)
+    s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), percentile, axis=1, method="linear")
+    s = expand(jnp.clip(s, 1.0, cap), x0)
+    return jnp.clip(x0, -s, s) / s
+
+
+def _check(percentile: float, cap: float | None) -> None:
+    if not 0 < percentile < 1:
+        raise ValueError(
+            f"Threshold.percentile is a fraction in (0, 1), such as .995; got {percentile}"
+        )
+    if cap is not None and cap < 1:
+        raise ValueError(f"Threshold.cap must be at least 1 (static clipping), got {cap}")

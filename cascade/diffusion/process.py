@@ -1,0 +1,180 @@
+"""The Gaussian process: x_t = alpha x0 + sigma eps, with time measured by its log-SNR.
+
+    (1)  q(x_t | x0) = N(alpha_t x0, sigma_t^2 I),   alpha_t^2 + sigma_t^2 = 1
+    (2)  logsnr(t) = log(alpha_t^2 / sigma_t^2),     alpha = sqrt(sigmoid(logsnr)),
+                                                     sigma = sqrt(sigmoid(-logsnr))
+    (3)  v = alpha eps - sigma x0
+    (4)  x0 = (x_t - sigma eps) / alpha = alpha x_t - sigma v
+    (5)  eps = (x_t - alpha x0) / sigma = sigma x_t + alpha v
+    (6)  v = (alpha x_t - x0) / sigma
+
+t runs over [0, 1]: 0 is clean, 1 is noise. logsnr is the FULL log-SNR of Kingma et al. 2021
+("Variational Diffusion Models"); DPM-Solver writes lambda for half of it, and the VDM code writes
+gamma for its negative. Everything here is float32, whatever dtype comes in.
+
+Sources: Ho et al. 2020 ("Denoising Diffusion Probabilistic Models"); Kingma et al. 2021;
+Salimans & Ho 2022 ("Progressive Distillation for Fast Sampling of Diffusion Models") for v.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Prediction = Literal["eps", "x0", "v"]
+"""What a network predicts: the noise, the clean example, or v of equation (3)."""
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """How log-SNR falls with time."""
+
+    def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
+        """t in [0, 1], 0 clean and 1 noise -> full log-SNR, strictly decreasing in t."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """alpha = cos(pi t / 2) up to the ends, where log-SNR meets exactly logsnr_max and logsnr_min.
+
+    shift is added to log-SNR to compensate for resolution: `resolution_shift(256)` is -2.77, so
+    that 4x4 pixel averages of a 256 px image are as noisy as the pixels of a 64 px one. The range
+    stays [logsnr_min, logsnr_max] whatever the shift. Nichol & Dhariwal 2021 for the cosine (they
+    add an offset of .008 where we truncate, like Salimans & Ho 2022); Hoogeboom et al. 2023
+    ("simple diffusion") for the shift.
+    """
+
+    logsnr_min: float = -20.0
+    logsnr_max: float = 20.0
+    shift: float = 0.0
+
+    def __post_init__(self):
+        if not self.logsnr_min < self.logsnr_max:
+            raise ValueError(
+                "Cosine.logsnr_min must be below Cosine.logsnr_max, "
+                f"got {self.logsnr_min} and {self.logsnr_max}"
+            )
+
+    def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
+        """-2 log tan(angle) + shift, the angle linear in t between the two ends."""
+        from_clean = math.atan(math.exp((self.shift - self.logsnr_max) / 2))
+        from_noise = math.atan(math.exp((self.logsnr_min - self.shift) / 2))
+        span = math.pi / 2 - from_clean - from_noise
+        t = t.astype(jnp.float32)
+        # tan(angle) as sin / sin: both angles are small at their own end, whereas one angle near
+        # pi/2 has lost 1e-7 in float32, which is 5e-3 in log-SNR at -20.
+        to_clean = jnp.log(jnp.sin(from_clean + span * t))
+        to_noise = jnp.log(jnp.sin(from_noise + span * (1 - t)))
+        return 2 * (to_noise - to_clean) + self.shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearVP:
+    """The variance-preserving process whose rate beta grows linearly in t.
+
+    log alpha^2 = -beta_min t - (beta_max - beta_min) t^2 / 2. beta_min=.1, beta_max=20 is the
+    continuous limit of 1000 steps with betas 1e-4 to .02 (Ho et al. 2020; Song et al. 2021,
+    "Score-Based Generative Modeling through SDEs", App. C). log-SNR is clipped to [-20, 20]; at
+    t=0, and nowhere above t=1e-7, it would be infinite. Log-SNR ends at -10.05.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self):
+        if not 0 < self.beta_min <= self.beta_max:
+            raise ValueError(
+                "LinearVP needs 0 < beta_min <= beta_max, "
+                f"got beta_min={self.beta_min}, beta_max={self.beta_max}"
+            )
+
+    def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
+        """-log(alpha^-2 - 1), by expm1: alpha^2 rounds to 1 in float32 long before t=0."""
+        t = t.astype(jnp.float32)
+        minus_log_alpha2 = self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2
+        return -jnp.log(jnp.clip(jnp.expm1(minus_log_alpha2), math.exp(-20), math.exp(20)))
+
+
+def resolution_shift(resolution: int, reference: int = 64) -> float:
+    """2 log(reference / resolution): the log-SNR shift of Hoogeboom et al. 2023, sec. 3.1.
+
+    Both are sides in pixels. Negative (noisier) above the reference resolution.
+    """
+    return 2 * math.log(reference / resolution)
+
+
+def alpha_sigma(logsnr: Float[Array, " *b"]) -> tuple[Float[Array, " *b"], Float[Array, " *b"]]:
+    """log-SNR -> (alpha, sigma) of equation (2), each with full relative precision at +-20."""
+    logsnr = logsnr.astype(jnp.float32)
+    return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
+
+
+def corrupt(
+    x0: Float[Array, " b *d"], eps: Float[Array, " b *d"], logsnr: Float[Array, " b"]
+) -> Float[Array, " b *d"]:
+    """x_t = alpha x0 + sigma eps, with eps ~ N(0, 1) drawn by the caller. Equation (1)."""
+    alpha, sigma = alpha_sigma(expand(logsnr, x0))
+    return alpha * x0 + sigma * eps
+
+
+def to_x0(
+    prediction: Float[Array, " b *d"],
+    kind: Prediction,
+    x_t: Float[Array, " b *d"],
+    logsnr: Float[Array, " b"],
+) -> Float[Array, " b *d"]:
+    """What a network predicted at x_t -> the x0 it implies. Equation (4).
+
+    Exact algebra, but from "eps" it multiplies the network's error by 1/SNR^.5, 22000 at log-SNR
+    -20: sample such networks with thresholding. "v" and "x0" are well conditioned everywhere.
+    """
+    prediction = prediction.astype(jnp.float32)
+    alpha, sigma = alpha_sigma(expand(logsnr, x_t))
+    match kind:
+        case "x0":
+            return prediction
+        case "eps":
+            return (x_t - sigma * prediction) / alpha
+        case "v":
+            return alpha * x_t - sigma * prediction
+    raise ValueError(f'prediction must be "eps", "x0" or "v", got {kind!r}')
+
+
+def from_x0(
+    x0: Float[Array, " b *d"],
+    kind: Prediction,
+    x_t: Float[Array, " b *d"],
+    logsnr: Float[Array, " b"],
+) -> Float[Array, " b *d"]:
+    """x0 estimated at x_t -> the same estimate as eps, x0 or v. Equations (5) and (6).
+
+    Inverse of `to_x0`. "eps" and "v" multiply the error of x0 by SNR^.5, 22000 at log-SNR +20.
+    """
+    x0 = x0.astype(jnp.float32)
+    alpha, sigma = alpha_sigma(expand(logsnr, x_t))
+    match kind:
+        case "x0":
+            return x0
+        case "eps":
+            return (x_t - alpha * x0) / sigma
+        case "v":
+            return (alpha * x_t - x0) / sigma
+    raise ValueError(f'prediction must be "eps", "x0" or "v", got {kind!r}')
+
+
+def eps_from_x0(
+    x_t: Float[Array, " b *d"], x0: Float[Array, " b *d"], logsnr: Float[Array, " b"]
+) -> Float[Array, " b *d"]:
+    """The noise that, with x0, makes x_t. After x0 was clipped, eps must come from here anew."""
+    return from_x0(x0, "eps", x_t, logsnr)
+
+
+def expand(per_example: Float[Array, " b"], x: Float[Array, " b *d"]) -> Float[Array, " b *ones"]:
+    """[b] -> [b, 1, ..., 1] with the rank of x, so that it multiplies example by example."""
+    return per_example.reshape(per_example.shape + (1,) * (x.ndim - 1))

@@ -1,0 +1,314 @@
+"""Samplers: from noise to data along a grid of times, and by DDIM back again.
+
+Each step goes from x_t to a less noisy x_s through x0_hat, which a denoiser gives at x_t, and
+
+    (1)  eps_hat = (x_t - alpha_t x0_hat) / sigma_t
+    (2)  x_s = alpha_s x0_hat + sigma_s eps_hat
+
+Because eps_hat comes from x0_hat as the denoiser returned it, guided and thresholded, the two
+always explain x_t between them; eps as the network predicted it would not. The steps differ in
+what they add to (2): noise (Ancestral, DDIM), or a correction from a second x0_hat, an earlier one
+(DPMSolverPP2M) or one at x_s (Heun).
+
+    x_T = initial_noise(keys, (64, 64, 3))
+    x0 = sample(denoiser, x_T, schedule=Cosine(), times=time_grid(32), step=DDIM(), keys=keys)
+
+Every image has a key of its own, and its noise depends on that key and the index of the step alone:
+an image is the same whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from cascade.diffusion.denoise import Denoiser
+from cascade.diffusion.process import Schedule, alpha_sigma, eps_from_x0, expand
+
+AfterStep = Callable[
+    [Float[Array, " b *d"], Float[Array, " b"], Key[Array, " b"]], Float[Array, " b *d"]
+]
+"""(x_s, logsnr_s, keys) -> x_s, called after every step; the keys are fresh ones of each image."""
+
+
+def sample(
+    denoiser: Denoiser,
+    x: Float[Array, " b *d"],
+    *,
+    schedule: Schedule,
+    times: Float[Array, " times"],
+    step: Step,
+    keys: Key[Array, " b"],
+    after_step: AfterStep | None = None,
+) -> Float[Array, " b *d"]:
+    """Carry x from times[0] to times[-1] in n steps; returns the x0_hat of the last one.
+
+    x: `initial_noise` for times[0] = 1, or an image corrupted to the log-SNR of times[0] to start
+        from (SDEdit, Meng et al. 2022).
+    times: decreasing, [n + 1], ending at 0; see `time_grid`.
+    keys: one a image, from jax.random.key; deterministic steps leave them alone.
+    after_step: changes x after every step, the last included (log-SNR is then that of times[-1]).
+
+    One scan: tracing cost does not grow with n. The caller compiles it, denoiser and all, with
+    jax.jit.
+    """
+    return _walk(denoiser, x, schedule, times, step, keys, after_step, lambda x0_hat: None)[0]
+
+
+def sample_path(
+    denoiser: Denoiser,
+    x: Float[Array, " b *d"],
+    *,
+    schedule: Schedule,
+    times: Float[Array, " times"],
+    step: Step,
+    keys: Key[Array, " b"],
+    after_step: AfterStep | None = None,
+) -> tuple[Float[Array, " b *d"], Float[Array, "n b *d"]]:
+    """`sample`, and what the denoiser thought x0 was at each of the n steps: [n, b, *d]."""
+    return _walk(denoiser, x, schedule, times, step, keys, after_step, lambda x0_hat: x0_hat)
+
+
+def time_grid(steps: int, start: float = 1.0) -> Float[Array, " times"]:
+    """`steps` equal steps of time from `start` down to 0: [steps + 1]. 1 is noise, 0 is clean.
+
+    start below 1 is for an x corrupted to that time.
+    """
+    if steps < 1:
+        raise ValueError(f"time_grid: steps must be at least 1, got {steps}")
+    if not 0 < start <= 1:
+        raise ValueError(f"time_grid: start must be in (0, 1], got {start}")
+    return jnp.linspace(start, 0.0, steps + 1)
+
+
+def initial_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, " b *d"]:
+    """N(0, 1) of the given shape for each key: [b, *shape]. Not the noise of any step."""
+    return _normal(_fold_in(keys, 0), shape)
+
+
+def invert_ddim(
+    denoiser: Denoiser,
+    x0: Float[Array, " b *d"],
+    *,
+    schedule: Schedule,
+    times: Float[Array, " times"],
+) -> Float[Array, " b *d"]:
+    """Walk the grid of `sample` backwards: x0 -> the x at times[0] that DDIM(eta=0) takes to x0.
+
+    Reconstruction is exact to first order in the step, with the same denoiser and the same times;
+    strong guidance spoils it. Song et al. 2021 ("Denoising Diffusion Implicit Models"), sec. 4.3;
+    Dhariwal & Nichol 2021, App. F.
+    """
+    logsnr = _grid(schedule, times, x0)[::-1]
+
+    def body(x_t, leg):
+        logsnr_t, logsnr_s = leg
+        # The denoiser sees x_t with the noise level of x_s, where the step being undone saw x_s.
+        # At its own level, log-SNR 20 to begin with, (1) would blow its error up 22000 times.
+        eps = eps_from_x0(x_t, denoiser(x_t, logsnr_s), logsnr_s)
+        alpha_t, sigma_t = alpha_sigma(expand(logsnr_t, x_t))
+        alpha_s, sigma_s = alpha_sigma(expand(logsnr_s, x_t))
+        return alpha_s * ((x_t - sigma_t * eps) / alpha_t) + sigma_s * eps, None
+
+    return jax.lax.scan(body, x0.astype(jnp.float32), (logsnr[:-1], logsnr[1:]))[0]
+
+
+class Leg(NamedTuple):
+    """One step of the grid, from t to the less noisy s."""
+
+    logsnr_t: Float[Array, " b"]
+    logsnr_s: Float[Array, " b"]
+    last: Bool[Array, ""]  # x_s will not be used: `sample` returns x0_hat
+    keys: Key[Array, " b"]  # for the noise of this step
+
+
+Memory = Any
+"""What a step keeps for the next one: a pytree of arrays, of the same structure at every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """How to get from x_t to x_s. Subclasses are the samplers; the fields are their settings."""
+
+    def memory(self, x: Float[Array, " b *d"]) -> Memory:
+        """What the first step finds in place of its predecessor's memory."""
+        return ()
+
+    def __call__(
+        self, denoiser: Denoiser, x_t: Float[Array, " b *d"], leg: Leg, memory: Memory
+    ) -> tuple[Float[Array, " b *d"], Float[Array, " b *d"], Memory]:
+        """-> (x_s, x0_hat at x_t as the denoiser gave it, memory for the next step)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestral(Step):
+    """The posterior's mean, and noise between the two variances of Ho et al. 2020.
+
+        x_s = r (alpha_s / alpha_t) x_t + (1 - r) alpha_s x0_hat + sqrt(1 - r) S noise
+        r = exp(logsnr_t - logsnr_s),   S = sigma_s^(1 - gamma) sigma_t^gamma
+
+    gamma: 0 is the posterior variance given x0 (the least; exact for a single point), 1 that of
+        the forward process (the most; exact for data of unit variance). Imagen uses this sampler
+        and does not state its gamma; .3 is that of Video Diffusion Models (Ho et al. 2022).
+    Saharia et al. 2022, App. A.
+    """
+
+    gamma: float = 0.3
+
+    def __post_init__(self):
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"Ancestral.gamma must be in [0, 1], got {self.gamma}")
+
+    def __call__(self, denoiser, x_t, leg, memory):
+        alpha_t, sigma_t = alpha_sigma(expand(leg.logsnr_t, x_t))
+        alpha_s, sigma_s = alpha_sigma(expand(leg.logsnr_s, x_t))
+        x0_hat = denoiser(x_t, leg.logsnr_t)
+        r, rest = _share_kept(leg, x_t)
+        mean = r * (alpha_s / alpha_t) * x_t + rest * alpha_s * x0_hat
+        deviation = jnp.sqrt(rest) * sigma_s ** (1 - self.gamma) * sigma_t**self.gamma
+        return mean + deviation * _normal(leg.keys, x_t.shape[1:]), x0_hat, memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDIM(Step):
+    """Equation (2) with a part eta of the posterior's noise in place of eps_hat.
+
+        x_s = alpha_s x0_hat + sigma_s (sqrt(1 - c) eps_hat + sqrt(c) noise)
+        c = eta^2 (1 - exp(logsnr_t - logsnr_s))
+
+    eta: 0 is deterministic, a first-order solver of the probability flow; 1 is Ancestral(gamma=0).
+    Song et al. 2021 ("Denoising Diffusion Implicit Models"), eq. 12 and 16, where c sigma_s^2 is
+    sigma_t^2.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"DDIM.eta must be in [0, 1], got {self.eta}")
+
+    def __call__(self, denoiser, x_t, leg, memory):
+        alpha_s, sigma_s = alpha_sigma(expand(leg.logsnr_s, x_t))
+        x0_hat = denoiser(x_t, leg.logsnr_t)
+        noise = eps_from_x0(x_t, x0_hat, leg.logsnr_t)
+        if self.eta > 0:
+            c = self.eta**2 * _share_kept(leg, x_t)[1]
+            noise = jnp.sqrt(1 - c) * noise + jnp.sqrt(c) * _normal(leg.keys, x_t.shape[1:])
+        return alpha_s * x0_hat + sigma_s * noise, x0_hat, memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMSolverPP2M(Step):
+    """DPM-Solver++(2M): second order for one evaluation a step, by the previous x0_hat.
+
+        x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - exp(-h)) D
+        D = x0_hat + h / (2 h_prev) (x0_hat - x0_hat_prev)
+
+    h is the step in HALF the log-SNR. The first step, without a past, and the last, which returns
+    x0_hat, are of first order. D may leave [-1, 1] when both x0_hat are thresholded; the picture
+    returned does not. Lu et al. 2022 ("DPM-Solver++"), alg. 2.
+    """
+
+    def memory(self, x):
+        # An infinitely long previous step: h / (2 h_prev) is 0, so the first step is first order.
+        return jnp.zeros_like(x), jnp.full(x.shape[:1], -jnp.inf)
+
+    def __call__(self, denoiser, x_t, leg, memory):
+        x0_prev, logsnr_prev = memory
+        _, sigma_t = alpha_sigma(expand(leg.logsnr_t, x_t))
+        alpha_s, sigma_s = alpha_sigma(expand(leg.logsnr_s, x_t))
+        x0_hat = denoiser(x_t, leg.logsnr_t)
+        h = (leg.logsnr_s - leg.logsnr_t) / 2
+        h_prev = (leg.logsnr_t - logsnr_prev) / 2
+        extrapolated = x0_hat + expand(h / (2 * h_prev), x_t) * (x0_hat - x0_prev)
+        x_s = (sigma_s / sigma_t) * x_t - alpha_s * jnp.expm1(expand(-h, x_t)) * extrapolated
+        return x_s, x0_hat, (x0_hat, leg.logsnr_t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heun(Step):
+    """Second order by two evaluations a step, one in the last: 2n - 1 in all.
+
+    The step (2) is taken, x0_hat' evaluated at its end, and the trapezoid rule applied to the slope
+    of the probability flow in the angle phi = atan(sigma / alpha), along which dx/dphi = v
+    (Salimans & Ho 2022, App. D); in the frame that turns with x0_hat and eps_hat this comes to
+
+        x_s = (2) + (phi_t - phi_s) / (2 sigma_s) (x0_hat' - x0_hat)
+
+    Karras et al. 2022 ("EDM", alg. 1) apply the rule in x / alpha over sigma / alpha, which has
+    sin(phi_t - phi_s) alpha_s / alpha_t for phi_t - phi_s: the same for short steps, but it fails
+    where alpha_t vanishes. From log-SNR -20 to where a grid of 32 has its next time, sigma / alpha
+    falls from 22026 to 20, and that one step throws the picture off by more than its own range.
+    """
+
+    def __call__(self, denoiser, x_t, leg, memory):
+        alpha_t, sigma_t = alpha_sigma(expand(leg.logsnr_t, x_t))
+        alpha_s, sigma_s = alpha_sigma(expand(leg.logsnr_s, x_t))
+        x0_hat = denoiser(x_t, leg.logsnr_t)
+        x_s = alpha_s * x0_hat + sigma_s * eps_from_x0(x_t, x0_hat, leg.logsnr_t)
+        angle = jnp.arctan2(sigma_t, alpha_t) - jnp.arctan2(sigma_s, alpha_s)
+
+        def corrected(x_s):
+            return x_s + angle / (2 * sigma_s) * (denoiser(x_s, leg.logsnr_s) - x0_hat)
+
+        return jax.lax.cond(leg.last, lambda x_s: x_s, corrected, x_s), x0_hat, memory
+
+
+def _walk(denoiser, x, schedule, times, step, keys, after_step, emit):
+    """The loop of `sample` and `sample_path`: -> (x at the end, emit(x0_hat) of every step)."""
+    if keys.shape != x.shape[:1]:
+        raise ValueError(
+            f"sample: keys must be one a image, [{x.shape[0]}] from jax.random.key (not PRNGKey); "
+            f"got shape {keys.shape}"
+        )
+    n = times.shape[0] - 1
+    logsnr = _grid(schedule, times, x)
+    x = x.astype(jnp.float32)
+
+    def body(carry, leg):
+        x_t, memory = carry
+        i, logsnr_t, logsnr_s = leg
+        k_step, k_after = _split(_fold_in(keys, i + 1))  # 0 is the initial noise
+        last = i == n - 1
+        leg = Leg(logsnr_t, logsnr_s, last, k_step)
+        x_s, x0_hat, memory = step(denoiser, x_t, leg, memory)
+        x_s = jnp.where(last, x0_hat, x_s)
+        if after_step is not None:
+            x_s = after_step(x_s, logsnr_s, k_after)
+        return (x_s, memory), emit(x0_hat)
+
+    legs = (jnp.arange(n), logsnr[:-1], logsnr[1:])
+    (x, _), emitted = jax.lax.scan(body, (x, step.memory(x)), legs)
+    return x, emitted
+
+
+def _grid(
+    schedule: Schedule, times: Float[Array, " times"], x: Float[Array, " b *d"]
+) -> Float[Array, "times b"]:
+    """The log-SNR of every time, for every example."""
+    return jnp.broadcast_to(schedule.logsnr(times)[:, None], (times.shape[0], x.shape[0]))
+
+
+def _share_kept(leg: Leg, x: Float[Array, " b *d"]) -> tuple[Array, Array]:
+    """r = exp(logsnr_t - logsnr_s) and 1 - r, the latter without cancellation for short steps."""
+    difference = expand(leg.logsnr_t - leg.logsnr_s, x)
+    return jnp.exp(difference), -jnp.expm1(difference)
+
+
+def _fold_in(keys: Key[Array, " b"], data: Any) -> Key[Array, " b"]:
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+
+
+def _split(keys: Key[Array, " b"]) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
+    pairs = jax.vmap(jax.random.split)(keys)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, " b *d"]:
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

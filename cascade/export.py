@@ -1,0 +1,100 @@
+"""`cascade export`: the EMA weights of trained stages -> a model folder for `cascade sample`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cascade import config
+from cascade.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Collect the EMA weights of trained stages into a model folder.
+
+    DIR gets config.json, one folder a stage (config.json, model.safetensors) and text_encoder/.
+    It must be new or empty: nothing is overwritten.
+    """
+
+    folders: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR [WORKDIR ...] DIR")
+    ]
+    """Folders of `cascade train` runs, one a stage, then the folder to write."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What weights are stored as; they are used as float32."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options = config.parse(Options, argv, prog="cascade export")
+    if len(options.folders) < 2:
+        raise UserError("give at least one WORKDIR of `cascade train`, then the DIR to write")
+    *workdirs, out = options.folders
+    print(json.dumps(export(workdirs, out, dtype=options.dtype)))
+
+
+def export(workdirs: Sequence[Path], out: Path, *, dtype: str = "float32") -> dict:
+    """Write the model folder; returns what it holds, as JSON values.
+
+    Raises UserError when a workdir is no run, or the runs do not make one cascade. `out` appears
+    whole or not at all.
+    """
+    import numpy as np
+
+    from cascade.checkpoint import Checkpoints, WholeFolder, save_safetensors, write_json
+    from cascade.data import known_words
+    from cascade.text import T5Encoder
+    from cascade.train import TrainConfig
+
+    runs = []
+    for workdir in workdirs:
+        if not (workdir / "checkpoints").is_dir():
+            raise UserError(
+                f"{workdir}: holds no checkpoints; give the --workdir of a `cascade train` run"
+            )
+        checkpoints = Checkpoints(workdir)
+        step, ema, saved = checkpoints.restore_ema()
+        checkpoints.close()
+        runs.append((config.from_json(TrainConfig, saved, str(workdir)), step, ema))
+    runs.sort(key=lambda run: run[0].stage.resolution)
+    names = [run.stage.name for run, _, _ in runs]
+    encoders = {run.text_encoder for run, _, _ in runs}
+    for (below, _, _), (above, _, _) in zip(runs, runs[1:], strict=False):
+        if above.stage.lowres_resolution != below.stage.resolution:
+            raise UserError(
+                f"stage {above.stage.name} enlarges {above.stage.lowres_resolution} px, but "
+                f"{below.stage.name} draws {below.stage.resolution} px: they make no cascade"
+            )
+    if len(encoders) > 1:
+        raise UserError(
+            f"the stages were trained on different text encoders: {', '.join(encoders)}"
+        )
+    report = {"format": "cascade", "version": 1, "stages": names, "trained": {}}
+    if words := known_words([run.data for run, _, _ in runs]):
+        report["known_words"] = words
+    with WholeFolder(out) as folder:
+        for run, step, ema in runs:
+            where = folder / run.stage.name
+            where.mkdir()
+            write_json(where / "config.json", config.to_json(run.stage))
+            save_safetensors(where / "model.safetensors", ema, dtype=dtype)
+            count = sum(int(np.prod(x.shape)) for x in _leaves(ema))
+            report["trained"][run.stage.name] = {
+                "images": step * run.batch_size,
+                "parameters": count,
+                "seed": run.seed,
+            }
+        T5Encoder.load(encoders.pop()).save(folder / "text_encoder")
+        write_json(folder / "config.json", report)
+    return report
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)

@@ -1,0 +1,106 @@
+"""Pictures: uint8 <-> [-1, 1], the one pair of resizes used by data and sampling alike, grids, PNG.
+
+Low-resolution pictures are made by `downsample` (the mean over square blocks) and seen by a
+super-resolution network through `upsample` (bilinear, half-pixel centres). Training and sampling
+share both, because a half-pixel shift between them is invisible to the eye and ruins a cascade.
+Block means of a crop that starts on the block grid equal the crop of the block means, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from cascade.errors import UserError
+
+
+def to_float(image: Any) -> Any:
+    """uint8 in 0..255 -> float32 in [-1, 1]; NumPy in, NumPy out, JAX in, JAX out."""
+    return image.astype("float32") / np.float32(127.5) - np.float32(1.0)
+
+
+def to_uint8(image: Any) -> UInt8[np.ndarray, "*d"]:
+    """float in [-1, 1] (values outside are clipped) -> uint8, rounded to the nearest level."""
+    image = np.asarray(image, np.float32)
+    return np.clip(np.rint((image + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def downsample(image: Any, factor: int) -> Any:
+    """float [..., h, w, c] -> [..., h/factor, w/factor, c]: means over factor x factor blocks."""
+    *lead, h, w, c = image.shape
+    if h % factor or w % factor:
+        raise ValueError(f"downsample: the sides {h}x{w} must be multiples of factor={factor}")
+    blocks = image.reshape(*lead, h // factor, factor, w // factor, factor, c)
+    return blocks.mean(axis=(-4, -2))
+
+
+def upsample(image: Float[Any, "b h w c"], size: tuple[int, int]) -> Any:
+    """[b, h, w, c] -> [b, *size, c], bilinear with half-pixel centres (not align_corners)."""
+    import jax.image
+
+    b, _, _, c = image.shape
+    return jax.image.resize(image, (b, *size, c), "bilinear", antialias=False)
+
+
+def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """Centre-crop a PIL picture to a square and resize it to `size`, antialiased (Lanczos)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(resized)
+
+
+def grid(
+    images: Sequence[Any] | np.ndarray, columns: int | None = None, gap: int = 2
+) -> np.ndarray:
+    """Equal uint8 pictures [h, w, 3] -> one picture, row by row, `gap` white pixels between.
+
+    columns: pictures in a row; None makes the grid as square as it can be.
+    """
+    if len(images) == 0:
+        raise ValueError("grid: needs at least one picture")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    h, w = images[0].shape[:2]
+    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        canvas[y : y + h, x : x + w] = image
+    return canvas
+
+
+def save_png(
+    path: str | os.PathLike[str],
+    image: UInt8[np.ndarray, "h w 3"],
+    metadata: Mapping[str, str] = {},
+) -> None:
+    """Write a PNG whose text chunks hold `metadata`; the file appears whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in metadata.items():
+        info.add_itxt(key, value)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        Image.fromarray(image).save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a picture file as RGB. Raises UserError when it is missing or is not a picture."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
+        raise UserError(f"picture {path}: cannot be read as an image ({e})") from None

@@ -1,0 +1,85 @@
+"""The networks, as pure functions of their parameters.
+
+    network = Network(UNetConfig(levels=(Level(width=128, blocks=2),)))
+    params = network.init(jax.random.key(0))      # nested dict of arrays
+    y = network(params, x, time, Conditioning())
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from cascade.models.conditioning import Conditioning
+from cascade.models.efficient_unet import EfficientLevel, EfficientUNet, EfficientUNetConfig
+from cascade.models.unet import Level, UNet, UNetConfig
+
+__all__ = [
+    "Conditioning",
+    "EfficientLevel",
+    "EfficientUNet",
+    "EfficientUNetConfig",
+    "Level",
+    "Network",
+    "UNet",
+    "UNetConfig",
+]
+
+Params = dict[str, Any]
+
+
+class Network:
+    """A config's network without its parameters: they go in and come out as nested dicts of arrays.
+
+    Keys are strings at every depth, also where the module holds a list: joined by "/" they name a
+    parameter in sharding rules and safetensors files, such as "encoder/0/rest/residual/conv1/kernel".
+    """
+
+    def __init__(self, config: UNetConfig | EfficientUNetConfig):
+        self.config = config
+        self._graphdef, state = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
+        self._paths = [path for path, _ in nnx.to_flat_state(state)]
+        self._abstract = state
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh float32 parameters. The same key gives the same ones."""
+        return _named(nnx.state(self._module(nnx.Rngs(key))))
+
+    def abstract(self) -> Params:
+        """The shapes and dtypes of `init`, without any memory."""
+        return _named(self._abstract)
+
+    def __call__(
+        self,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, "b"],
+        cond: Conditioning,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b h w d"]:
+        """x: noisy images. time: [b] in 0..1000. key: for dropout, without one there is none."""
+        state = nnx.from_flat_state((path, _at(params, path)) for path in self._paths)
+        return nnx.merge(self._graphdef, state)(x, time, cond, key)
+
+    def _module(self, rngs: nnx.Rngs) -> UNet | EfficientUNet:
+        if isinstance(self.config, UNetConfig):
+            return UNet(self.config, rngs)
+        return EfficientUNet(self.config, rngs)
+
+
+def _named(state: Any) -> Params:
+    """nnx.State -> nested dict; nnx names the items of a list by integers."""
+    params: Params = {}
+    for path, variable in nnx.to_flat_state(state):
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(str(name), {})
+        node[str(path[-1])] = variable.get_value()
+    return params
+
+
+def _at(params: Params, path: tuple[Any, ...]) -> Array:
+    for name in path:
+        params = params[str(name)]
+    return params

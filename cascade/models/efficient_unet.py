@@ -1,0 +1,181 @@
+"""The Efficient U-Net of Imagen's super-resolution stages (Saharia et al. 2022, app. B.1).
+
+Against the base: parameters move to low resolutions by more blocks there, residual sums are scaled
+by 1/sqrt(2), and levels downsample before their blocks and upsample after them.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from cascade.models import layers
+from cascade.models.conditioning import Conditioning, Embedder, network_input
+from cascade.models.layers import Attention, Block, Context, Conv, NetworkConfig, ResBlock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EfficientLevel:
+    """A DBlock and its UBlock: `blocks` residual blocks each, then one attention layer if any.
+
+    stride: by how much the level shrinks its input, 1 for not at all.
+    self_attention: pixels attend to each other; text_attention: to the text; both: in one softmax.
+    Without self-attention the level runs at any image size, hence is trained on crops.
+    """
+
+    width: int
+    blocks: int
+    stride: int = 2
+    self_attention: bool = False
+    text_attention: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EfficientUNetConfig(NetworkConfig):
+    """An EfficientUNet; Imagen's 64 -> 256 has levels of 128, 256, 512 and 1024 with 2, 4, 8 and 8
+    blocks, both attentions at the last, head_width=128, lowres=True (Imagen, app. F).
+    """
+
+    levels: tuple[EfficientLevel, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        for i, level in enumerate(self.levels):
+            if level.stride < 1:
+                raise ValueError(
+                    f"EfficientUNetConfig.levels[{i}].stride must be at least 1, got {level.stride}"
+                )
+            if level.self_attention or level.text_attention:
+                self.check_heads(f"levels[{i}].width", level.width)
+            if level.text_attention and not self.text_width:
+                raise ValueError(
+                    f"EfficientUNetConfig.levels[{i}].text_attention needs text_width > 0, got 0"
+                )
+
+    @property
+    def side_multiple(self) -> int:
+        return self.patch * math.prod(level.stride for level in self.levels)
+
+
+class EfficientUNet(nnx.Module):
+    """Call with x [b, h, w, in], time [b] in 0..1000, Conditioning; returns [b, h, w, out] float32.
+
+    h and w: divisible by patch and all strides. key: for dropout; without one there is none.
+    The output is exactly zero before training.
+    """
+
+    def __init__(self, config: EfficientUNetConfig, rngs: nnx.Rngs):
+        self.config = config
+        width = config.levels[0].width
+        pixel_in, pixel_out = config.pixel_channels
+        outer = (width, *(level.width for level in config.levels[:-1]))
+        self.embed = Embedder(config, rngs)
+        self.conv_in = Conv(pixel_in, width, rngs=rngs)
+        self.down = nnx.List(
+            DBlock(config, level, width, rngs)
+            for level, width in zip(config.levels, outer, strict=True)
+        )
+        self.up = nnx.List(
+            UBlock(config, level, width, rngs)
+            for level, width in zip(config.levels, outer, strict=True)
+        )
+        self.conv_out = Conv(width, pixel_out, zero=True, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, "b"],
+        cond: Conditioning,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b h w d"]:
+        context = self.embed(time, cond)
+        keys = iter(layers.split_keys(key, 2 * len(self.config.levels)))
+        h = self.conv_in(network_input(self.config, x, cond))
+        skips = []
+        for level in self.down:
+            h, outputs = level(h, context, next(keys))
+            skips.append(outputs)
+        for level in reversed(self.up):
+            h = level(h, context, skips.pop(), next(keys))
+        return layers.depth_to_space(self.conv_out(h.astype(jnp.float32)), self.config.patch)
+
+
+class DBlock(nnx.Module):
+    """Convolution with stride, residual blocks, attention."""
+
+    def __init__(
+        self, config: EfficientUNetConfig, level: EfficientLevel, width_in: int, rngs: nnx.Rngs
+    ):
+        self.remat = config.remat
+        same = level.stride == 1 and width_in == level.width
+        self.resample = (
+            None if same else Conv(width_in, level.width, stride=level.stride, rngs=rngs)
+        )
+        self.blocks = make_blocks(config, level, level.width, rngs)
+        self.attention = make_attention(config, level, rngs)
+
+    def __call__(
+        self, h: Array, context: Context, key: Array | None
+    ) -> tuple[Array, list[Array]]:
+        """Also returns the output of every block: the skips."""
+        if self.resample is not None:
+            h = self.resample(h)
+        h, skips = layers.run_stack(self.blocks, self.remat, h, context, None, key)
+        return (h if self.attention is None else self.attention(h, context)), skips
+
+
+class UBlock(nnx.Module):
+    """Residual blocks that each take the skip of their mirror image, attention, upsampling."""
+
+    def __init__(
+        self, config: EfficientUNetConfig, level: EfficientLevel, width_out: int, rngs: nnx.Rngs
+    ):
+        self.remat = config.remat
+        self.stride = level.stride
+        same = level.stride == 1 and width_out == level.width
+        self.blocks = make_blocks(config, level, 2 * level.width, rngs)
+        self.attention = make_attention(config, level, rngs)
+        self.resample = None if same else Conv(level.width, width_out, rngs=rngs)
+
+    def __call__(
+        self, h: Array, context: Context, skips: list[Array], key: Array | None
+    ) -> Array:
+        h, _ = layers.run_stack(self.blocks, self.remat, h, context, skips[::-1], key)
+        if self.attention is not None:
+            h = self.attention(h, context)
+        return h if self.resample is None else self.resample(layers.enlarge(h, self.stride))
+
+
+def make_blocks(
+    config: EfficientUNetConfig, level: EfficientLevel, width_in: int, rngs: nnx.Rngs
+) -> Block:
+    return layers.stack(
+        lambda rngs: Block(
+            ResBlock(
+                width_in,
+                level.width,
+                config.embedding_width,
+                dropout=config.dropout,
+                residual_scale=2**-0.5,
+                rngs=rngs,
+            )
+        ),
+        level.blocks,
+        rngs,
+    )
+
+
+def make_attention(
+    config: EfficientUNetConfig, level: EfficientLevel, rngs: nnx.Rngs
+) -> Attention | None:
+    if not (level.self_attention or level.text_attention):
+        return None
+    return Attention(
+        level.width,
+        config.head_width,
+        image=level.self_attention,
+        text_width=config.text_width if level.text_attention else 0,
+        rngs=rngs,
+    )

@@ -1,0 +1,307 @@
+"""The T5 v1.1 transformer (Raffel et al. 2020; the v1.1 changes are those of Shazeer 2020).
+
+A pre-norm transformer whose peculiarities all matter for reading public weights:
+
+    x = shared[ids]                                  neither scaled by sqrt(d) nor given absolute positions
+    x = x + o(softmax(q(y) k(y)^T + bias) v(y))      y = RMS(x); q is not scaled by 1/sqrt(d_kv)
+    x = x + wo(gelu_tanh(wi_0(y)) * wi_1(y))         y = RMS(x)
+    out = RMS(x)
+
+No layer has a bias; `bias` above is one table of relative positions that all layers share. The
+residual stream, the norms, the logits and the softmax are float32 whatever `compute_dtype` says.
+
+Layers are equal, so their parameters carry a leading layer axis and run under one `lax.scan`:
+compile time does not grow with depth.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """Sizes of a T5 v1.1, under the names of the Hugging Face config.json.
+
+    num_heads * d_kv need not equal d_model. num_decoder_layers: None means num_layers.
+    n_positions: the longest input in tokens that is meant; positions are relative, so it bounds nothing.
+    compute_dtype: of the matrix products (the only field that config.json does not have).
+    """
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    d_kv: int = 64
+    num_decoder_layers: int | None = None
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    n_positions: int = 512
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "d_kv"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"T5Config.{name} must be at least 1, got {getattr(self, name)}")
+        if self.feed_forward_proj != "gated-gelu":
+            raise ValueError(
+                "T5Config.feed_forward_proj must be 'gated-gelu' (T5 v1.1, Flan-T5), got "
+                f"{self.feed_forward_proj!r}: the first T5 is not read, use its v1.1"
+            )
+        if self.relative_attention_num_buckets % 4:
+            raise ValueError(
+                "T5Config.relative_attention_num_buckets must be a multiple of 4 (two signs, exact and "
+                f"logarithmic), got {self.relative_attention_num_buckets}"
+            )
+
+    @classmethod
+    def from_hf_dict(cls, fields: Mapping[str, Any]) -> "T5Config":
+        """From the contents of a Hugging Face config.json; fields that we do not have are ignored.
+
+        Raises ValueError naming a missing size or a feed-forward other than T5 v1.1's.
+        """
+        known = {f.name for f in dataclasses.fields(cls)} - {"compute_dtype"}
+        # Absent means the original T5's relu there, not our default.
+        given = {"feed_forward_proj": "relu"} | {k: v for k, v in fields.items() if k in known}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if missing := sorted(required - given.keys()):
+            raise ValueError(f"a T5 config.json needs {', '.join(missing)}")
+        return cls(**given)
+
+    def to_hf_dict(self) -> dict[str, Any]:
+        """The fields of a Hugging Face config.json for the encoder of this model."""
+        fields = dataclasses.asdict(self)
+        del fields["compute_dtype"]
+        if fields["num_decoder_layers"] is None:
+            del fields["num_decoder_layers"]
+        return {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "is_encoder_decoder": False,
+            "tie_word_embeddings": False,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": self.pad_token_id,
+            **fields,
+        }
+
+
+class T5EncoderModel(nnx.Module):
+    """Token ids to contextual embeddings."""
+
+    def __init__(self, config: T5Config, rngs: nnx.Rngs):
+        self.config = config
+        self.shared = _normal(rngs, (config.vocab_size, config.d_model), 1.0)
+        self.relative_attention_bias = _position_table(config, rngs)
+        self.layers = _stacked(lambda rngs: _EncoderLayer(config, rngs), config.num_layers, rngs)
+        self.final_norm = _RMSNorm(config)
+
+    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+        """ids in [0, vocab_size); mask True on tokens (end of sequence included), False on padding.
+
+        Padding is never attended to, so its ids change nothing at unpadded positions. Its own
+        outputs are what T5 computes there (not zeros): DeepFloyd IF attends to them.
+        """
+        length = ids.shape[1]
+        bias = _position_bias(self.config, self.relative_attention_bias[...], length, bidirectional=True)
+        bias = jnp.where(mask[:, None, None, :], bias, _MASKED)
+        x = self.shared[...][ids].astype(jnp.float32)
+        return self.final_norm(_run(self.layers, x, lambda layer, x: layer(x, bias)))
+
+
+class T5Decoder(nnx.Module):
+    """Causal decoder over an encoder's output: needed to pretrain an encoder, dropped afterwards.
+
+    It has no embedding of its own: T5 shares the encoder's. Its output head is untied, as in v1.1.
+    """
+
+    def __init__(self, config: T5Config, rngs: nnx.Rngs):
+        self.config = config
+        self.relative_attention_bias = _position_table(config, rngs)
+        depth = config.num_decoder_layers or config.num_layers
+        self.layers = _stacked(lambda rngs: _DecoderLayer(config, rngs), depth, rngs)
+        self.final_norm = _RMSNorm(config)
+        self.head = _linear(config, config.d_model, config.vocab_size, config.d_model**-0.5, rngs)
+
+    def __call__(
+        self,
+        inputs: Float[Array, "b m d"],
+        encoded: Float[Array, "b l d"],
+        encoded_mask: Bool[Array, "b l"],
+    ) -> Float[Array, "b m v"]:
+        """inputs: embedded targets, shifted right by one. Returns the logits of the targets."""
+        length = inputs.shape[1]
+        bias = _position_bias(self.config, self.relative_attention_bias[...], length, bidirectional=False)
+        bias = jnp.where(np.tri(length, dtype=bool), bias, _MASKED)
+        cross_bias = jnp.where(encoded_mask[:, None, None, :], 0.0, _MASKED)
+        x = _run(self.layers, inputs, lambda layer, x: layer(x, bias, encoded, cross_bias))
+        return self.head(self.final_norm(x)).astype(jnp.float32)
+
+
+def relative_position_bucket(
+    distance: Int[np.ndarray, "*d"], *, num_buckets: int, max_distance: int, bidirectional: bool
+) -> Int[np.ndarray, "*d"]:
+    """Bucket of key position - query position: exact when near, logarithmic up to max_distance.
+
+    Bidirectional buckets spend half of num_buckets on each sign; the others see only the past.
+    """
+    offset = np.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        offset = np.where(distance > 0, num_buckets, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    exact = num_buckets // 2
+    # float32 and in this order, as the weights were trained: bucket edges fall on powers of two.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    ratio = ratio / np.float32(math.log(max_distance / exact)) * np.float32(num_buckets - exact)
+    far = np.minimum(exact + ratio.astype(distance.dtype), num_buckets - 1)
+    return offset + np.where(distance < exact, distance, far)
+
+
+# Added to no logit but put in its place; finite, so that a row with nothing to attend to is not NaN.
+_MASKED = -1e9
+
+
+class _EncoderLayer(nnx.Module):
+    def __init__(self, config: T5Config, rngs: nnx.Rngs):
+        self.attention_norm = _RMSNorm(config)
+        self.attention = _Attention(config, rngs)
+        self.feed_forward_norm = _RMSNorm(config)
+        self.feed_forward = _FeedForward(config, rngs)
+
+    def __call__(self, x: Array, bias: Array) -> Array:
+        y = self.attention_norm(x)
+        x = x + self.attention(y, y, bias)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class _DecoderLayer(nnx.Module):
+    def __init__(self, config: T5Config, rngs: nnx.Rngs):
+        self.attention_norm = _RMSNorm(config)
+        self.attention = _Attention(config, rngs)
+        self.cross_attention_norm = _RMSNorm(config)
+        self.cross_attention = _Attention(config, rngs)
+        self.feed_forward_norm = _RMSNorm(config)
+        self.feed_forward = _FeedForward(config, rngs)
+
+    def __call__(self, x: Array, bias: Array, encoded: Array, cross_bias: Array) -> Array:
+        y = self.attention_norm(x)
+        x = x + self.attention(y, y, bias)
+        x = x + self.cross_attention(self.cross_attention_norm(x), encoded, cross_bias)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class _Attention(nnx.Module):
+    def __init__(self, config: T5Config, rngs: nnx.Rngs):
+        inner = config.num_heads * config.d_kv
+        self.config = config
+        # The missing 1/sqrt(d_kv) sits in q's initial scale instead.
+        self.q = _linear(config, config.d_model, inner, (config.d_model * config.d_kv) ** -0.5, rngs)
+        self.k = _linear(config, config.d_model, inner, config.d_model**-0.5, rngs)
+        self.v = _linear(config, config.d_model, inner, config.d_model**-0.5, rngs)
+        self.o = _linear(config, inner, config.d_model, inner**-0.5, rngs)
+
+    def __call__(self, x: Array, memory: Array, bias: Array) -> Array:
+        """bias: [b or 1, heads or 1, queries, keys], f32, _MASKED where a key may not be seen."""
+        q, k, v = (
+            y.reshape(*y.shape[:2], self.config.num_heads, self.config.d_kv)
+            for y in (self.q(x), self.k(memory), self.v(memory))
+        )
+        precision = _precision(self.config)
+        logits = jnp.einsum(
+            "bqhd,bkhd->bhqk", q, k, precision=precision, preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=precision)
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+
+class _FeedForward(nnx.Module):
+    def __init__(self, config: T5Config, rngs: nnx.Rngs):
+        self.wi_0 = _linear(config, config.d_model, config.d_ff, config.d_model**-0.5, rngs)
+        self.wi_1 = _linear(config, config.d_model, config.d_ff, config.d_model**-0.5, rngs)
+        self.wo = _linear(config, config.d_ff, config.d_model, config.d_ff**-0.5, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
+
+
+class _RMSNorm(nnx.Module):
+    def __init__(self, config: T5Config):
+        self.epsilon = config.layer_norm_epsilon
+        self.scale = nnx.Param(jnp.ones(config.d_model))
+
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + self.epsilon) * self.scale[...]
+
+
+class _Linear(nnx.Linear):
+    def __call__(self, x: Array) -> Array:
+        # XLA's CPU backend is three times slower at the weight gradient over two contracted axes.
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def _linear(config: T5Config, inputs: int, outputs: int, std: float, rngs: nnx.Rngs) -> _Linear:
+    return _Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=jnp.dtype(config.compute_dtype),
+        precision=_precision(config),
+        kernel_init=nnx.initializers.normal(std),
+        rngs=rngs,
+    )
+
+
+def _precision(config: T5Config) -> jax.lax.Precision:
+    # TPUs would otherwise multiply float32 in one bfloat16 pass, and lose parity with it.
+    return jax.lax.Precision("highest" if config.compute_dtype == "float32" else "default")
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape))
+
+
+def _position_table(config: T5Config, rngs: nnx.Rngs) -> nnx.Param:
+    shape = (config.relative_attention_num_buckets, config.num_heads)
+    return _normal(rngs, shape, config.d_model**-0.5)
+
+
+def _position_bias(config: T5Config, table: Array, length: int, *, bidirectional: bool) -> Array:
+    """[1, heads, queries, keys] f32."""
+    positions = np.arange(length)
+    buckets = relative_position_bucket(
+        positions[None, :] - positions[:, None],
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+        bidirectional=bidirectional,
+    )
+    return table.astype(jnp.float32)[buckets].transpose(2, 0, 1)[None]
+
+
+def _stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """A module of make's class whose every parameter holds `depth` independent ones along axis 0."""
+    keys = jax.random.split(rngs.params(), depth)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
+
+
+def _run(layers: nnx.Module, x: Array, apply: Callable[[Any, Array], Array]) -> Array:
+    """Fold x through stacked layers, first to last."""
+    graphdef, params = nnx.split(layers)
+    # On CPU a loop body of four layers runs a fifth faster than one of a single layer.
+    return jax.lax.scan(lambda x, p: (apply(nnx.merge(graphdef, p), x), None), x, params, unroll=4)[0]

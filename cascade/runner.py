@@ -1,0 +1,260 @@
+"""A cascade of stages: prompt -> 64 -> 256 -> 1024 px.
+
+    prompt -> text -> runner -> stage.denoiser -> diffusion.samplers -> images
+
+A model folder holds `config.json` ({"format": "cascade", "stages": [names], ...}), one folder a
+stage (`config.json`, `model.safetensors`) and `text_encoder/` in the usual Hugging Face layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cascade import images, pretrained
+from cascade.checkpoint import load_safetensors
+from cascade.config import from_json, read_json, to_json
+from cascade.errors import UserError
+from cascade.models import Conditioning
+from cascade.stage import Sampling, Stage, StageConfig
+from cascade.text import T5Encoder, TextEmbedding
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawn picture at every size, with what made it.
+
+    images: side in pixels -> uint8 [side, side, 3], smallest first.
+    """
+
+    prompt: str
+    seed: int
+    images: dict[int, UInt8[np.ndarray, "s s 3"]]
+    metadata: dict[str, Any]
+
+    @property
+    def image(self) -> UInt8[np.ndarray, "s s 3"]:
+        """The largest."""
+        return self.images[max(self.images)]
+
+    def pil(self, size: int | None = None) -> Image.Image:
+        """As a PIL image; size None is the largest."""
+        return Image.fromarray(self.images[size or max(self.images)])
+
+    def _repr_png_(self) -> bytes:
+        return self.pil()._repr_png_()
+
+
+class Cascade:
+    """Stages in the order they draw, smallest first, and the text encoder they share."""
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[Stage, Mapping[str, Any]]],
+        encoder: T5Encoder,
+        *,
+        name: str = "",
+        digest: str = "",
+        known_words: Sequence[str] = (),
+    ):
+        """known_words: all the words that training captions had, if that is a closed list."""
+        self.stages = list(stages)
+        self.encoder = encoder
+        self.name, self.digest, self.known_words = name, digest, frozenset(known_words)
+        for (below, _), (stage, _) in zip(self.stages, self.stages[1:], strict=False):
+            if stage.config.lowres_resolution != below.config.resolution:
+                raise UserError(
+                    f"model {name}: stage {stage.config.name} enlarges "
+                    f"{stage.config.lowres_resolution} px, but {below.config.name} before it draws "
+                    f"{below.config.resolution} px"
+                )
+
+    @classmethod
+    def load(
+        cls, name_or_dir: str | Path = "scenes", *, text_encoder: str | None = None
+    ) -> Cascade:
+        """The cascade that ships (`scenes`), or one from a folder that `cascade export` wrote.
+
+        text_encoder: name or folder of another encoder of the same width. Runs no code from the
+        folder. Raises UserError that says what is missing or damaged.
+        """
+        folder = pretrained.find(name_or_dir)
+        described = read_json(folder / "config.json")
+        if not isinstance(described, dict) or described.get("format") != "cascade":
+            raise UserError(
+                f"{folder / 'config.json'}: not a cascade's; give a folder of `cascade export`"
+            )
+        names = described.get("stages")
+        if not isinstance(names, list) or not names or not all(map(_is_plain_name, names)):
+            raise UserError(
+                f"{folder / 'config.json'}: stages must list folder names, got {names!r}"
+            )
+        stages, digest = [], hashlib.sha256()
+        for stage_name in names:
+            where = folder / stage_name
+            config = from_json(
+                StageConfig, read_json(where / "config.json"), f"{where}/config.json"
+            )
+            stage = Stage(config)
+            stages.append((stage, load_safetensors(where / "model.safetensors", stage.abstract())))
+            digest.update((where / "model.safetensors").read_bytes())
+        encoder = T5Encoder.load(text_encoder or str(folder / "text_encoder"))
+        for stage, _ in stages:
+            if stage.config.network.text_width not in (0, encoder.width):
+                raise UserError(
+                    f"text encoder {text_encoder}: its embeddings are {encoder.width} wide, stage "
+                    f"{stage.config.name} was trained on {stage.config.network.text_width}"
+                )
+        return cls(
+            [(stage, jax.tree.map(jnp.asarray, params)) for stage, params in stages],
+            encoder,
+            name=str(name_or_dir),
+            digest=digest.hexdigest(),
+            known_words=described.get("known_words", ()),
+        )
+
+    @property
+    def settings(self) -> list[Sampling]:
+        """The stages' own sampling settings, in cascade order."""
+        return [stage.config.sampling for stage, _ in self.stages]
+
+    def __call__(self, prompts: str | Sequence[str], **options: Any) -> list[Picture]:
+        """All of `draw`'s pictures as a list."""
+        return list(self.draw(prompts, **options))
+
+    def draw(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        num: int = 1,
+        until: int | None = None,
+        lowres: UInt8[np.ndarray, "h w 3"] | None = None,
+        negative: str | None = None,
+        settings: Sequence[Sampling] | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[str, int], None] | None = None,
+    ) -> Iterator[Picture]:
+        """Draw `num` pictures of each prompt, prompts in order, with seeds seed .. seed + num - 1.
+
+        The same (prompt, seed, settings) is the same picture among any others: every random number
+        comes from the picture's own seed, and batches have one fixed size, filled up at the end.
+        until: stop at the stage that draws this many pixels. lowres: start from this picture (its
+        side chooses the stage) instead of from text alone. negative: what guidance moves away from.
+        settings: one Sampling for each stage that draws (see `select`). batch_size: pictures drawn
+        together; None is 1 on a CPU and 8 elsewhere. progress: called with (stage's name, pictures)
+        after each stage of each batch.
+        """
+        stages = self.select(until=until, lowres=None if lowres is None else lowres.shape[:2])
+        settings = [s.config.sampling for s, _ in stages] if settings is None else list(settings)
+        if len(settings) != len(stages):
+            raise ValueError(f"settings: {len(settings)} for {len(stages)} stages")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if seed < 0 or seed + num > 2**32:
+            raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
+        batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 8)
+        text, unguided = self.encoder(prompts), self.encoder([negative]) if negative else None
+        jobs = [(p, seed + k) for p in range(len(prompts)) for k in range(num)]
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            filled = batch + batch[-1:] * (batch_size - len(batch))
+            rows = np.array([p for p, _ in filled])
+            seeds = np.array([s for _, s in filled], np.uint32)
+            drawn = self._draw_batch(
+                stages, settings, text, unguided, rows, seeds, lowres, progress
+            )
+            for i, (p, s) in enumerate(batch):
+                pictures = {side: batch_of_side[i] for side, batch_of_side in drawn.items()}
+                metadata = self._metadata(
+                    prompts[p], s, stages, settings, negative, lowres is not None
+                )
+                yield Picture(prompts[p], s, pictures, metadata)
+
+    def select(
+        self, *, until: int | None = None, lowres: tuple[int, int] | None = None
+    ) -> list[tuple[Stage, Any]]:
+        """The stages that draw, given the side to stop at and the size of the starting picture."""
+        sides = [stage.config.resolution for stage, _ in self.stages]
+        if until is not None and until not in sides:
+            raise UserError(f"until={until}: this model draws {', '.join(map(str, sides))} px")
+        stages = [s for s in self.stages if until is None or s[0].config.resolution <= until]
+        if lowres is None:
+            if self.stages[0][0].config.lowres_resolution is not None:
+                raise UserError("this model only enlarges pictures; give one with --lowres")
+            return stages
+        starts = [s.config.lowres_resolution for s, _ in stages if s.config.lowres_resolution]
+        if lowres[0] != lowres[1] or lowres[0] not in starts:
+            raise UserError(
+                f"lowres picture is {lowres[1]}x{lowres[0]} px; this model starts from "
+                f"{' or '.join(f'{s}x{s}' for s in starts) or 'text only'}: resize or crop it first"
+            )
+        return [s for s in stages if (s[0].config.lowres_resolution or 0) >= lowres[0]]
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that no training caption had; none if the model has no such list."""
+        words = re.findall(r"[\w'-]+", prompt.lower()) if self.known_words else []
+        return sorted({w for w in words if w not in self.known_words})
+
+    def _draw_batch(self, stages, settings, text, unguided, rows, seeds, lowres, progress):
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+        cond, negative = _rows(text, rows), unguided and _rows(unguided, np.zeros_like(rows))
+        low = None if lowres is None else np.broadcast_to(lowres, (len(rows), *lowres.shape))
+        drawn = {}
+        for (stage, params), options in zip(stages, settings, strict=True):
+            resolution = stage.config.resolution
+            low = images.to_uint8(
+                stage.sample(
+                    params,
+                    cond,
+                    # folded by resolution, so that a stage draws the same wherever one starts
+                    jax.vmap(lambda k, r=resolution: jax.random.fold_in(k, r))(keys),
+                    settings=options,
+                    lowres=None if low is None else images.to_float(jnp.asarray(low)),
+                    negative=negative,
+                )
+            )
+            drawn[resolution] = low
+            if progress:
+                progress(stage.config.name, len(rows))
+        return drawn
+
+    def _metadata(self, prompt, seed, stages, settings, negative, from_lowres) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "seed": seed,
+            "negative": negative,
+            "from_lowres": from_lowres,
+            "model": self.name,
+            "model_sha256": self.digest,
+            "stages": {
+                stage.config.name: {"resolution": stage.config.resolution, **to_json(s)}
+                for (stage, _), s in zip(stages, settings, strict=True)
+            },
+        }
+
+
+def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list[Sampling]:
+    """Settings with fields replaced stage by stage: with_options(s, steps=(20, 8, 4))."""
+    return [
+        dataclasses.replace(s, **{k: v[i] for k, v in options.items()})
+        for i, s in enumerate(settings)
+    ]
+
+
+def _rows(text: TextEmbedding, rows: np.ndarray) -> Conditioning:
+    return Conditioning(text=text.values[rows], text_mask=text.mask[rows])
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None

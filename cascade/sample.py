@@ -1,0 +1,297 @@
+"""`cascade sample`: prompts in, a folder of numbered pictures out."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from cascade import config
+from cascade.errors import UserError
+
+if TYPE_CHECKING:
+    from cascade.runner import Cascade, Picture
+    from cascade.stage import Sampling, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw pictures from prompts.
+
+    For picture 0000 this writes OUT/0000_64.png, OUT/0000_256.png, OUT/0000_1024.png and
+    OUT/0000.json (prompt, seed, every setting, versions, the model's hash), and OUT/grid.png when
+    there are several; one line of JSON on stdout for each. A folder that has pictures already is
+    continued. Lists such as --steps 24,8,4 go by stage, smallest first; one value is for all.
+    """
+
+    prompts_: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="prompt", metavar="PROMPT ...")
+    ] = ()
+    """What to draw; quote each prompt."""
+    prompts: Path | None = None
+    """A UTF-8 text file with one prompt a line, drawn after those given as words."""
+    model: str = "scenes"
+    """A model that ships (scenes), or a folder that `cascade export` wrote."""
+    out: Path = Path("samples")
+    """The folder to write into; made if it is missing."""
+    seed: int = 0
+    """Seed of each prompt's first picture; the next ones count up."""
+    num: int = 1
+    """Pictures of each prompt."""
+    until: int | None = None
+    """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
+    lowres: Path | None = None
+    """Start from this 64 or 256 px picture: super-resolution only."""
+    steps: str | None = None
+    """Sampling steps, by stage."""
+    guidance: str | None = None
+    """Weight of classifier-free guidance, by stage; 1 is none."""
+    aug_level: str | None = None
+    """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
+    sampler: str | None = None
+    """By stage: ancestral, ddim, dpm++ or heun."""
+    threshold: str | None = None
+    """By stage: none, static or dynamic (Imagen's)."""
+    negative: str | None = None
+    """What guidance moves away from, instead of the empty condition."""
+    text_encoder: str | None = None
+    """A T5 v1.1 encoder instead of the model's own: a local folder, or a name such as
+    google/t5-v1_1-xl. Its width must be the one the model was trained on."""
+    batch_size: int | None = None
+    """Pictures drawn together; default 1 on a CPU, 8 elsewhere."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options = config.parse(Options, argv, prog="cascade sample")
+    prompts = _prompts(options)
+    _check_numbers(options)
+    folder = _output_folder(options.out)
+    if options.compilation_cache:
+        use_compilation_cache()
+    from cascade.images import grid, load_image, save_png
+    from cascade.runner import Cascade
+
+    lowres = None
+    if options.lowres is not None:
+        import numpy as np
+
+        lowres = np.asarray(load_image(options.lowres))
+    cascade = Cascade.load(options.model, text_encoder=options.text_encoder)
+    stages = cascade.select(
+        until=options.until, lowres=None if lowres is None else lowres.shape[:2]
+    )
+    settings = override([s for s, _ in stages], options)
+    _warn(cascade, prompts)
+    number = _next_number(folder)
+    shown = []
+    total = len(prompts) * options.num
+    with _progress(total * len(stages)) as progress:
+        for picture in cascade.draw(
+            prompts,
+            seed=options.seed,
+            num=options.num,
+            until=options.until,
+            lowres=lowres,
+            negative=options.negative,
+            settings=settings,
+            batch_size=options.batch_size,
+            progress=progress,
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            line = _write(picture, folder, number, save_png)
+            print(json.dumps(line), flush=True)
+            number += 1
+            shown.append(picture)
+    if total > 1:
+        side = min(256, max(shown[0].images))
+        save_png(folder / "grid.png", grid([p.images[_nearest(p, side)] for p in shown]))
+
+
+def use_compilation_cache() -> None:
+    """Keep XLA's compiled programs under the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
+    import os
+
+    import jax
+
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "cascade" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
+    """The stages' own settings with the command line's lists laid over them.
+
+    Raises UserError naming the flag for a list of the wrong length or a value out of range.
+    """
+    import dataclasses
+
+    from cascade.diffusion.denoise import Threshold
+    from cascade.diffusion.samplers import DDIM, Ancestral, DPMSolverPP2M, Heun
+
+    samplers = {"ancestral": Ancestral(), "ddim": DDIM(), "dpm++": DPMSolverPP2M(), "heun": Heun()}
+    settings = [s.config.sampling for s in stages]
+    everyone = range(len(stages))
+    upper = [i for i in everyone if stages[i].config.lowres_resolution is not None]
+
+    def lay(
+        flag: str, text: str | None, field: str, parse: Callable[[str, Sampling], Any], on=everyone
+    ):
+        if text is None:
+            return
+        words = [w.strip() for w in text.split(",")]
+        names = ", ".join(stages[i].config.name for i in on)
+        if len(words) not in (1, len(on)) or not on:
+            raise UserError(
+                f"{flag} {text}: {len(words)} values for {len(on)} stages ({names}); "
+                "give one for each, or a single one for all"
+            )
+        for word, i in zip(words * (len(on) if len(words) == 1 else 1), on, strict=True):
+            try:
+                settings[i] = dataclasses.replace(settings[i], **{field: parse(word, settings[i])})
+            except KeyError:
+                raise UserError(f"{flag} {word}: must be one of {', '.join(samplers)}") from None
+            except ValueError as e:
+                raise UserError(f"{flag} {word}: {e}") from None
+
+    lay("--steps", options.steps, "steps", lambda w, _: int(w))
+    lay("--guidance", options.guidance, "guidance", lambda w, _: float(w))
+    lay("--aug-level", options.aug_level, "aug_level", lambda w, _: float(w), upper)
+    lay("--sampler", options.sampler, "sampler", lambda w, _: samplers[w])
+    lay(
+        "--threshold",
+        options.threshold,
+        "threshold",
+        lambda w, s: _threshold(w, s.threshold, Threshold),
+    )
+    return settings
+
+
+def _threshold(word: str, current: Any, cls: Any) -> Any:
+    import dataclasses
+
+    if word not in ("none", "static", "dynamic"):
+        raise ValueError("must be one of none, static, dynamic")
+    return dataclasses.replace(current, kind=word)
+
+
+def _prompts(options: Options) -> list[str]:
+    prompts = [(p, f"prompt {i + 1}") for i, p in enumerate(options.prompts_)]
+    if options.prompts is not None:
+        path = options.prompts
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as e:
+            raise UserError(
+                f"--prompts {path}: not UTF-8 text (byte {e.start}); save it as UTF-8"
+            ) from None
+        except OSError as e:
+            raise UserError(
+                f"--prompts {path}: {e.strerror}; give a text file, one prompt a line"
+            ) from None
+        while lines and not lines[-1].strip():
+            lines.pop()
+        prompts += [
+            (line.strip(), f"--prompts {path}, line {i + 1}") for i, line in enumerate(lines)
+        ]
+    if not prompts:
+        raise UserError('nothing to draw: give a prompt, as in cascade sample "a red circle"')
+    for prompt, where in prompts:
+        if not prompt.strip():
+            raise UserError(f"{where} is empty; write what to draw, or remove it")
+    return [prompt for prompt, _ in prompts]
+
+
+def _check_numbers(options: Options) -> None:
+    if options.seed < 0:
+        raise UserError(f"--seed must be 0 or more, got {options.seed}")
+    for flag, value in (("--num", options.num), ("--batch-size", options.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be 1 or more, got {value}")
+
+
+def _output_folder(out: Path) -> Path:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
+    import os
+
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out {out}: cannot be written there")
+    return out
+
+
+def _next_number(folder: Path) -> int:
+    """One past the largest picture number in a folder; 0 in a new one."""
+    if not folder.is_dir():
+        return 0
+    found = (re.match(r"(\d{4,})(_\d+\.png|\.json)$", p.name) for p in folder.iterdir())
+    return max((int(m[1]) for m in found if m), default=-1) + 1
+
+
+def _write(
+    picture: Picture, folder: Path, number: int, save_png: Callable[..., None]
+) -> dict[str, Any]:
+    name = f"{number:04d}"
+    names = ("cascade-diffusion", "jax", "jaxlib", "flax")
+    record = {**picture.metadata, "versions": {n: version(n) for n in names}}
+    files = {}
+    for side, image in picture.images.items():
+        files[str(side)] = str(folder / f"{name}_{side}.png")
+        save_png(
+            Path(files[str(side)]), image, {"prompt": picture.prompt, "seed": str(picture.seed)}
+        )
+    partial = folder / f".{name}.json.partial"
+    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(folder / f"{name}.json")
+    return {"picture": name, "prompt": picture.prompt, "seed": picture.seed, "files": files}
+
+
+def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
+    cut = cascade.encoder.tokenize(list(prompts)).truncated
+    for prompt, was_cut in zip(prompts, cut, strict=True):
+        short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
+        if was_cut:
+            print(
+                f"warning: prompt {short!r} is longer than {cascade.encoder.max_tokens} tokens; "
+                "what comes after them is not seen",
+                file=sys.stderr,
+            )
+        if unknown := cascade.unknown_words(prompt):
+            listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            print(
+                f"warning: the captions that {cascade.name} learned from had no: {listed}",
+                file=sys.stderr,
+            )
+
+
+class _progress:
+    """A bar over (stage, picture) pairs, on stderr."""
+
+    def __init__(self, total: int):
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, unit="stage", desc="drawing", dynamic_ncols=True)
+
+    def __enter__(self) -> Callable[[str, int], None]:
+        def advance(stage: str, pictures: int) -> None:
+            self._bar.set_postfix_str(f"{stage} done")
+            self._bar.update(min(pictures, self._bar.total - self._bar.n))
+
+        return advance
+
+    def __exit__(self, *error: Any) -> Literal[False]:
+        self._bar.close()
+        return False
+
+
+def _nearest(picture: Picture, side: int) -> int:
+    return min(picture.images, key=lambda s: abs(s - side))

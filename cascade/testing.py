@@ -1,0 +1,92 @@
+"""Small stand-ins: a text encoder without weights, and stages of 8 -> 16 -> 32 px.
+
+For tests, and for anybody who wants to try the machinery in seconds.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
+from cascade.runner import Cascade
+from cascade.stage import Sampling, Stage, StageConfig
+from cascade.text import TextEmbedding, Tokens
+
+
+class FakeEncoder:
+    """T5Encoder's interface over fixed random vectors, one a word; no order, no context."""
+
+    def __init__(self, width: int = 8, max_tokens: int = 12):
+        self.width, self.max_tokens = width, max_tokens
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        words = [text.split() for text in texts]
+        ids = np.zeros((len(texts), self.max_tokens), np.int32)
+        for row, text in zip(ids, words, strict=True):
+            for i, word in enumerate(text[: self.max_tokens]):
+                row[i] = 1 + zlib.crc32(word.encode()) % 999
+        truncated = np.array([len(text) > self.max_tokens for text in words])
+        return Tokens(ids=ids, mask=ids > 0, truncated=truncated)
+
+    def embed(self, tokens: Tokens) -> TextEmbedding:
+        table = jax.random.normal(jax.random.key(0), (1000, self.width))
+        return TextEmbedding(values=table[jnp.asarray(tokens.ids)], mask=jnp.asarray(tokens.mask))
+
+    def __call__(self, texts: Sequence[str]) -> TextEmbedding:
+        return self.embed(self.tokenize(texts))
+
+
+def base_stage(text_width: int = 8) -> StageConfig:
+    """Text -> 8 px."""
+    network = UNetConfig(
+        levels=(Level(width=8, blocks=1), Level(width=16, blocks=1, attention=True)),
+        head_width=8,
+        text_width=text_width,
+    )
+    return StageConfig(
+        name="base8", resolution=8, network=network, sampling=Sampling(steps=3, guidance=2.0)
+    )
+
+
+def super_resolution_stage(lowres: int = 8, text_width: int = 8) -> StageConfig:
+    """Text and lowres px -> twice that."""
+    network = EfficientUNetConfig(
+        levels=(
+            EfficientLevel(width=8, blocks=1, stride=1),
+            EfficientLevel(width=16, blocks=1, text_attention=True),
+        ),
+        head_width=8,
+        text_width=text_width,
+        lowres=True,
+    )
+    return StageConfig(
+        name=f"sr{2 * lowres}",
+        resolution=2 * lowres,
+        lowres_resolution=lowres,
+        network=network,
+        sampling=Sampling(steps=2, guidance=1.0, aug_level=0.1),
+    )
+
+
+def lively(params, key=None):
+    """Every parameter, zeros too, moved at random: an untrained network that does something."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7) if key is None else key, len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def cascade() -> Cascade:
+    """An untrained 8 -> 16 -> 32 px cascade on a FakeEncoder."""
+    configs = (base_stage(), super_resolution_stage(8), super_resolution_stage(16))
+    stages = [Stage(config) for config in configs]
+    return Cascade(
+        [(s, lively(s.init(jax.random.key(i)))) for i, s in enumerate(stages)],
+        FakeEncoder(),  # type: ignore[arg-type]
+        name="testing",
+    )

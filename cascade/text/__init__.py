@@ -1,0 +1,19 @@
+"""Prompts to text embeddings: strings -> Tokens (host, numpy) -> TextEmbedding (device, frozen T5)."""
+
+from typing import TYPE_CHECKING
+
+from cascade.text.tokenizer import Tokenizer, Tokens
+
+if TYPE_CHECKING:
+    from cascade.text.encoder import T5Encoder, TextEmbedding
+
+__all__ = ["T5Encoder", "TextEmbedding", "Tokenizer", "Tokens"]
+
+
+def __getattr__(name: str):
+    # Data workers import only the tokenizer, and need not pay for jax.
+    if name in ("T5Encoder", "TextEmbedding"):
+        import cascade.text.encoder
+
+        return getattr(cascade.text.encoder, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,126 @@
+"""A frozen T5 encoder with its tokenizer: prompts in, one contextual embedding per token out."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from cascade.errors import UserError
+from cascade.models.t5 import T5Config, T5EncoderModel
+from cascade.text.folder import read_folder
+from cascade.text.tokenizer import Tokenizer, Tokens
+
+SHIPPED = {"scenes": Path(__file__).parents[1] / "pretrained" / "scenes" / "text_encoder"}
+DEFAULT_MAX_TOKENS = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEmbedding:
+    """values: one embedding per token. mask: True on tokens, the end of sequence included.
+
+    Values where the mask is False are whatever the encoder computes on padding, not zeros.
+    """
+
+    values: Float[Array, "b l d"]
+    mask: Bool[Array, "b l"]
+
+    @property
+    def width(self) -> int:
+        return self.values.shape[-1]
+
+
+class T5Encoder:
+    """Frozen: it has no training mode, and its parameters belong in no optimizer and no checkpoint."""
+
+    def __init__(self, config: T5Config, params: dict, tokenizer: Tokenizer):
+        """params: nested dict of T5EncoderModel's arrays."""
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self._jitted = jax.jit(self.apply)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_dir: str | Path,
+        max_tokens: int | None = None,
+        *,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> "T5Encoder":
+        """The shipped encoder ("scenes"), a local folder, or a Hugging Face hub name, in this order.
+
+        max_tokens: the length that prompts are padded or cut to; None means the config's
+        n_positions, but at most 128. Raises UserError saying what is missing and what to do.
+        """
+        config, params, spiece = read_folder(_resolve(name_or_dir), compute_dtype=compute_dtype)
+        if max_tokens is None:
+            max_tokens = min(config.n_positions, DEFAULT_MAX_TOKENS)
+        return cls(config, jax.tree.map(jnp.asarray, params), Tokenizer(spiece, max_tokens))
+
+    @property
+    def width(self) -> int:
+        return self.config.d_model
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.max_tokens
+
+    def __call__(self, texts: Sequence[str]) -> TextEmbedding:
+        return self.embed(self.tokenize(texts))
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """On the host, in numpy; `self.tokenizer` alone is what a data worker needs."""
+        return self.tokenizer(texts)
+
+    def embed(self, tokens: Tokens) -> TextEmbedding:
+        """Jitted: one compilation per batch size."""
+        return self._jitted(self.params, tokens.ids, tokens.mask)
+
+    def apply(self, params: dict, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> TextEmbedding:
+        """`embed` as a pure function of the parameters, for use within another jitted program."""
+        values = nnx.merge(self._graphdef, params)(ids, mask)
+        return TextEmbedding(values=values, mask=mask)
+
+    def null(self, b: int) -> TextEmbedding:
+        """b embeddings of no text at all: zeros, nothing unmasked. Not the embedding of ""."""
+        return TextEmbedding(
+            values=jnp.zeros((b, self.max_tokens, self.width)),
+            mask=jnp.zeros((b, self.max_tokens), bool),
+        )
+
+    @functools.cached_property
+    def _graphdef(self) -> Any:
+        return nnx.graphdef(nnx.eval_shape(lambda: T5EncoderModel(self.config, nnx.Rngs(0))))
+
+
+def _resolve(name_or_dir: str | Path) -> Path:
+    name = str(name_or_dir)
+    if name in SHIPPED:
+        return SHIPPED[name]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(name_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"text encoder {name}: no such folder")
+    return _downloaded(name)
+
+
+def _downloaded(name: str) -> Path:
+    import huggingface_hub
+
+    wanted = ["config.json", "spiece.model", "model*.safetensors", "model*safetensors*.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as e:  # the client lets several libraries' network errors through
+        raise UserError(
+            f"text encoder {name}: no folder of this name here, and the Hugging Face hub did not give it "
+            f"({type(e).__name__}); check the name and the network, or give a local folder with "
+            "config.json, spiece.model and model.safetensors, or 'scenes', which ships"
+        ) from None

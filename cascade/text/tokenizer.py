@@ -1,0 +1,74 @@
+"""SentencePiece tokenization as T5 has it: pieces, then the end of sequence, then padding.
+
+Runs on the host and returns numpy; a Tokenizer pickles, so data workers can own one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Bool, Int
+
+PAD_ID = 0
+EOS_ID = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """ids: PAD_ID on padding. mask: True on tokens, the end of sequence included.
+
+    truncated: True where the prompt was longer than max_tokens and lost its end; None if unknown.
+    """
+
+    ids: Int[Any, "b l"]
+    mask: Bool[Any, "b l"]
+    truncated: Bool[Any, " b"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """model: the bytes of a spiece.model. max_tokens: the length of every row, end of sequence included."""
+
+    model: bytes = dataclasses.field(repr=False)
+    max_tokens: int
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(
+                f"Tokenizer.max_tokens must be at least 1 (the end of sequence), got {self.max_tokens}"
+            )
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Rows of exactly max_tokens. Whitespace of any kind and number counts as one space.
+
+        The empty prompt is [EOS_ID, PAD_ID, ...]. A prompt that is too long keeps its beginning and
+        the end of sequence, and is marked in `truncated`.
+        """
+        ids = np.full((len(texts), self.max_tokens), PAD_ID, np.int32)
+        lengths = np.zeros(len(texts), np.int64)
+        truncated = np.zeros(len(texts), bool)
+        for row, text in enumerate(texts):
+            pieces = self.pieces(text)
+            kept = [*pieces[: self.max_tokens - 1], EOS_ID]
+            ids[row, : len(kept)] = kept
+            lengths[row] = len(kept)
+            truncated[row] = len(pieces) >= self.max_tokens
+        mask = np.arange(self.max_tokens) < lengths[:, None]
+        return Tokens(ids=ids, mask=mask, truncated=truncated)
+
+    def pieces(self, text: str) -> list[int]:
+        """Ids of one text: all of them, without end of sequence."""
+        return self._processor.encode(" ".join(text.split()))
+
+    @functools.cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "max_tokens": self.max_tokens}
+
+    def __setstate__(self, state: dict[str, Any]):
+        self.__dict__.update(state)

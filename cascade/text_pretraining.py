@@ -1,0 +1,454 @@
+"""Pretraining of a small T5 encoder by span corruption (Raffel et al. 2020) on captions of drawn scenes.
+
+A diffusion model asks one thing of a text encoder that a bag of words does not give: at the word
+"circle", which colour. So a document here is several paraphrases of *one* scene, joined by " . ": a
+word masked in one can be found in another, but only by knowing which object it belongs to. Some
+documents are single captions, as prompts are.
+
+The decoder that reconstructs the masked spans is thrown away when the encoder is exported.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import string
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy
+import sentencepiece
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from cascade.config import to_json
+from cascade.data.scenes.captions import captions
+from cascade.data.scenes.spec import generator, scene_at
+from cascade.errors import UserError
+from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel
+from cascade.text.folder import write_folder
+from cascade.text.tokenizer import EOS_ID, PAD_ID, Tokenizer
+
+SENTINELS = 100  # the last ids of the vocabulary, counted down from the end as in T5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextPretraining:
+    """What `cascade train` needs to make a text encoder.
+
+    encoder: sizes; its vocab_size counts the SentencePiece pieces and SENTINELS more.
+    documents: how many in all; each step takes batch_size of them.
+    paraphrases: at most this many captions a document; one_caption: the share that has only one.
+    corrupted: the share of tokens masked, in spans of mean_span tokens on average.
+    document_length: tokens; longer documents are cut.
+    learning_rate: reached after warmup_steps, then falls to zero along a cosine.
+    vocabulary_captions: captions that the SentencePiece vocabulary is trained on.
+    """
+
+    encoder: T5Config
+    documents: int
+    batch_size: int = 64
+    paraphrases: int = 3
+    one_caption: float = 0.25
+    corrupted: float = 0.25
+    mean_span: float = 1.5
+    document_length: int = 96
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    vocabulary_captions: int = 20_000
+    log_every_steps: int = 50
+    save_every_steps: int = 500
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.encoder.vocab_size < 256 + 3 + 64 + SENTINELS:
+            raise ValueError(
+                "TextPretraining.encoder.vocab_size must leave room for 256 bytes, the letters and "
+                f"{SENTINELS} sentinels: at least {256 + 3 + 64 + SENTINELS}, got {self.encoder.vocab_size}"
+            )
+        if not 0 < self.corrupted < 1 or self.mean_span < 1:
+            raise ValueError(
+                "TextPretraining.corrupted must lie in (0, 1) and mean_span be at least 1, got "
+                f"{self.corrupted} and {self.mean_span}"
+            )
+
+    @property
+    def steps(self) -> int:
+        return -(-self.documents // self.batch_size)
+
+
+def pretrain(config: TextPretraining, workdir: Path, *, until: int | None = None) -> None:
+    """Pretrain in `workdir`, from its saved state if it has one, and write WORKDIR/text_encoder.
+
+    until: stop, with the state saved, after this many steps instead of config.steps; the same call
+    again goes on from there, to the same parameters as if it had not stopped.
+    """
+    from tqdm import tqdm
+
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _check_config(config, workdir / "config.json")
+    spiece = _vocabulary(config, workdir / "spiece.model")
+    tokenizer = Tokenizer(spiece, config.encoder.n_positions)
+    optimizer = _optimizer(config)
+    state = _restored(_initial_state(config, optimizer), workdir / "state.safetensors")
+    train_step = jax.jit(_train_step(config, optimizer), donate_argnums=0)
+    step, last = int(state["step"]), min(config.steps, until or config.steps)
+    log = _Log(config, workdir, step)
+    bar = tqdm(
+        total=config.documents, initial=step * config.batch_size, unit="doc", desc="text encoder"
+    )
+    with bar:
+        for batch in _ahead(batches(config, tokenizer, step, last)):
+            state, loss = train_step(state, batch)
+            step += 1
+            log.add(loss)
+            bar.update(config.batch_size)
+            if step % config.log_every_steps == 0 or step == last:
+                bar.set_postfix(loss=f"{log.write(step):.4f}")
+            if step % config.save_every_steps == 0 or step == last:
+                _save(state, workdir / "state.safetensors")
+    if step == config.steps:
+        params = jax.device_get(state["params"]["encoder"])
+        write_folder(workdir / "text_encoder", config.encoder, params, spiece)
+
+
+def batches(
+    config: TextPretraining, tokenizer: Tokenizer, start: int, stop: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The corrupted documents of steps start to stop - 1: `inputs` [b, l] and `targets` [b, m].
+
+    Padded with PAD_ID. Documents of about the same length share a batch, which is cut to a few
+    standard widths: drawn in groups of _GROUP batches, sorted, and dealt out in random order.
+    """
+    for group in range(start // _GROUP, -(-stop // _GROUP)):
+        made = _group(config, tokenizer, group)
+        yield from made[max(start - group * _GROUP, 0) : stop - group * _GROUP]
+
+
+def document(config: TextPretraining, index: int, rng: np.random.Generator) -> str:
+    """Captions of scene number `index`, joined by " . "."""
+    n = 1
+    if config.paraphrases > 1 and rng.random() >= config.one_caption:
+        n = 2 + int(rng.random() * (config.paraphrases - 1))
+    scene = scene_at(config.seed, index, "train")
+    return " . ".join(c.text for c in captions(scene, rng, n))
+
+
+def span_corruption(
+    ids: Int[np.ndarray, " n"],
+    rng: np.random.Generator,
+    *,
+    corrupted: float,
+    mean_span: float,
+    first_sentinel: int,
+) -> tuple[Int[np.ndarray, " l"], Int[np.ndarray, " m"]]:
+    """Replace random spans by sentinels; return (what is left, the spans each after its sentinel).
+
+    About corrupted * n tokens are masked in spans of mean_span tokens on average, never adjacent.
+    Sentinels count down from first_sentinel. Splicing the spans back in place of their sentinels
+    gives `ids`. Unlike T5's own, spans may lie anywhere, also at the beginning.
+    """
+    n = len(ids)
+    masked = min(max(round(n * corrupted), 1), n - 1)
+    if masked < 1:
+        return ids, ids[:0]
+    spans = min(max(round(masked / mean_span), 1), n - masked + 1, SENTINELS)
+    lengths = 1 + _thrown(rng, masked - spans, spans)
+    gaps = _thrown(rng, n - masked - (spans - 1), spans + 1)
+    gaps[1:-1] += 1
+    starts = np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths
+    source, target, at = [], [], 0
+    for k, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        sentinel = [first_sentinel - k]
+        source += [ids[at:start], sentinel]
+        target += [sentinel, ids[start : start + length]]
+        at = start + length
+    source.append(ids[at:])
+    return np.concatenate(source).astype(ids.dtype), np.concatenate(target).astype(ids.dtype)
+
+
+def train_vocabulary(texts: Iterator[str], pieces: int) -> bytes:
+    """A SentencePiece unigram model with T5's ids: 0 padding, 1 end of sequence, 2 unknown, no beginning.
+
+    Letter case is folded. Characters that the texts do not have are spelled in bytes, so that no
+    two words become one. Deterministic.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts,
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=pieces,
+        pad_id=PAD_ID,
+        eos_id=EOS_ID,
+        unk_id=2,
+        bos_id=-1,
+        byte_fallback=True,
+        required_chars=string.ascii_lowercase + string.digits + string.punctuation,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc_cf",
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+State = dict[str, Any]
+
+_GROUP = 16  # batches
+_WIDTH = 16  # row widths are multiples of this: each width is one more compilation
+
+
+def _group(
+    config: TextPretraining, tokenizer: Tokenizer, group: int
+) -> list[dict[str, np.ndarray]]:
+    b = config.batch_size
+    pairs = []
+    for index in range(group * _GROUP * b, (group + 1) * _GROUP * b):
+        rng = generator(config.seed, index, "train", purpose=2)
+        ids = tokenizer.pieces(document(config, index, rng))[: config.document_length]
+        pairs.append(
+            span_corruption(
+                np.asarray(ids, np.int32),
+                rng,
+                corrupted=config.corrupted,
+                mean_span=config.mean_span,
+                first_sentinel=config.encoder.vocab_size - 1,
+            )
+        )
+    pairs.sort(key=lambda pair: len(pair[0]))
+    order = generator(config.seed, group, "train", purpose=4).permutation(_GROUP)
+    return [_padded(config, pairs[i * b : (i + 1) * b]) for i in order]
+
+
+def _padded(
+    config: TextPretraining, pairs: list[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    width = -(-(max(len(source) for source, _ in pairs) + 1) // _WIDTH) * _WIDTH
+    # Targets of documents of one length are equally long but for rounding.
+    spans = config.corrupted / config.mean_span
+    target_width = (
+        math.ceil(width * (config.corrupted + spans) / (1 - config.corrupted + spans)) + 4
+    )
+    inputs = np.full((len(pairs), width), PAD_ID, np.int32)
+    targets = np.full((len(pairs), target_width), PAD_ID, np.int32)
+    for row, (source, target) in enumerate(pairs):
+        inputs[row, : len(source) + 1] = [*source, EOS_ID]
+        target = target[: target_width - 1]
+        targets[row, : len(target) + 1] = [*target, EOS_ID]
+    return {"inputs": inputs, "targets": targets}
+
+
+def _thrown(rng: np.random.Generator, balls: int, bins: int) -> np.ndarray:
+    """How many of `balls` fall in each of `bins`, all outcomes (not all throws) equally likely."""
+    bars = np.sort(rng.choice(balls + bins - 1, bins - 1, replace=False))
+    return np.diff(bars, prepend=-1, append=balls + bins - 1) - 1
+
+
+def _vocabulary(config: TextPretraining, path: Path) -> bytes:
+    if not path.exists():
+        model = train_vocabulary(_vocabulary_texts(config), config.encoder.vocab_size - SENTINELS)
+        _write(path, model)
+    return path.read_bytes()
+
+
+def _vocabulary_texts(config: TextPretraining) -> Iterator[str]:
+    for index in range(config.vocabulary_captions):
+        rng = generator(config.seed, index, "train", purpose=3)
+        yield captions(scene_at(config.seed, index, "train"), rng, 1)[0].text
+    words = _COMMON_WORDS.split()
+    rng = np.random.Generator(np.random.PCG64(config.seed))
+    for _ in range(max(config.vocabulary_captions // 4, 50)):
+        yield " ".join(words[int(rng.random() * len(words))] for _ in range(10))
+
+
+def _initial_state(config: TextPretraining, optimizer: optax.GradientTransformation) -> State:
+    k_encoder, k_decoder = jax.random.split(jax.random.key(config.seed))
+    params = {
+        "encoder": nnx.to_pure_dict(nnx.state(T5EncoderModel(config.encoder, nnx.Rngs(k_encoder)))),
+        "decoder": nnx.to_pure_dict(nnx.state(T5Decoder(config.encoder, nnx.Rngs(k_decoder)))),
+    }
+    return {"params": params, "optimizer": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def _optimizer(config: TextPretraining) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, min(config.warmup_steps, config.steps // 2), config.steps
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay),
+    )
+
+
+def _train_step(
+    config: TextPretraining, optimizer: optax.GradientTransformation
+) -> Callable[[State, dict[str, Array]], tuple[State, Array]]:
+    predict = _logits(config.encoder)
+
+    def loss_of(params, batch):
+        targets, mask = batch["targets"], batch["targets"] != PAD_ID
+        losses = optax.softmax_cross_entropy_with_integer_labels(predict(params, batch), targets)
+        return jnp.sum(losses * mask) / jnp.sum(mask)
+
+    def train_step(state, batch):
+        loss, gradients = jax.value_and_grad(loss_of)(state["params"], batch)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "optimizer": optimizer_state, "step": state["step"] + 1}, loss
+
+    return train_step
+
+
+def _logits(config: T5Config) -> Callable[[dict, dict[str, Array]], Float[Array, "b m v"]]:
+    """(params, batch) -> logits of every target given the ones before it."""
+    encoder_def = nnx.graphdef(nnx.eval_shape(lambda: T5EncoderModel(config, nnx.Rngs(0))))
+    decoder_def = nnx.graphdef(nnx.eval_shape(lambda: T5Decoder(config, nnx.Rngs(0))))
+
+    def predict(params, batch):
+        encoder = nnx.merge(encoder_def, params["encoder"])
+        decoder = nnx.merge(decoder_def, params["decoder"])
+        inputs, targets = batch["inputs"], batch["targets"]
+        mask = inputs != PAD_ID
+        shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+        return decoder(encoder.shared[...][shifted], encoder(inputs, mask), mask)
+
+    return predict
+
+
+def _check_config(config: TextPretraining, path: Path) -> None:
+    """Refuse to continue another run's folder; remember the config in a new one."""
+    current = to_json(config)
+    if not path.exists():
+        _write(path, json.dumps(current, indent=2).encode())
+    elif (saved := json.loads(path.read_text())) != current:
+        differing = sorted(k for k in current if saved.get(k) != current[k])
+        raise UserError(
+            f"{path.parent}: holds a run with another config ({', '.join(differing)}); use that one, or a new "
+            "--workdir"
+        )
+
+
+def _save(state: State, path: Path) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    _write(
+        path, safetensors.numpy.save({jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves})
+    )
+
+
+def _restored(state: State, path: Path) -> State:
+    """The saved state, in the structure of `state`; `state` itself when there is none."""
+    if not path.exists():
+        return state
+    saved = safetensors.numpy.load_file(path)
+    return jax.tree_util.tree_map_with_path(
+        lambda k, _: jnp.asarray(saved[jax.tree_util.keystr(k)]), state
+    )
+
+
+def _write(path: Path, contents: bytes) -> None:
+    """All or nothing: an interrupted run leaves the old file."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(contents)
+    os.replace(part, path)
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, each made in the background while the one before is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        item = pool.submit(next, items, end)
+        while (current := item.result()) is not end:
+            item = pool.submit(next, items, end)
+            yield current
+
+
+class _Log:
+    """metrics.jsonl and loss.png; rows after `step`, of a run that was cut off, are dropped."""
+
+    def __init__(self, config: TextPretraining, workdir: Path, step: int):
+        self._config, self._since, self._pending = config, (time.perf_counter(), step), []
+        self._path, self._plot = workdir / "metrics.jsonl", workdir / "loss.png"
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._rows = [row for line in lines if (row := json.loads(line))["step"] <= step]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+
+    def add(self, loss: Array) -> None:
+        self._pending.append(loss)
+
+    def write(self, step: int) -> float:
+        loss, self._pending = float(np.mean(jax.device_get(self._pending))), []
+        if not np.isfinite(loss):
+            raise UserError(
+                f"training diverged: the loss is {loss} at step {step}; lower learning_rate"
+            )
+        now, (then, before) = time.perf_counter(), self._since
+        self._since = (now, step)
+        rate = (step - before) * self._config.batch_size / (now - then)
+        self._rows.append({"step": step, "loss": loss, "documents_per_second": round(rate, 1)})
+        with self._path.open("a") as f:
+            f.write(json.dumps(self._rows[-1]) + "\n")
+        self._draw()
+        return loss
+
+    def _draw(self) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([r["step"] for r in self._rows], [r["loss"] for r in self._rows])
+        axes.set(xlabel="steps", ylabel="cross-entropy of masked tokens (nats)", yscale="log")
+        axes.grid(alpha=0.3)
+        figure.savefig(self._plot, dpi=120)
+
+
+# Words that captions lack and prompts may have: the vocabulary gets pieces for them.
+_COMMON_WORDS = """
+a an the this that these those some any no not and or but with without of in on at by to from for near far
+over under above below beside behind before after between among around across through into onto out up down
+off left right top bottom middle center centre front back corner edge side inside outside next facing toward
+i you he she it we they his her its their my your our who what where when why how which all each every both
+few many much more most other another same different such only very too so as than like just also again
+one two three four five six seven eight nine ten hundred thousand first second third last half double single pair
+is are was were be been being has have had do does did can could will would should may might must
+make makes made draw drawn paint painted painting show shows showing stand stands standing sit sits sitting
+lie lies lying run runs running walk walking fly flies flying jump jumping swim swimming ride riding hold holding
+wear wearing eat eating drink drinking play playing look looking sleep sleeping smile smiling dance dancing sing
+hang hanging float floating fall falling rise rising glow glowing burn burning open closed broken empty full
+picture photo photograph image drawing sketch art illustration poster portrait logo icon symbol sign pattern
+style watercolor oil pencil ink pixel cartoon realistic abstract modern vintage minimal detailed simple
+red orange yellow lime green cyan blue purple pink brown black white gray grey navy mint lavender gold golden
+silver bronze teal turquoise violet magenta maroon beige ivory crimson scarlet indigo olive tan peach coral
+dark light bright pale deep vivid soft pastel neon colorful colored transparent shiny matte warm cool
+circle square triangle star ring cross heart diamond shape shapes line lines dot dots stripe stripes striped
+dotted checkered check checks plain spot spots spotted round oval rectangle pentagon hexagon cube sphere ball
+cone cylinder pyramid disc disk box block arrow spiral wave curve grid plus
+big small large little tiny huge tall short long wide narrow thin thick fat high low flat giant medium size
+new old young good bad beautiful pretty cute happy sad angry scary funny strange fast slow hot cold wet dry
+clean dirty heavy soft hard smooth rough sharp sweet fresh wild quiet loud rich poor
+man woman boy girl child baby people person king queen doctor soldier astronaut robot monster ghost witch
+face head hair eye eyes ear nose mouth hand arm leg foot body
+cat dog horse cow pig sheep goat bird fish duck chicken rabbit mouse bear lion tiger elephant monkey fox wolf
+deer frog snake turtle owl eagle penguin whale shark dolphin bee butterfly spider ant dragon dinosaur panda
+tree flower rose grass leaf leaves plant forest garden park field mountain hill river lake sea ocean beach
+island desert cave rock stone sand snow ice rain cloud clouds sky sun moon star stars night day morning evening
+sunset sunrise storm wind fire water smoke light shadow rainbow space planet earth world galaxy
+house home building castle tower bridge road street city town village church school shop market farm room
+kitchen bed table chair desk door window wall floor roof stairs lamp clock mirror
+car truck bus train bicycle bike boat ship plane airplane rocket wheel
+apple banana orange lemon grape cherry strawberry bread cake pizza cheese egg coffee tea cup glass bottle plate
+bowl spoon fork knife book paper pen pencil phone computer camera guitar piano drum hat shirt dress shoe shoes
+coat bag umbrella glasses crown sword shield flag balloon kite toy gift candle key
+wood wooden metal steel iron brick plastic paper leather fabric
+background foreground surface scene view object objects thing things color colors colour colours
+"""

@@ -1,0 +1,450 @@
+"""Training of one stage: configuration, state, one step, and the loop.
+
+    dataset -> data -> stage.loss -> train_step -> checkpoint
+
+A run lives in one folder. The same command starts it and, when the folder holds a checkpoint,
+continues it with the numbers it would have had: parameters, optimizer, EMA, the place in the data
+and the random keys (all folded from seed and step) are restored. Progress is counted in images.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from cascade import images, sharding
+from cascade.checkpoint import Checkpoints
+from cascade.config import to_json
+from cascade.data import FolderData, ScenesData, TFDSData, batches
+from cascade.errors import UserError
+from cascade.models import Conditioning
+from cascade.stage import Stage, StageConfig
+from cascade.text import T5Encoder, Tokens
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The update rule and its learning rate over the run.
+
+    The rate rises linearly over warmup_images, stays, and falls linearly to zero over the last
+    cooldown_images. clip: largest global gradient norm. weight_decay: of adamw, on matrices and
+    convolutions only. b2, eps: Adam's. Adafactor is optax's default, whose rate is relative to each
+    parameter's size (the base model of Saharia et al. 2022).
+    """
+
+    name: Literal["adamw", "adam", "adafactor"] = "adam"
+    learning_rate: float = 1e-4
+    warmup_images: int = 0
+    cooldown_images: int = 0
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run's result.
+
+    images: training examples in all, repetitions counted. batch_size: examples a step, over all
+    devices and microbatches. microbatches: gradients of equal parts of the batch are averaged, for
+    less memory. crop: side in pixels of the aligned crops a super-resolution stage trains on; None
+    is the whole picture. ema_decay: per step, reached gradually as (1 + step) / (10 + step).
+    workers: processes that prepare data; 0 uses threads of this one. preview_prompts: drawn with
+    the EMA weights every preview_every_images (0: never). keep: newest checkpoints kept.
+    """
+
+    stage: StageConfig
+    data: ScenesData | TFDSData | FolderData = field(default_factory=ScenesData)
+    text_encoder: str = "scenes"
+    images: int
+    batch_size: int
+    microbatches: int = 1
+    crop: int | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    ema_decay: float = 0.9999
+    mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
+    seed: int = 0
+    workers: int = 0
+    log_every_images: int = 10_000
+    save_every_images: int = 100_000
+    preview_every_images: int = 100_000
+    preview_prompts: tuple[str, ...] = ()
+    keep: int = 3
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.batch_size % self.microbatches:
+            raise ValueError(
+                f"TrainConfig.batch_size must be a multiple of microbatches={self.microbatches}, "
+                f"got {self.batch_size}"
+            )
+        low, crop = self.stage.lowres_resolution, self.crop
+        if crop is not None:
+            if low is None:
+                raise ValueError("TrainConfig.crop is for super-resolution stages only")
+            factor = self.stage.resolution // low
+            if crop % factor or not 0 < crop <= self.stage.resolution:
+                raise ValueError(
+                    f"TrainConfig.crop must be a multiple of the upsampling factor {factor} and at "
+                    f"most {self.stage.resolution}, got {crop}"
+                )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run, the last one completing `images`."""
+        return -(-self.images // self.batch_size)
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The optax chain of a run: clip by global norm, the rule, the rate by step."""
+    o, rate = config.optimizer, functools.partial(learning_rate, config)
+    if o.name == "adafactor":
+        rule = optax.adafactor(rate)
+    elif o.name == "adam":
+        rule = optax.adam(rate, b1=o.b1, b2=o.b2, eps=o.eps)
+    else:
+        rule = optax.adamw(
+            rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=_has_fan_in
+        )
+    return optax.chain(optax.clip_by_global_norm(o.clip), rule)
+
+
+def learning_rate(config: TrainConfig, step: jax.Array | int) -> jax.Array:
+    """The rate of the step with this number, counted from 0."""
+    o, b = config.optimizer, config.batch_size
+    up = (step + 1) / max(1, o.warmup_images // b)
+    down = (config.steps - step) / max(1, o.cooldown_images // b)
+    return o.learning_rate * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
+
+
+def init_state(stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """{train: {params, opt_state, step}, ema}: all that changes while training."""
+    params = stage.init(key)
+    return {
+        "train": {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)},
+        "ema": jax.tree.map(jnp.copy, params),
+    }
+
+
+def make_train_step(
+    config: TrainConfig, stage: Stage, optimizer: optax.GradientTransformation
+) -> Callable[[State, dict[str, Any]], tuple[State, dict[str, jax.Array]]]:
+    """A pure (state, batch) -> (state, metrics); jit it with the state's shardings, state donated.
+
+    batch: what Stage.loss takes. Randomness comes from the config's seed and state's step alone.
+    """
+
+    def loss_and_grads(params, batch, key):
+        (_, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, batch, key)
+        return metrics, grads
+
+    def accumulated(params, batch, key):
+        """Mean over microbatches, one after the other."""
+        n = config.microbatches
+        parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+        shapes = jax.eval_shape(loss_and_grads, params, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, loss_and_grads(params, *part)), None
+
+        total, _ = jax.lax.scan(add, zeros, (parts, keys))
+        return jax.tree.map(lambda x: x / n, total)
+
+    def train_step(state, batch):
+        train, ema = state["train"], state["ema"]
+        key = jax.random.fold_in(jax.random.key(config.seed), train["step"])
+        compute = accumulated if config.microbatches > 1 else loss_and_grads
+        metrics, grads = compute(train["params"], batch, key)
+        updates, opt_state = optimizer.update(grads, train["opt_state"], train["params"])
+        params = optax.apply_updates(train["params"], updates)
+        step = train["step"] + 1
+        decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+        }
+        return {
+            "train": {"params": params, "opt_state": opt_state, "step": step},
+            "ema": ema,
+        }, metrics
+
+    return train_step
+
+
+def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> None:
+    """Train in `workdir`, from its newest checkpoint if it has one; returns when done.
+
+    until: stop (with a checkpoint) after this many images instead of config.images. SIGTERM and
+    Ctrl-C save a checkpoint and return too.
+    """
+    from tqdm import tqdm
+
+    mesh = sharding.make_mesh(config.mesh)
+    _check_batch(config, mesh)
+    stage, optimizer = Stage(config.stage), make_optimizer(config)
+    encoder = T5Encoder.load(config.text_encoder)
+    _check_text_width(config.stage, encoder)
+    data = batches(
+        config.data,
+        resolution=config.stage.resolution,
+        lowres_resolution=config.stage.lowres_resolution,
+        crop=config.crop,
+        batch_size=config.batch_size // jax.process_count(),
+        seed=config.seed,
+        tokenizer=encoder.tokenize,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.workers,
+    )
+    checkpoints = Checkpoints(workdir, keep=config.keep)
+    state, placement = _initial_state(config, stage, optimizer, mesh, checkpoints, data)
+    step = int(state["train"]["step"])
+    last = config.steps if until is None else min(config.steps, -(-until // config.batch_size))
+    train_step = jax.jit(
+        make_train_step(config, stage, optimizer),
+        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        out_shardings=(placement, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    log = _Log(workdir, config, step)
+    stop = _StopSignal()
+    bar = tqdm(
+        total=config.images,
+        initial=min(step * config.batch_size, config.images),
+        unit="img",
+        desc=config.stage.name,
+        smoothing=0.05,
+        dynamic_ncols=True,
+        disable=jax.process_index() != 0,
+    )
+    with bar, stop:
+        while step < last and not stop.asked:
+            batch = next(data)
+            batch = _with_text(sharding.shard_batch(batch, mesh), encoder)
+            state, metrics = train_step(state, batch)
+            step += 1
+            bar.update(min(config.batch_size, config.images - (step - 1) * config.batch_size))
+            log.add(metrics)
+            ends = step == last or stop.asked
+            if ends or _due(step, config.log_every_images, config):
+                bar.set_postfix(loss=f"{log.write(step)['loss']:.4f}")
+            if ends or _due(step, config.save_every_images, config):
+                checkpoints.save(step, **state, config=to_json(config), data=_data_state(data))
+            if config.preview_every_images and (
+                step == last or _due(step, config.preview_every_images, config)
+            ):
+                _preview(config, stage, state["ema"], encoder, batch, workdir, step)
+    checkpoints.close()
+    log.close()
+
+
+def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[State, Any]:
+    key = jax.random.key(config.seed)
+    abstract = jax.eval_shape(lambda k: init_state(stage, optimizer, k), key)
+    placement = sharding.shardings(abstract, mesh)
+    if not checkpoints.steps():
+        init = jax.jit(lambda k: init_state(stage, optimizer, k), out_shardings=placement)
+        return init(key), placement
+    saved = checkpoints.read_config()
+    if saved["stage"] != to_json(config.stage):
+        raise UserError(
+            f"{checkpoints.directory.parent}: holds a run of another stage config "
+            f"({_difference(saved['stage'], to_json(config.stage))}); use its config or a new folder"
+        )
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
+    )
+    _, train_state, ema, data_state = checkpoints.restore(**target)
+    _set_data_state(data, data_state)
+    return {"train": train_state, "ema": ema}, placement
+
+
+def _with_text(batch: dict[str, Any], encoder: T5Encoder) -> dict[str, Any]:
+    batch = dict(batch)
+    text = encoder.embed(Tokens(ids=batch.pop("tokens"), mask=batch.pop("token_mask")))
+    return batch | {"text": text.values, "text_mask": text.mask}
+
+
+def _due(step: int, every_images: int, config: TrainConfig) -> bool:
+    """Whether this step passed a multiple of `every_images`."""
+    b = config.batch_size
+    return step * b // every_images > (step - 1) * b // every_images
+
+
+def _preview(config, stage, ema, encoder, batch, workdir, step) -> None:
+    """Write previews/IMAGES.png: drawn from the prompts (base), or low | drawn | true rows (SR)."""
+    settings = config.stage.sampling
+    params = jax.tree.map(np.asarray, ema)
+    if config.stage.lowres_resolution is None:
+        if not config.preview_prompts:
+            return
+        text = encoder(list(config.preview_prompts))
+        cond = Conditioning(text=text.values, text_mask=text.mask)
+        keys = jax.vmap(jax.random.key)(jnp.arange(len(config.preview_prompts)))
+        rows = images.to_uint8(stage.sample(params, cond, keys, settings=settings))
+        picture = images.grid(rows)
+    else:
+        n = min(4, config.batch_size)
+        batch = {k: np.asarray(v)[:n] for k, v in batch.items()}
+        cond = Conditioning(text=batch["text"], text_mask=batch["text_mask"])
+        keys = jax.vmap(jax.random.key)(jnp.arange(n))
+        low = images.to_float(batch["lowres"])
+        side = batch["image"].shape[1]
+        drawn = stage.sample(params, cond, keys, settings=settings, lowres=low, size=side)
+        shown = images.to_uint8(images.upsample(low, (side, side)))
+        columns = zip(shown, images.to_uint8(drawn), batch["image"], strict=True)
+        picture = images.grid([image for row in columns for image in row], columns=3)
+    folder = workdir / "previews"
+    folder.mkdir(exist_ok=True)
+    images.save_png(folder / f"{step * config.batch_size:010d}.png", picture)
+
+
+class _Log:
+    """metrics.jsonl, TensorBoard and loss.png. Rows past the resumed step are dropped first."""
+
+    def __init__(self, workdir: Path, config: TrainConfig, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._config, self._pending, self._since = config, [], (time.perf_counter(), step)
+        self._path, self._plot = workdir / "metrics.jsonl", workdir / "loss.png"
+        self._on = jax.process_index() == 0
+        if not self._on:
+            return
+        rows = self._path.read_text().splitlines() if self._path.exists() else []
+        self._rows = [row for row in map(_parsed, rows) if row and row["step"] <= step]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append(metrics)
+
+    def write(self, step: int) -> dict[str, float]:
+        """The means of what was added since the last call. UserError if the loss is not finite."""
+        pending, self._pending = jax.device_get(self._pending), []
+        mean = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
+        now, (then, before) = time.perf_counter(), self._since
+        self._since = (now, step)
+        images_seen = step * self._config.batch_size
+        rate = (step - before) * self._config.batch_size / (now - then)
+        row = {"step": step, "images": images_seen, **mean, "images_per_second": round(rate, 2)}
+        if not np.isfinite(mean["loss"]):
+            raise UserError(
+                f"training diverged: the loss is {mean['loss']} by image {images_seen}; the last "
+                "checkpoint is kept; lower optimizer.learning_rate or optimizer.clip and run again"
+            )
+        if self._on:
+            self._rows.append(row)
+            with self._path.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            for k, v in row.items():
+                self._tensorboard.add_scalar(k, v, step)
+            _plot_loss(self._rows, self._plot, self._config.stage.name)
+        return row
+
+    def close(self) -> None:
+        if self._on:
+            self._tensorboard.close()
+
+
+def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["images"] for r in rows], [r["loss"] for r in rows])
+    axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+class _StopSignal:
+    """While entered, the first SIGTERM or SIGINT sets `asked`; a second one acts as usual."""
+
+    def __init__(self):
+        self.asked = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for s in (signal.SIGTERM, signal.SIGINT):
+                self._old[s] = signal.signal(s, self._ask)
+        return self
+
+    def __exit__(self, *error):
+        for s, old in self._old.items():
+            signal.signal(s, old)
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, self._old[number])
+
+
+def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    micro = config.batch_size // config.microbatches
+    if micro % mesh.size:
+        raise UserError(
+            f"batch_size={config.batch_size} / microbatches={config.microbatches} = {micro} "
+            f"must be a multiple of the mesh's {mesh.size} devices"
+        )
+
+
+def _check_text_width(stage: StageConfig, encoder: T5Encoder) -> None:
+    if stage.network.text_width not in (0, encoder.width):
+        raise UserError(
+            f"stage.network.text_width={stage.network.text_width} does not fit the text encoder, "
+            f"whose embeddings are {encoder.width} wide"
+        )
+
+
+def _has_fan_in(params: Any) -> Any:
+    """Weight decay is for matrices and convolutions, not for biases and norms."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _difference(a: Any, b: Any, where: str = "stage") -> str:
+    """The first place where two JSON values differ, for an error message."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            if a.get(key) != b.get(key):
+                return _difference(a.get(key), b.get(key), f"{where}.{key}")
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            if x != y:
+                return _difference(x, y, f"{where}.{i}")
+    return f"{where}: {a} there, {b} here"
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # the line a killed run was writing
+        return None
+
+
+def _data_state(data: Iterator[Any]) -> Any:
+    state = data.get_state()
+    return json.loads(state.decode()) if isinstance(state, bytes) else state
+
+
+def _set_data_state(data: Iterator[Any], state: Any) -> None:
+    data.set_state(state)

@@ -1,0 +1,82 @@
+"""`cascade train CONFIG --workdir DIR [overrides]`: start a run, or continue it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cascade import config
+from cascade.errors import UserError
+
+USAGE = """usage: cascade train CONFIG --workdir DIR [--FIELD VALUE ...]
+
+Train one stage of a cascade, or a text encoder, as the config file says.
+
+  CONFIG         a Python file with a function config(), such as configs/tiny/base16.py
+  --workdir DIR  the run's folder: checkpoints, metrics.jsonl, tensorboard/, previews/, loss.png.
+                 If it holds a checkpoint, the run continues from there.
+  --until N      stop, with a checkpoint, after N images in all
+  --FIELD VALUE  override a field of the config
+
+`cascade train CONFIG --help` lists the config's fields with their values."""
+
+
+def main(argv: Sequence[str]) -> None:
+    argv = list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    path, rest = argv[0], argv[1:]
+    if path.startswith("-"):
+        raise UserError(
+            f"the first word must be a config file, got {path}; see cascade train --help"
+        )
+    defaults = config.load(path)
+    workdir, rest = _take(rest, "--workdir")
+    until, rest = _take(rest, "--until")
+    from cascade.text_pretraining import TextPretraining, pretrain
+    from cascade.train import TrainConfig, train
+
+    if not isinstance(defaults, (TrainConfig, TextPretraining)):
+        raise UserError(f"config {path}: config() must return a TrainConfig or a TextPretraining")
+    settings = config.parse(type(defaults), rest, default=defaults, prog=f"cascade train {path}")
+    folder = _workdir(workdir)
+    if isinstance(settings, TextPretraining):
+        pretrain(settings, folder)
+    else:
+        train(settings, folder, until=_images(until))
+    print(f"done: {folder}", file=sys.stderr)
+
+
+def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Cut `flag VALUE` or `flag=VALUE` out of the words."""
+    for i, word in enumerate(words):
+        if word == flag:
+            if i + 1 == len(words):
+                raise UserError(f"{flag} needs a value")
+            return words[i + 1], words[:i] + words[i + 2 :]
+        if word.startswith(flag + "="):
+            return word.partition("=")[2], words[:i] + words[i + 1 :]
+    return None, words
+
+
+def _workdir(name: str | None) -> Path:
+    if name is None:
+        raise UserError("--workdir DIR is missing: the folder of the run")
+    folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir {folder}: is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir {folder}: {e.strerror}") from None
+    return folder
+
+
+def _images(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdigit():
+        raise UserError(f"--until must be a number of images, got {text}")
+    return int(text)

@@ -1,0 +1,50 @@
+"""The shipped cascade's second super-resolution model: text and 256 px -> 1024 px.
+
+    cascade train configs/scenes/sr1024.py --workdir runs/sr1024
+
+Trained on crops and without self-attention, so that it draws pictures larger than it saw.
+"""
+
+from cascade.data import ScenesData
+from cascade.diffusion.loss import Loss
+from cascade.diffusion.process import Cosine, resolution_shift
+from cascade.models import EfficientLevel, EfficientUNetConfig
+from cascade.stage import Sampling, StageConfig
+from cascade.train import Optimizer, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        stage=StageConfig(
+            name="sr1024",
+            resolution=1024,
+            lowres_resolution=256,
+            network=EfficientUNetConfig(
+                patch=8,
+                lowres=True,
+                levels=(
+                    EfficientLevel(width=64, blocks=1, stride=1),
+                    EfficientLevel(width=96, blocks=1),
+                    EfficientLevel(width=128, blocks=1, text_attention=True),
+                ),
+                head_width=64,
+                text_width=128,
+                emb_width=256,
+            ),
+            schedule=Cosine(shift=resolution_shift(1024, reference=64)),
+            # 8x8x3 values a patch do not pass through 64 channels; the picture under them does.
+            prediction="x0",
+            loss=Loss(space="x0"),
+            sampling=Sampling(steps=4, guidance=1.0, aug_level=0.05),
+        ),
+        data=ScenesData(split="train"),
+        crop=256,
+        images=100_000,
+        batch_size=8,
+        optimizer=Optimizer(
+            learning_rate=6e-4, warmup_images=4_000, cooldown_images=30_000, b2=0.99
+        ),
+        ema_decay=0.9995,
+        save_every_images=5_000,
+        preview_every_images=5_000,
+    )

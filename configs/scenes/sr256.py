@@ -1,0 +1,47 @@
+"""The shipped cascade's first super-resolution model: text and 64 px -> 256 px.
+
+cascade train configs/scenes/sr256.py --workdir runs/sr256
+"""
+
+from cascade.data import ScenesData
+from cascade.diffusion.loss import Loss
+from cascade.diffusion.process import Cosine, resolution_shift
+from cascade.models import EfficientLevel, EfficientUNetConfig
+from cascade.stage import Sampling, StageConfig
+from cascade.train import Optimizer, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        stage=StageConfig(
+            name="sr256",
+            resolution=256,
+            lowres_resolution=64,
+            network=EfficientUNetConfig(
+                patch=4,
+                lowres=True,
+                levels=(
+                    EfficientLevel(width=64, blocks=1, stride=1),
+                    EfficientLevel(width=96, blocks=2),
+                    EfficientLevel(width=128, blocks=2, text_attention=True),
+                ),
+                head_width=64,
+                text_width=128,
+                emb_width=256,
+            ),
+            schedule=Cosine(shift=resolution_shift(256, reference=64)),
+            prediction="v",
+            loss=Loss(space="v"),
+            sampling=Sampling(steps=8, guidance=1.0, aug_level=0.1),
+        ),
+        data=ScenesData(split="train"),
+        crop=128,
+        images=300_000,
+        batch_size=16,
+        optimizer=Optimizer(
+            learning_rate=6e-4, warmup_images=8_000, cooldown_images=60_000, b2=0.99
+        ),
+        ema_decay=0.9995,
+        save_every_images=10_000,
+        preview_every_images=10_000,
+    )

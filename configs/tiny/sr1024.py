@@ -1,0 +1,43 @@
+"""A super-resolution model small enough to learn while one watches: 256 px -> 1024 px.
+
+cascade train configs/tiny/sr1024.py --workdir runs/tiny/sr1024
+"""
+
+from cascade.data import ScenesData
+from cascade.diffusion.process import Cosine, resolution_shift
+from cascade.models import EfficientLevel, EfficientUNetConfig
+from cascade.stage import Sampling, StageConfig
+from cascade.train import Optimizer, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        stage=StageConfig(
+            name="sr1024",
+            resolution=1024,
+            lowres_resolution=256,
+            network=EfficientUNetConfig(
+                patch=8,
+                lowres=True,
+                levels=(
+                    EfficientLevel(width=64, blocks=1, stride=1),
+                    EfficientLevel(width=64, blocks=1, text_attention=True),
+                ),
+                head_width=32,
+                text_width=128,
+                emb_width=128,
+            ),
+            schedule=Cosine(shift=resolution_shift(1024)),
+            prediction="x0",
+            sampling=Sampling(steps=3, guidance=1.0, aug_level=0.1),
+        ),
+        data=ScenesData(split="train"),
+        crop=128,
+        images=6_000,
+        batch_size=16,
+        optimizer=Optimizer(learning_rate=2e-3, warmup_images=500, cooldown_images=2_000, b2=0.99),
+        ema_decay=0.99,
+        log_every_images=320,
+        save_every_images=2_000,
+        preview_every_images=2_000,
+    )

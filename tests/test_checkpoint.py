@@ -1,0 +1,118 @@
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cascade import checkpoint
+from cascade.checkpoint import Checkpoints, WholeFolder
+from cascade.errors import UserError
+from cascade.sharding import MeshConfig, make_mesh
+
+
+def abstract(tree, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def saved(workdir, steps=(1, 2)):
+    """Checkpoints whose weights equal their step."""
+    checkpoints = Checkpoints(workdir)
+    for step in steps:
+        tree = {"w": jnp.full((8, 8), float(step)), "n": jnp.int32(step)}
+        checkpoints.save(step, train=tree, ema=tree, config={"step": step}, data={"at": step})
+    checkpoints.close()
+    return tree
+
+
+def test_a_checkpoint_returns_on_another_mesh(tmp_path):
+    tree = saved(tmp_path)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    target = abstract({"w": tree["w"]}, NamedSharding(mesh, PartitionSpec("fsdp")))
+    target["n"] = abstract(tree["n"], NamedSharding(mesh, PartitionSpec()))
+    step, train, ema, data = Checkpoints(tmp_path).restore(train=target, ema=target)
+    assert (step, data, int(train["n"])) == (2, {"at": 2}, 2)
+    assert np.array_equal(ema["w"], np.full((8, 8), 2.0))
+    assert train["w"].sharding.spec == PartitionSpec("fsdp")
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, train={"w": jnp.ones(2)}, ema={"w": jnp.ones(2)}, config={}, data={})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).steps() == [2, 3]
+
+
+def damage(folder):
+    """Cut every large file of a checkpoint in half, as a full disk would."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 0:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    tree = saved(tmp_path)
+    damage(tmp_path / "checkpoints" / "2")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        step, _, ema, _ = Checkpoints(tmp_path).restore(train=abstract(tree), ema=abstract(tree))
+    assert step == 1 and float(ema["w"][0, 0]) == 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_readable_checkpoint_is_an_error_that_names_the_folder(tmp_path):
+    saved(tmp_path, steps=(1,))
+    damage(tmp_path / "checkpoints" / "1")
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        Checkpoints(tmp_path).restore_ema()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 0), ("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_safetensors_round_trip(tmp_path, dtype, tolerance):
+    params = {"levels": {"0": {"kernel": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}}}
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_safetensors(path, params, dtype=dtype)
+    back = checkpoint.load_safetensors(path, abstract(params))
+    got = back["levels"]["0"]["kernel"]
+    assert got.dtype == np.float32
+    assert np.abs(got - params["levels"]["0"]["kernel"]).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    "expected,message",
+    [
+        ({"a": (2,), "b": (1,)}, "missing b"),
+        ({}, "left over a"),
+        ({"a": (3,)}, r"a has shape \(2,\), expected \(3,\)"),
+    ],
+)
+def test_loading_is_total(tmp_path, expected, message):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_safetensors(path, {"a": np.zeros(2, np.float32)})
+    shapes = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in expected.items()}
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_safetensors(path, shapes)
+
+
+def test_a_truncated_weights_file_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_safetensors(path, {"a": np.zeros(200, np.float32)})
+    os.truncate(path, 100)
+    with pytest.raises(UserError, match="damaged or not a safetensors file"):
+        checkpoint.load_safetensors(path, {"a": jax.ShapeDtypeStruct((200,), jnp.float32)})
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), WholeFolder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with WholeFolder(tmp_path / "out") as folder:
+        (folder / "all").write_text(json.dumps({}))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["all"]
+    with pytest.raises(UserError, match="exists already"), WholeFolder(tmp_path / "out"):
+        pass
+    shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,136 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascade.diffusion.denoise import (
+    Threshold,
+    dynamic_threshold,
+    guide,
+    guided,
+    static_threshold,
+    thresholded,
+)
+from cascade.diffusion.process import from_x0, to_x0
+
+SHAPES = [(2, 5), (2, 8, 8, 3), (2, 4, 8, 8, 3)]
+
+
+def normal(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_guidance_goes_from_unconditional_through_conditional_and_beyond(shape):
+    cond, uncond = normal(0, shape), normal(1, shape)
+    np.testing.assert_allclose(guide(cond, uncond, 0.0), uncond)
+    np.testing.assert_allclose(guide(cond, uncond, jnp.float32(1)), cond, atol=1e-6)
+    np.testing.assert_allclose(guide(cond, uncond, 4.0), 4 * cond - 3 * uncond, atol=1e-5)
+
+
+def test_guidance_weight_may_differ_between_examples():
+    cond, uncond = normal(0, (3, 4, 4, 3)), normal(1, (3, 4, 4, 3))
+    out = guide(cond, uncond, jnp.array([0.0, 1.0, 3.0]))
+    for example, w in enumerate([0.0, 1.0, 3.0]):
+        alone = guide(cond[example : example + 1], uncond[example : example + 1], w)
+        np.testing.assert_allclose(out[example], alone[0], atol=1e-6)
+
+
+def test_guidance_weight_one_never_evaluates_the_unconditional():
+    def never(x_t, logsnr):
+        raise AssertionError("evaluated")
+
+    denoiser = guided(lambda x_t, logsnr: 2 * x_t, never, 1.0)
+    np.testing.assert_array_equal(denoiser(jnp.ones((2, 3)), jnp.zeros(2)), 2 * np.ones((2, 3)))
+    with pytest.raises(AssertionError, match="evaluated"):
+        guided(lambda x_t, logsnr: 2 * x_t, never, 1.5)(jnp.ones((2, 3)), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_guiding_in_the_networks_space_is_guiding_x0(kind):
+    cond, uncond, x_t = normal(0, (2, 6)), normal(1, (2, 6)), normal(2, (2, 6))
+    logsnr = jnp.array([-2.0, 1.0])
+    mixed = guide(cond, uncond, 5.0)
+    in_x0 = guide(to_x0(cond, kind, x_t, logsnr), to_x0(uncond, kind, x_t, logsnr), 5.0)
+    np.testing.assert_allclose(in_x0, to_x0(mixed, kind, x_t, logsnr), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(from_x0(in_x0, kind, x_t, logsnr), mixed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("percentile", [0.9, 0.995])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 20, 20, 3)])
+def test_dynamic_threshold_is_numpys_percentile_of_each_example(shape, percentile):
+    x0 = 3 * normal(0, shape) * jnp.linspace(0.2, 2, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    out = dynamic_threshold(x0, percentile)
+    for image, result in zip(np.asarray(x0, np.float64), out, strict=True):
+        s = max(np.percentile(np.abs(image), 100 * percentile), 1)
+        np.testing.assert_allclose(result, np.clip(image, -s, s) / s, atol=1e-5)
+
+
+def test_the_default_percentile_leaves_out_one_value_in_two_hundred():
+    # 10000 values of .5, and outliers of 8: 0.4 % of them are clipped away, 0.6 % set the scale.
+    few = jnp.full((1, 10000), 0.5).at[0, :40].set(8.0)
+    many = jnp.full((1, 10000), 0.5).at[0, :60].set(8.0)
+    out = Threshold()(jnp.concatenate([few, many]))
+    np.testing.assert_allclose(out[0, -1], 0.5)
+    np.testing.assert_allclose(out[1, -1], 0.5 / 8)
+    np.testing.assert_allclose(out[:, 0], 1.0)
+
+
+def test_dynamic_threshold_leaves_images_in_range_alone():
+    x0 = jnp.tanh(normal(0, (2, 8, 8, 3)))
+    np.testing.assert_array_equal(dynamic_threshold(x0), x0)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_thresholding_is_idempotent_and_stays_in_range(kind):
+    once = Threshold(kind=kind)(4 * normal(0, (2, 8, 8, 3)))
+    assert float(jnp.max(jnp.abs(once))) == 1.0
+    np.testing.assert_array_equal(Threshold(kind=kind)(once), once)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_thresholding_one_example_does_not_touch_another(kind):
+    x0 = 2 * normal(0, (2, 8, 8, 3))
+    changed = x0.at[1].multiply(100.0)
+    out, out_changed = Threshold(kind=kind)(x0), Threshold(kind=kind)(changed)
+    np.testing.assert_array_equal(out[0], out_changed[0])
+    assert not np.array_equal(out[1], out_changed[1])
+
+
+def test_cap_bounds_the_rescaling():
+    x0 = 10 * normal(0, (2, 8, 8, 3))
+    np.testing.assert_array_equal(dynamic_threshold(x0, cap=1.0), static_threshold(x0))
+    np.testing.assert_allclose(dynamic_threshold(x0, cap=1.5), jnp.clip(x0 / 1.5, -1, 1), atol=1e-6)
+
+
+def test_threshold_none_changes_nothing():
+    x0 = 10 * normal(0, (2, 6))
+    np.testing.assert_array_equal(Threshold(kind="none")(x0), x0)
+
+
+def test_threshold_comes_after_guidance():
+    x, logsnr = normal(0, (2, 8, 8, 3)), jnp.zeros(2)
+    cond, uncond = (lambda x_t, _: jnp.tanh(x_t)), (lambda x_t, _: -jnp.tanh(x_t))
+    right = thresholded(guided(cond, uncond, 4.0), Threshold(kind="static"))
+    wrong = guided(thresholded(cond, Threshold(kind="static")), uncond, 4.0)
+    assert float(jnp.max(jnp.abs(right(x, logsnr)))) == 1.0
+    assert float(jnp.max(jnp.abs(wrong(x, logsnr)))) > 2.0
+
+
+def test_low_precision_images_are_thresholded_in_float32():
+    out = jax.eval_shape(dynamic_threshold, jax.ShapeDtypeStruct((2, 8), jnp.bfloat16))
+    assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        ({"percentile": 99.5}, "percentile"),
+        ({"percentile": 0.0}, "percentile"),
+        ({"cap": 0.5}, "cap"),
+        ({"kind": "soft"}, "kind"),
+    ],
+)
+def test_mistakes_are_refused_by_name(fields, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        Threshold(**fields)

@@ -1,0 +1,147 @@
+"""The road of a newcomer, through the console command, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--batch-size", "4", "--log-every-images", "8", "--preview-every-images", "0"]
+
+
+def cascade(*argv, check=True, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cascade", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        **options,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three tiny stages: the base is killed while it trains and resumed, the others run through."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["train", ROOT / "configs/tiny/base64.py", "--workdir", folder / "base64", *SMALL]
+    words += ["--save-every-images", "8"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cascade", *map(str, words), "--images", "100000"],
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=environment,
+    )
+    saved = folder / "base64" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(saved.glob("[0-9]*")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = max(int(p.name) for p in saved.glob("[0-9]*"))
+    assert step >= 2
+    total = 4 * (step + 4)
+    cascade(*words, "--images", total)
+    rows = [json.loads(x) for x in (folder / "base64/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["images"] == total
+    assert [r["images"] for r in rows] == sorted({r["images"] for r in rows})
+    for name in ("sr256", "sr1024"):
+        where = ["--workdir", folder / name, "--images", 8]
+        cascade("train", ROOT / f"configs/tiny/{name}.py", *where, *SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "tiny"
+    done = cascade("export", runs / "sr256", runs / "base64", runs / "sr1024", out)
+    assert json.loads(done.stdout)["stages"] == ["base64", "sr256", "sr1024"]
+    return out
+
+
+def test_train_kill_resume_export_sample(model, tmp_path):
+    done = cascade("sample", "a red circle", "--model", model, "--out", tmp_path, "--steps", "2")
+    for side in (64, 256, 1024):
+        with Image.open(tmp_path / f"0000_{side}.png") as image:
+            assert image.size == (side, side)
+            assert np.asarray(image).std() > 0
+    record = json.loads((tmp_path / "0000.json").read_text())
+    assert record["stages"]["sr1024"]["steps"] == 2 and len(record["model_sha256"]) == 64
+    assert json.loads(done.stdout)["files"]["64"] == str(tmp_path / "0000_64.png")
+
+
+def test_exporting_twice_is_refused(runs, model):
+    done = cascade("export", runs / "base64", model, check=False)
+    assert done.returncode == 2 and "exists already" in done.stderr
+
+
+def test_stages_that_do_not_meet_make_no_model(runs, tmp_path):
+    done = cascade("export", runs / "base64", runs / "sr1024", tmp_path / "m", check=False)
+    assert done.returncode == 2 and "they make no cascade" in done.stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_damaged_model_is_one_line(model, tmp_path):
+    import shutil
+
+    shutil.copytree(model, tmp_path / "m")
+    os.truncate(tmp_path / "m/base64/model.safetensors", 1000)
+    done = cascade("sample", "a", "--model", tmp_path / "m", "--out", tmp_path / "o", check=False)
+    assert done.returncode == 2 and not (tmp_path / "o").exists()
+    assert "model.safetensors: damaged" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["configs/tiny/none.py", "--workdir", "{tmp}/w"], "no such file"),
+        (["configs/tiny/base64.py"], "--workdir DIR is missing"),
+        (
+            ["configs/tiny/base64.py", "--workdir", "{tmp}/w", "--imags", "3"],
+            "did you mean --images",
+        ),
+        (["configs/tiny/base64.py", "--workdir", "{tmp}/w", "--mesh.data", "3"], "mesh data=3"),
+        (
+            ["configs/tiny/base64.py", "--workdir", "{tmp}/w", "--microbatches", "5"],
+            "microbatches=5",
+        ),
+        (
+            ["configs/tiny/base64.py", "--workdir", "{tmp}/w", "--text-encoder", "{tmp}"],
+            "config.json",
+        ),
+    ],
+)
+def test_mistakes_in_training_are_one_line(words, message, tmp_path):
+    done = cascade("train", *(w.format(tmp=tmp_path) for w in words), check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+def test_a_terminated_run_saves_and_exits_in_peace(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    words = ["train", "configs/tiny/base64.py", "--workdir", str(tmp_path), *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cascade", *words, "--save-every-images", "1000000"],
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=environment,
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 0
+    assert len(list((tmp_path / "checkpoints").glob("[0-9]*"))) == 1

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade import images
+from cascade.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def test_uint8_survives_the_trip_through_float():
+    every_level = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    assert (images.to_uint8(images.to_float(every_level)) == every_level).all()
+
+
+def test_values_outside_the_range_are_clipped():
+    assert images.to_uint8(np.array([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_downsampling_a_crop_is_cropping_the_downsampled():
+    image = RNG.uniform(size=(32, 32, 3)).astype(np.float32)
+    crop = images.downsample(image[8:24, 4:20], 4)
+    assert np.array_equal(crop, images.downsample(image, 4)[2:6, 1:5])
+
+
+def test_upsampling_does_not_shift():
+    """The centre of mass of a blob stays where it was, in units of the picture's width."""
+    y, x = np.mgrid[:16, :16]
+    blob = np.exp(-((y - 6.0) ** 2 + (x - 9.0) ** 2) / 4)[None, :, :, None].astype(np.float32)
+    large = np.asarray(images.upsample(blob, (64, 64)))
+
+    def centre(a):
+        side = a.shape[1]
+        at = (np.arange(side) + 0.5) / side
+        return (a[0, :, :, 0].sum(1) @ at / a.sum(), a[0, :, :, 0].sum(0) @ at / a.sum())
+
+    assert np.allclose(centre(blob), centre(large), atol=1e-4)
+
+
+def test_downsampling_undoes_upsampling_of_a_ramp():
+    ramp = np.broadcast_to(np.linspace(-1, 1, 8)[None, :, None, None], (1, 8, 8, 1))
+    back = images.downsample(images.upsample(ramp.astype(np.float32), (32, 32)), 4)
+    assert np.allclose(back[:, 1:-1], ramp[:, 1:-1], atol=1e-5)
+
+
+def test_grid_places_pictures_row_by_row():
+    pictures = [np.full((2, 2, 3), i, np.uint8) for i in range(3)]
+    got = images.grid(pictures, columns=2, gap=1)
+    assert got.shape == (5, 5, 3)
+    assert (got[0, 0, 0], got[0, 3, 0], got[3, 0, 0], got[3, 3, 0]) == (0, 1, 2, 255)
+
+
+def test_png_round_trip_keeps_pixels_and_metadata(tmp_path):
+    image = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    images.save_png(tmp_path / "a.png", image, {"prompt": "ein Kreis, größer"})
+    assert np.array_equal(np.asarray(images.load_image(tmp_path / "a.png")), image)
+    with Image.open(tmp_path / "a.png") as read:
+        assert read.text["prompt"] == "ein Kreis, größer"  # type: ignore[attr-defined]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_files_that_are_no_pictures_are_refused(tmp_path):
+    (tmp_path / "a.png").write_text("not a picture")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        images.load_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match="no such file"):
+        images.load_image(tmp_path / "b.png")

@@ -1,0 +1,198 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import Gaussian
+
+from cascade.diffusion.loss import Loss, denoising_loss, stratified_times
+from cascade.diffusion.process import Cosine, LinearVP, corrupt, from_x0, to_x0
+
+KINDS = ["eps", "x0", "v"]
+LOSSES = [Loss(space=kind) for kind in KINDS] + [
+    Loss(weighting="min_snr"),
+    Loss(weighting="truncated_snr"),
+]
+
+
+def normal(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def weight_on_x0(loss, snr):
+    """The table at the head of loss.py, in float64."""
+    match loss.weighting:
+        case "min_snr":
+            return np.minimum(snr, loss.gamma)
+        case "truncated_snr":
+            return np.maximum(snr, 1)
+    return {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1}[loss.space]
+
+
+@pytest.mark.parametrize("b", [1, 7, 64])
+def test_each_stratum_of_time_is_visited_once(b):
+    for seed in range(5):
+        t = np.asarray(stratified_times(jax.random.key(seed), b))
+        assert t.min() >= 0 and t.max() <= 1
+        assert sorted(np.floor(t * b).astype(int)) == list(range(b))
+
+
+def test_every_row_of_the_batch_sees_uniform_times():
+    t = np.asarray(
+        jax.vmap(lambda k: stratified_times(k, 4))(jax.random.split(jax.random.key(0), 2000))
+    )
+    for row in t.T:
+        # Kolmogorov-Smirnov distance to uniform; 1.63 / sqrt(n) is its 1 % level.
+        distance = np.max(np.abs(np.sort(row) - (np.arange(2000) + 0.5) / 2000))
+        assert distance < 1.63 / np.sqrt(2000)
+
+
+def test_stratified_means_vary_less_than_independent_ones():
+    keys = jax.random.split(jax.random.key(0), 200)
+    means = jax.vmap(lambda k: jnp.mean(stratified_times(k, 16) ** 2))(keys)
+    independent = jax.vmap(lambda k: jnp.mean(jax.random.uniform(k, (16,)) ** 2))(keys)
+    assert np.std(means) < np.std(independent) / 8
+
+
+@pytest.mark.parametrize("loss, kind", list(itertools.product(LOSSES, KINDS)))
+def test_weighted_error_is_the_stated_weight_on_the_x0_error(loss, kind):
+    logsnr = jnp.array([-6.0, -2.0, 0.0, 1.5, 1.7, 5.0])
+    x0, eps, guess = normal(0, (6, 50)), normal(1, (6, 50)), normal(2, (6, 50))
+    x_t = corrupt(x0, eps, logsnr)
+    target = from_x0(x0, kind, x_t, logsnr)
+    mse = np.mean((guess - target) ** 2, axis=1)
+    x0_mse = np.mean((to_x0(guess, kind, x_t, logsnr) - x0) ** 2, axis=1)
+    expected = weight_on_x0(loss, np.exp(np.asarray(logsnr, np.float64))) * x0_mse
+    np.testing.assert_allclose(loss.weight(logsnr, kind) * mse, expected, rtol=2e-3)
+
+
+def test_min_snr_weights_are_those_published():
+    logsnr = jnp.linspace(-8, 8, 9)
+    snr = np.exp(np.asarray(logsnr, np.float64))
+    loss = Loss(weighting="min_snr")
+    np.testing.assert_allclose(loss.weight(logsnr, "x0"), np.minimum(snr, 5), rtol=1e-5)
+    np.testing.assert_allclose(loss.weight(logsnr, "eps"), np.minimum(snr, 5) / snr, rtol=1e-5)
+    np.testing.assert_allclose(loss.weight(logsnr, "v"), np.minimum(snr, 5) / (snr + 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_in_the_networks_own_space_has_weight_one(kind):
+    weight = Loss(space=kind).weight(jnp.linspace(-20, 20, 41), kind)
+    np.testing.assert_array_equal(weight, np.ones(41))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_v_network_has_bounded_weights_under_every_loss(loss):
+    weight = loss.weight(jnp.linspace(-20, 20, 41), "v")
+    assert np.all(np.isfinite(weight)) and np.max(weight) <= 1.0
+
+
+def test_loss_does_not_depend_on_what_the_network_calls_its_estimate():
+    schedule = Cosine(logsnr_min=-8.0, logsnr_max=8.0)
+    denoiser = Gaussian(scale=0.5)
+    x0 = 0.5 * normal(0, (32, 6))
+
+    def values(kind):
+        def predict(x_t, logsnr):
+            return from_x0(0.9 * denoiser(x_t, logsnr), kind, x_t, logsnr)
+
+        key = jax.random.key(0)
+        return [
+            denoising_loss(predict, x0, kind=kind, schedule=schedule, loss=loss, key=key)[1]
+            for loss in LOSSES
+        ]
+
+    by_kind = jax.jit(lambda: {kind: values(kind) for kind in KINDS})()
+    for a, b in itertools.combinations(KINDS, 2):
+        for of_a, of_b in zip(by_kind[a], by_kind[b], strict=True):
+            np.testing.assert_allclose(of_a["loss"], of_b["loss"], rtol=1e-3)
+            np.testing.assert_allclose(of_a["x0_mse"], of_b["x0_mse"], rtol=1e-3)
+    losses = [float(metrics["loss"]) for metrics in by_kind["v"]]
+    assert len({round(value, 4) for value in losses}) == len(LOSSES)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), LinearVP()])
+def test_loss_of_the_optimal_denoiser_is_the_known_floor(schedule):
+    oracle, b = Gaussian(scale=0.5), 8192
+    x0 = 0.5 * normal(0, (b, 16))
+    t = np.linspace(0, 1, 4001)
+    logsnr = np.asarray(schedule.logsnr(jnp.asarray(t, jnp.float32)), np.float64)
+    floor = np.trapezoid((np.exp(logsnr) + 1) * oracle.error(logsnr), t)
+
+    @jax.jit
+    def value(factor):
+        def predict(x_t, logsnr):
+            return from_x0(factor * oracle(x_t, logsnr), "v", x_t, logsnr)
+
+        return denoising_loss(
+            predict, x0, kind="v", schedule=schedule, loss=Loss(), key=jax.random.key(0)
+        )[0]
+
+    # The error of a coordinate is Gaussian: its square has standard deviation sqrt(2) of its mean.
+    assert abs(float(value(1.0)) - floor) < 3 * np.sqrt(2 / (b * 16)) * floor
+    assert float(value(0.95)) > 1.05 * floor
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 8, 8, 3), (2, 4, 8, 8, 3)])
+def test_predicting_nothing_costs_what_x0_weighs(shape):
+    x0 = normal(0, shape)
+    value, metrics = jax.jit(
+        lambda: denoising_loss(
+            lambda x_t, logsnr: jnp.zeros_like(x_t),
+            x0,
+            kind="x0",
+            schedule=Cosine(),
+            loss=Loss(space="x0"),
+            key=jax.random.key(0),
+        )
+    )()
+    assert set(metrics) == {"loss", "x0_mse"}
+    for number in (value, metrics["loss"], metrics["x0_mse"]):
+        np.testing.assert_allclose(number, np.mean(x0**2), rtol=1e-5)
+
+
+def test_value_and_gradient_are_finite_over_the_whole_schedule():
+    # bfloat16 predictions, log-SNR up to +-20: the weight of the matching loss is 1.
+    def value(scale, kind):
+        return denoising_loss(
+            lambda x_t, logsnr: (scale * x_t).astype(jnp.bfloat16),
+            jnp.ones((64, 4)),
+            kind=kind,
+            schedule=Cosine(),
+            loss=Loss(space=kind),
+            key=jax.random.key(0),
+        )
+
+    @jax.jit
+    def run(scale):
+        return [jax.grad(value, has_aux=True)(scale, kind) for kind in KINDS]
+
+    for gradient, metrics in run(jnp.float32(0.5)):
+        assert np.isfinite(gradient) and abs(gradient) < 100
+        assert metrics["loss"] < 10 and metrics["x0_mse"] <= 4.0
+
+
+def test_the_key_decides_times_and_noise():
+    @jax.jit
+    def seen(key):
+        record = []
+        denoising_loss(
+            lambda x_t, logsnr: record.append((x_t, logsnr)) or x_t,
+            jnp.zeros((4, 3)),
+            kind="v",
+            schedule=Cosine(),
+            loss=Loss(),
+            key=key,
+        )
+        return record[0]
+
+    (x_a, t_a), (x_b, t_b), (x_c, _) = (seen(jax.random.key(seed)) for seed in (0, 1, 0))
+    np.testing.assert_array_equal(x_a, x_c)
+    assert not np.any(np.isclose(x_a, x_b))
+    assert not np.any(np.isclose(t_a, t_b))
+
+
+def test_mistakes_are_refused_by_name():
+    with pytest.raises(ValueError, match="gamma"):
+        Loss(weighting="min_snr", gamma=-1.0)

@@ -1,0 +1,150 @@
+"""The words of `cascade sample`: what is accepted, what is refused, what is written."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade import cli, testing
+from cascade.errors import UserError
+from cascade.sample import Options, override
+
+
+def fails(capsys, *argv) -> str:
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert e.value.code == 2 and captured.out == ""
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return lines[0]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The model `scenes` is the untrained 8 -> 16 -> 32 px cascade."""
+    from cascade.runner import Cascade
+
+    monkeypatch.setattr(Cascade, "load", classmethod(lambda cls, *a, **k: testing.cascade()))
+
+
+def sample(*argv):
+    cli.main(["sample", *argv, "--compilation-cache", "False"])
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        ([], "nothing to draw"),
+        ([""], "prompt 1 is empty"),
+        (["a", "  "], "prompt 2 is empty"),
+        (["a", "--seed", "-1"], "--seed must be 0 or more, got -1"),
+        (["a", "--num", "0"], "--num must be 1 or more, got 0"),
+        (["a", "--sede", "1"], "--sede"),
+        (["a", "--seed", "x"], "--seed"),
+        (["a", "--model", "no/such"], "model no/such: no such folder"),
+        (["a", "--prompts", "missing.txt"], "--prompts missing.txt: No such file"),
+        (["a", "--lowres", "missing.png"], "missing.png: no such file"),
+    ],
+)
+def test_bad_words_are_one_line_and_write_nothing(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, "sample", *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_that_is_a_file_is_refused(capsys, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert "is a file" in fails(capsys, "sample", "a", "--out", str(tmp_path / "out"))
+    assert "cannot be written" in fails(capsys, "sample", "a", "--out", str(tmp_path / "out" / "x"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_prompt_files_must_be_text_without_holes(capsys, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"a red circle\n\xff\xfe\n")
+    assert "not UTF-8" in fails(capsys, "sample", "--prompts", str(file))
+    file.write_text("a red circle\n\na blue square\n")
+    assert "line 2 is empty" in fails(capsys, "sample", "--prompts", str(file))
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    assert "did you mean 'sample'" in fails(capsys, "smaple")
+
+
+@pytest.mark.parametrize(
+    "flag,text,message",
+    [
+        ("steps", "4,5", "--steps 4,5: 2 values for 3 stages (base8, sr16, sr32)"),
+        ("steps", "4,0,5", "--steps 0: Sampling.steps must be at least 1"),
+        ("steps", "4,x,5", "--steps x"),
+        ("aug_level", "0.1,0.2,0.3", "3 values for 2 stages (sr16, sr32)"),
+        ("aug_level", "2", "aug_level must be in [0, 1]"),
+        ("sampler", "euler", "must be one of ancestral, ddim, dpm++, heun"),
+        ("threshold", "clip", "must be one of none, static, dynamic"),
+    ],
+)
+def test_lists_by_stage_are_checked(flag, text, message):
+    stages = [stage for stage, _ in testing.cascade().stages]
+    with pytest.raises(UserError) as e:
+        override(stages, Options(**{flag: text}))
+    assert message in str(e.value)
+
+
+def test_lists_by_stage_reach_their_stages():
+    stages = [stage for stage, _ in testing.cascade().stages]
+    options = Options(
+        steps="7,8,9", guidance="2.5", aug_level="0.2,0.3", threshold="none,static,dynamic"
+    )
+    got = override(stages, options)
+    assert [s.steps for s in got] == [7, 8, 9]
+    assert [s.guidance for s in got] == [2.5] * 3
+    assert [s.aug_level for s in got] == [0.0, 0.2, 0.3]
+    assert [s.threshold.kind for s in got] == ["none", "static", "dynamic"]
+
+
+def test_pictures_their_json_and_the_grid_are_written(fake, tmp_path, capsys):
+    out = tmp_path / "new" / "samples"
+    sample("red circle", "blue square", "--num", "2", "--out", str(out), "--steps", "2")
+    names = {f"{i:04d}{end}" for i in range(4) for end in ("_8.png", "_16.png", "_32.png", ".json")}
+    assert {p.name for p in out.iterdir()} == names | {"grid.png"}
+    record = json.loads((out / "0003.json").read_text())
+    assert (record["prompt"], record["seed"]) == ("blue square", 1)
+    assert record["stages"]["sr32"]["steps"] == 2 and record["versions"]["jax"]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["picture"] for line in lines] == ["0000", "0001", "0002", "0003"]
+    with Image.open(out / "0000_32.png") as image:
+        assert image.size == (32, 32)
+
+
+def test_a_folder_with_pictures_is_continued(fake, tmp_path):
+    sample("red circle", "--until", "8", "--out", str(tmp_path))
+    first = (tmp_path / "0000_8.png").read_bytes()
+    (tmp_path / "0007.json").write_text("{}")
+    sample("blue square", "--until", "8", "--out", str(tmp_path))
+    assert (tmp_path / "0000_8.png").read_bytes() == first
+    assert (tmp_path / "0008_8.png").exists() and not (tmp_path / "0001_8.png").exists()
+
+
+def test_lowres_starts_from_a_picture(fake, tmp_path):
+    sample("red circle", "--out", str(tmp_path))
+    sample("red circle", "--out", str(tmp_path), "--lowres", str(tmp_path / "0000_16.png"))
+    again, first = (np.asarray(Image.open(tmp_path / f"000{i}_32.png")) for i in (1, 0))
+    assert np.array_equal(again, first)
+    assert not (tmp_path / "0001_8.png").exists()
+
+
+def test_a_long_prompt_is_cut_with_a_warning(fake, tmp_path, capsys):
+    sample("red " * 2500, "--until", "8", "--out", str(tmp_path))
+    assert "longer than 12 tokens" in capsys.readouterr().err
+    assert (tmp_path / "0000_8.png").exists()
+
+
+def test_help_needs_no_jax():
+    code = "import sys; from cascade import cli; cli.main(['--help']); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and "sample" in done.stdout

@@ -1,0 +1,188 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascade import images, testing
+from cascade.diffusion import process
+from cascade.diffusion.denoise import Threshold
+from cascade.models import Conditioning
+from cascade.stage import Augmentation, Stage, time_of
+
+ENCODER = testing.FakeEncoder()
+NONE = Threshold(kind="none")
+
+
+def batch_of(n, side=8, lowres=None, seed=0):
+    rng = np.random.default_rng(seed)
+    text = ENCODER([f"word{i} thing" for i in range(n)])
+    batch = {
+        "image": rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8),
+        "text": text.values,
+        "text_mask": text.mask,
+    }
+    if lowres:
+        batch["lowres"] = rng.integers(0, 256, (n, lowres, lowres, 3), dtype=np.uint8)
+    return batch
+
+
+def conditioning(n):
+    batch = batch_of(n)
+    return Conditioning(text=batch["text"], text_mask=batch["text_mask"])
+
+
+def x0_of(stage, params, cond, x, logsnr, **options):
+    options = {"threshold": NONE} | options
+    return jax.jit(lambda x, logsnr: stage.denoiser(params, cond, **options)(x, logsnr))(x, logsnr)
+
+
+def keys(*seeds):
+    return jax.vmap(jax.random.key)(jnp.array(seeds))
+
+
+def test_network_time_runs_from_0_clean_to_1000_noise_and_is_linear_in_cosine_time():
+    t = jnp.linspace(0, 1, 11)
+    assert np.allclose(time_of(process.Cosine().logsnr(t)), 1000 * t, atol=0.1)
+
+
+def test_an_untrained_v_network_has_the_loss_of_predicting_zero():
+    """The output is zero at the start, so the loss is the mean of v^2 = alpha^2 + sigma^2 x0^2."""
+    stage = Stage(testing.base_stage())
+    batch = batch_of(64) | {"image": np.full((64, 8, 8, 3), 255, np.uint8)}
+    value, metrics = jax.jit(stage.loss)(stage.init(jax.random.key(0)), batch, jax.random.key(1))
+    # x0 = 1 everywhere: alpha^2 + sigma^2 = 1 on average, up to the noise of 64 * 192 draws
+    assert abs(float(value) - 1) < 0.05
+    assert set(metrics) >= {"loss", "x0_mse"}
+
+
+def test_condition_dropout_replaces_the_text_of_its_share_of_examples():
+    config = dataclasses.replace(testing.base_stage(), condition_dropout=0.0)
+    never, always = Stage(config), Stage(dataclasses.replace(config, condition_dropout=0.999999))
+    params = testing.lively(never.init(jax.random.key(0)))
+    batch, key = batch_of(8), jax.random.key(1)
+    blank = batch | {"text": jnp.zeros_like(batch["text"]), "text_mask": batch["text_mask"] & False}
+    loss = jax.jit(lambda stage, b: stage.loss(params, b, key)[0], static_argnums=0)
+    assert loss(always, batch) == loss(never, blank)
+    assert loss(never, batch) != loss(never, blank)
+
+
+def test_augmentation_noise_reaches_the_network_and_so_does_its_level(monkeypatch):
+    """What the network is handed as lowres has the variance that its level announces."""
+    stage = Stage(testing.super_resolution_stage())
+    seen = {}
+
+    def spy(params, x, time, cond, key=None):
+        seen["cond"] = cond
+        return jnp.zeros_like(x)
+
+    monkeypatch.setattr(stage, "network", spy)
+    n = 256
+    batch = batch_of(n, 16, 8) | {"lowres": np.full((n, 8, 8, 3), 255, np.uint8)}
+    stage.loss({}, batch, jax.random.key(0))
+    level = np.asarray(seen["cond"].lowres_time) / 1000
+    assert level.min() < 0.02 and level.max() > 0.98 and abs(level.mean() - 0.5) < 0.06
+    # on the cosine schedule alpha = cos(pi level / 2) and sigma = sin(pi level / 2)
+    mean = np.asarray(seen["cond"].lowres).mean((1, 2, 3))
+    assert np.corrcoef(mean, np.cos(np.pi * level / 2))[0, 1] > 0.95
+    spread = np.asarray(seen["cond"].lowres).std((1, 2, 3))
+    assert np.corrcoef(spread, np.sin(np.pi * level / 2))[0, 1] > 0.95
+
+
+def test_without_augmentation_the_network_sees_the_upsampled_picture_itself(monkeypatch):
+    config = testing.super_resolution_stage()
+    stage = Stage(dataclasses.replace(config, augmentation=Augmentation(max_level=0.0)))
+    seen = {}
+    monkeypatch.setattr(
+        stage,
+        "network",
+        lambda p, x, t, cond, key=None: seen.update(cond=cond) or jnp.zeros_like(x),
+    )
+    batch = batch_of(4, 16, 8)
+    stage.loss({}, batch, jax.random.key(0))
+    clean = images.upsample(images.to_float(batch["lowres"]), (16, 16))
+    assert np.allclose(
+        seen["cond"].lowres, clean, atol=5e-4
+    )  # the schedule's clean end: sigma 5e-5
+
+
+def test_guidance_in_one_pass_equals_two_passes():
+    stage = Stage(testing.base_stage())
+    params = testing.lively(stage.init(jax.random.key(0)))
+    cond, x = conditioning(3), jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+    logsnr = jnp.array([-2.0, 0.0, 3.0])
+    conditional = x0_of(stage, params, cond, x, logsnr)
+    unconditional = x0_of(stage, params, cond.null(), x, logsnr)
+    both = x0_of(stage, params, cond, x, logsnr, guidance=jnp.float32(5.0))
+    assert np.allclose(both, unconditional + 5 * (conditional - unconditional), atol=2e-4)
+    assert not np.allclose(conditional, unconditional, atol=1e-3)
+
+
+def test_negative_text_replaces_the_null_condition():
+    stage = Stage(testing.base_stage())
+    params = testing.lively(stage.init(jax.random.key(0)))
+    cond, x = conditioning(2), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    logsnr = jnp.zeros(2)
+    # away from itself, at any weight, is no guidance at all
+    same = x0_of(stage, params, cond, x, logsnr, guidance=9.0, negative=cond)
+    assert np.allclose(same, x0_of(stage, params, cond, x, logsnr), atol=1e-3)
+
+
+def test_thresholding_comes_after_guidance():
+    stage = Stage(testing.base_stage())
+    params = testing.lively(stage.init(jax.random.key(0)))
+    cond, x = conditioning(2), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    static = Threshold(kind="static")
+    got = x0_of(stage, params, cond, x, jnp.zeros(2), guidance=50.0, threshold=static)
+    assert float(jnp.abs(got).max()) == 1.0
+
+
+def test_a_picture_depends_on_its_own_key_and_row_alone():
+    config = testing.super_resolution_stage()
+    stage = Stage(config)
+    params = testing.lively(stage.init(jax.random.key(0)))
+    low = jax.random.uniform(jax.random.key(3), (3, 8, 8, 3), minval=-1)
+    cond = conditioning(3)
+    all3 = stage.sample(params, cond, keys(5, 6, 7), settings=config.sampling, lowres=low)
+    order = np.array([2, 0, 1])
+    turned = stage.sample(
+        params,
+        jax.tree.map(lambda a: a[order], cond),
+        keys(7, 5, 6),
+        settings=config.sampling,
+        lowres=low[order],
+    )
+    assert np.allclose(all3[order], turned, atol=1e-5)
+    assert not np.allclose(all3[0], all3[1], atol=1e-2)
+
+
+def test_augmentation_at_sampling_is_drawn_once_and_its_level_matters(monkeypatch):
+    config = testing.super_resolution_stage()
+    stage = Stage(config)
+    params = testing.lively(stage.init(jax.random.key(0)))
+    low = jnp.zeros((1, 8, 8, 3))
+    drawn = [
+        stage.sample(
+            params,
+            conditioning(1),
+            keys(0),
+            settings=dataclasses.replace(config.sampling, aug_level=level),
+            lowres=low,
+        )
+        for level in (0.0, 0.3)
+    ]
+    assert not np.allclose(*drawn, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"resolution": 12}, "multiple of lowres_resolution=8"),
+        ({"lowres_resolution": None}, "super-resolution needs both"),
+        ({"condition_dropout": 1.0}, "condition_dropout"),
+    ],
+)
+def test_contradicting_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(testing.super_resolution_stage(), **change)

@@ -1,0 +1,226 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cascade import sharding, testing, train
+from cascade.data import ScenesData
+from cascade.errors import UserError
+from cascade.sharding import MeshConfig
+from cascade.stage import Stage
+from cascade.train import Optimizer, TrainConfig
+
+ENCODER = testing.FakeEncoder()
+
+
+def config_of(**changes):
+    return TrainConfig(
+        **{
+            "stage": testing.base_stage(),
+            "images": 64,
+            "batch_size": 8,
+            "optimizer": Optimizer(learning_rate=1e-2),
+            **changes,
+        }
+    )
+
+
+def batch_of(n=8):
+    rng = np.random.default_rng(0)
+    text = ENCODER([f"word{i}" for i in range(n)])
+    image = rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+    return {"image": image, "text": text.values, "text_mask": text.mask}
+
+
+def run(config, mesh_config, steps=2):
+    """State and metrics after some steps on one batch, with everything placed as `train` does."""
+    n = abs(mesh_config.data * mesh_config.fsdp)
+    mesh = sharding.make_mesh(mesh_config, jax.devices()[:n])
+    stage, optimizer = Stage(config.stage), train.make_optimizer(config)
+    state = train.init_state(stage, optimizer, jax.random.key(0))
+    state["train"]["params"] = testing.lively(state["train"]["params"])
+    placement = sharding.shardings(state, mesh)
+    step = jax.jit(
+        train.make_train_step(config, stage, optimizer),
+        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        out_shardings=(placement, sharding.replicated(mesh)),
+    )
+    state, batch = jax.device_put(state, placement), sharding.shard_batch(batch_of(), mesh)
+    metrics = {}
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+@pytest.mark.parametrize("data,fsdp", [(4, 1), (1, 4), (2, 2)])
+def test_sharded_training_has_the_loss_and_weights_of_unsharded(data, fsdp):
+    alone, expected = run(config_of(), MeshConfig(data=1, fsdp=1))
+    state, metrics = run(config_of(), MeshConfig(data=data, fsdp=fsdp))
+    assert np.isclose(metrics["loss"], expected["loss"], rtol=1e-4)
+    assert np.isclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-3)
+    split = {s.spec for s in jax.tree.leaves(jax.tree.map(lambda x: x.sharding, state))}
+    assert any("fsdp" in spec for spec in split) == (fsdp > 1)
+
+
+def test_accumulated_gradients_are_the_mean_over_microbatches():
+    config = config_of(microbatches=2, optimizer=Optimizer(clip=1e9))
+    stage = Stage(config.stage)
+    params = testing.lively(stage.init(jax.random.key(0)))
+    step = jax.jit(train.make_train_step(config, stage, optax.sgd(1.0)))
+    state = {"params": params, "opt_state": optax.sgd(1.0).init(params), "step": jnp.int32(0)}
+    moved, _ = step({"train": state, "ema": params}, batch_of())
+
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    grad = jax.jit(jax.grad(lambda p, b, k: stage.loss(p, b, k)[0]))
+    halves = [jax.tree.map(lambda x, i=i: x[i * 4 : i * 4 + 4], batch_of()) for i in range(2)]
+    g = [grad(params, half, jax.random.fold_in(key, i)) for i, half in enumerate(halves)]
+    expected = jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *g)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), moved["train"]["params"], expected
+    )
+
+
+def test_ema_follows_its_recursion_with_warm_up():
+    config = config_of(ema_decay=0.4)
+    first, _ = run(config, MeshConfig(data=1), steps=1)
+    second, _ = run(config, MeshConfig(data=1), steps=2)
+    third, _ = run(config, MeshConfig(data=1), steps=3)
+
+    # decay after step n is min(.4, (1 + n) / (10 + n)): 2/11, 3/12, 4/13
+    def follows(before, after, n):
+        d = (1 + n) / (10 + n)
+        want = jax.tree.map(
+            lambda e, p: d * e + (1 - d) * p, before["ema"], after["train"]["params"]
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after["ema"], want)
+
+    follows(first, second, 2)
+    follows(second, third, 3)
+
+
+def test_the_rate_warms_up_stays_and_cools_down():
+    config = config_of(
+        images=80,
+        optimizer=Optimizer(learning_rate=1.0, warmup_images=16, cooldown_images=32),
+    )
+    rates = [float(train.learning_rate(config, step)) for step in range(11)]
+    assert np.allclose(rates, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_weight_decay_spares_biases_and_norms():
+    config = config_of(optimizer=Optimizer(name="adamw", learning_rate=1.0, weight_decay=0.5))
+    params = {
+        "conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+        "norm": {"scale": jnp.ones(2)},
+    }
+    rule = train.make_optimizer(config)
+    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
+    assert float(updates["conv"]["kernel"][0, 0]) == -0.5
+    assert float(updates["conv"]["bias"][0]) == float(updates["norm"]["scale"][0]) == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adafactor"])
+def test_every_optimizer_lowers_the_loss(name):
+    config = config_of(
+        optimizer=Optimizer(name=name, learning_rate=3e-2 if name == "adafactor" else 1e-2)
+    )
+    stage, rule = Stage(config.stage), train.make_optimizer(config)
+    state = train.init_state(stage, rule, jax.random.key(0))
+    step = jax.jit(train.make_train_step(config, stage, rule))
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, batch_of())
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"microbatches": 3}, "multiple of microbatches=3"),
+        ({"crop": 4}, "crop is for super-resolution"),
+        ({"stage": testing.super_resolution_stage(), "crop": 5}, "upsampling factor 2"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**changes)
+
+
+# The loop, on rendered scenes at 8 px with the text encoder that ships.
+
+
+def scenes_config(**changes):
+    return config_of(
+        stage=testing.base_stage(text_width=128),
+        data=ScenesData(split="train"),
+        mesh=MeshConfig(data=2, fsdp=4),
+        log_every_images=8,
+        save_every_images=16,
+        preview_every_images=0,
+        **changes,
+    )
+
+
+def weights(workdir):
+    from cascade.checkpoint import Checkpoints
+
+    step, ema, _ = Checkpoints(workdir).restore_ema()
+    return step, ema
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
+    config = scenes_config()
+    train.train(config, tmp_path / "whole")
+    train.train(config, tmp_path / "parts", until=24)
+    assert rows(tmp_path / "parts")[-1]["images"] == 24
+    train.train(config, tmp_path / "parts")
+    (n, whole), (m, parts) = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert n == m == 8
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    assert [r["loss"] for r in rows(tmp_path / "whole")] == [
+        r["loss"] for r in rows(tmp_path / "parts")
+    ]
+
+
+def test_a_finished_run_writes_its_pictures_and_holds_no_text_encoder(tmp_path):
+    config = scenes_config(preview_prompts=("a red circle", "a blue square"))
+    train.train(dataclasses.replace(config, preview_every_images=64), tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "previews"),
+    }
+    assert [p.name for p in (tmp_path / "previews").iterdir()] == ["0000000064.png"]
+    assert set(rows(tmp_path)[-1]) >= {"step", "images", "loss", "grad_norm", "images_per_second"}
+    abstract = Stage(config.stage).abstract()
+    assert jax.tree.structure(weights(tmp_path)[1]) == jax.tree.structure(abstract)
+
+
+def test_resuming_with_another_network_is_refused(tmp_path):
+    config = scenes_config()
+    train.train(config, tmp_path, until=16)
+    other = dataclasses.replace(
+        config, stage=dataclasses.replace(config.stage, condition_dropout=0.5)
+    )
+    with pytest.raises(UserError, match="condition_dropout: 0.1 there, 0.5 here"):
+        train.train(other, tmp_path)
+
+
+def test_a_diverging_run_stops_and_says_why(tmp_path):
+    config = scenes_config()
+    wild = dataclasses.replace(config, optimizer=Optimizer(learning_rate=1e30, clip=1e30))
+    with pytest.raises(UserError, match="training diverged"):
+        train.train(wild, tmp_path)
+
+
+def test_text_of_another_width_is_refused_before_training(tmp_path):
+    config = dataclasses.replace(scenes_config(), stage=testing.base_stage(text_width=8))
+    with pytest.raises(UserError, match="text_width=8"):
+        train.train(config, tmp_path)
