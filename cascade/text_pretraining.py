@@ -46,9 +46,10 @@ class TextPretraining:
 
     encoder: sizes; its vocab_size counts the SentencePiece pieces and SENTINELS more.
     documents: how many in all; each step takes batch_size of them.
-    paraphrases: at most this many captions a document; one_caption: the share that has only one.
+    retold: the share of examples that are retold, as opposed to corrupted.
+    hidden: at most this share of the encoder's outputs is hidden from the decoder.
     corrupted: the share of tokens masked, in spans of mean_span tokens on average.
-    document_length: tokens; longer documents are cut.
+    length: tokens; what is longer is cut.
     learning_rate: reached after warmup_steps, then falls to zero along a cosine.
     vocabulary_captions: captions that the SentencePiece vocabulary is trained on.
     """
@@ -56,11 +57,11 @@ class TextPretraining:
     encoder: T5Config
     documents: int
     batch_size: int = 64
-    paraphrases: int = 3
-    one_caption: float = 0.25
+    retold: float = 0.8
+    hidden: float = 0.8
     corrupted: float = 0.25
     mean_span: float = 1.5
-    document_length: int = 96
+    length: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
@@ -122,26 +123,48 @@ def pretrain(config: TextPretraining, workdir: Path, *, until: int | None = None
         write_folder(workdir / "text_encoder", config.encoder, params, spiece)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """Ids without end of sequence; visible: the positions of source (its end included) shown to the decoder."""
+
+    source: Int[np.ndarray, " l"]
+    target: Int[np.ndarray, " m"]
+    visible: Bool[np.ndarray, " l+1"]
+
+
+def example(config: TextPretraining, tokenizer: Tokenizer, index: int) -> Example:
+    """Number `index` of the endless list that config.seed names."""
+    rng = generator(config.seed, index, "train", purpose=2)
+    scene = scene_at(config.seed, index, "train")
+    if rng.random() < config.retold:
+        texts = [c.text for c in captions(scene, rng, 2)]
+        source = tokenizer.pieces(texts[0])
+        target = tokenizer.pieces(texts[int(rng.random() * 2)])
+    else:
+        text = " . ".join(c.text for c in captions(scene, rng, 1 + int(rng.random() * 2)))
+        source, target = span_corruption(
+            np.asarray(tokenizer.pieces(text)),
+            rng,
+            corrupted=config.corrupted,
+            mean_span=config.mean_span,
+            first_sentinel=config.encoder.vocab_size - 1,
+        )
+    source, target = source[: config.length - 1], target[: config.length - 1]
+    visible = rng.random(len(source) + 1) >= config.hidden * rng.random()
+    return Example(source=np.asarray(source), target=np.asarray(target), visible=visible | ~visible.any())
+
+
 def batches(
     config: TextPretraining, tokenizer: Tokenizer, start: int, stop: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The corrupted documents of steps start to stop - 1: `inputs` [b, l] and `targets` [b, m].
+    """Steps start to stop - 1: `inputs`, `visible` and `targets`, [b, l], padded with PAD_ID and False.
 
-    Padded with PAD_ID. Documents of about the same length share a batch, which is cut to a few
-    standard widths: drawn in groups of _GROUP batches, sorted, and dealt out in random order.
+    Examples of about the same length share a batch, which is cut to a few standard widths: they are
+    made in groups of _GROUP batches, sorted, and dealt out in random order.
     """
     for group in range(start // _GROUP, -(-stop // _GROUP)):
         made = _group(config, tokenizer, group)
         yield from made[max(start - group * _GROUP, 0) : stop - group * _GROUP]
-
-
-def document(config: TextPretraining, index: int, rng: np.random.Generator) -> str:
-    """Captions of scene number `index`, joined by " . "."""
-    n = 1
-    if config.paraphrases > 1 and rng.random() >= config.one_caption:
-        n = 2 + int(rng.random() * (config.paraphrases - 1))
-    scene = scene_at(config.seed, index, "train")
-    return " . ".join(c.text for c in captions(scene, rng, n))
 
 
 def span_corruption(
@@ -205,48 +228,28 @@ def train_vocabulary(texts: Iterator[str], pieces: int) -> bytes:
 
 State = dict[str, Any]
 
-_GROUP = 16  # batches
+_GROUP = 32  # batches
 _WIDTH = 16  # row widths are multiples of this: each width is one more compilation
 
 
-def _group(
-    config: TextPretraining, tokenizer: Tokenizer, group: int
-) -> list[dict[str, np.ndarray]]:
-    b = config.batch_size
-    pairs = []
-    for index in range(group * _GROUP * b, (group + 1) * _GROUP * b):
-        rng = generator(config.seed, index, "train", purpose=2)
-        ids = tokenizer.pieces(document(config, index, rng))[: config.document_length]
-        pairs.append(
-            span_corruption(
-                np.asarray(ids, np.int32),
-                rng,
-                corrupted=config.corrupted,
-                mean_span=config.mean_span,
-                first_sentinel=config.encoder.vocab_size - 1,
-            )
-        )
-    pairs.sort(key=lambda pair: len(pair[0]))
+def _group(config: TextPretraining, tokenizer: Tokenizer, group: int) -> list[dict[str, np.ndarray]]:
+    size = _GROUP * config.batch_size
+    made = [example(config, tokenizer, i) for i in range(group * size, (group + 1) * size)]
+    made.sort(key=lambda e: max(len(e.source), len(e.target)))
     order = generator(config.seed, group, "train", purpose=4).permutation(_GROUP)
-    return [_padded(config, pairs[i * b : (i + 1) * b]) for i in order]
+    return [_padded(made[i * config.batch_size : (i + 1) * config.batch_size]) for i in order]
 
 
-def _padded(
-    config: TextPretraining, pairs: list[tuple[np.ndarray, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    width = -(-(max(len(source) for source, _ in pairs) + 1) // _WIDTH) * _WIDTH
-    # Targets of documents of one length are equally long but for rounding.
-    spans = config.corrupted / config.mean_span
-    target_width = (
-        math.ceil(width * (config.corrupted + spans) / (1 - config.corrupted + spans)) + 4
-    )
-    inputs = np.full((len(pairs), width), PAD_ID, np.int32)
-    targets = np.full((len(pairs), target_width), PAD_ID, np.int32)
-    for row, (source, target) in enumerate(pairs):
-        inputs[row, : len(source) + 1] = [*source, EOS_ID]
-        target = target[: target_width - 1]
-        targets[row, : len(target) + 1] = [*target, EOS_ID]
-    return {"inputs": inputs, "targets": targets}
+def _padded(examples: list[Example]) -> dict[str, np.ndarray]:
+    longest = 1 + max(max(len(e.source), len(e.target)) for e in examples)
+    shape = (len(examples), -(-longest // _WIDTH) * _WIDTH)
+    inputs, targets = np.full(shape, PAD_ID, np.int32), np.full(shape, PAD_ID, np.int32)
+    visible = np.zeros(shape, bool)
+    for row, e in enumerate(examples):
+        inputs[row, : len(e.source) + 1] = [*e.source, EOS_ID]
+        targets[row, : len(e.target) + 1] = [*e.target, EOS_ID]
+        visible[row, : len(e.visible)] = e.visible
+    return {"inputs": inputs, "visible": visible, "targets": targets}
 
 
 def _thrown(rng: np.random.Generator, balls: int, bins: int) -> np.ndarray:
@@ -321,7 +324,7 @@ def _logits(config: T5Config) -> Callable[[dict, dict[str, Array]], Float[Array,
         inputs, targets = batch["inputs"], batch["targets"]
         mask = inputs != PAD_ID
         shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
-        return decoder(encoder.shared[...][shifted], encoder(inputs, mask), mask)
+        return decoder(encoder.shared[...][shifted], encoder(inputs, mask), batch["visible"])
 
     return predict
 

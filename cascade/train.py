@@ -211,7 +211,7 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
         crop=config.crop,
         batch_size=config.batch_size // jax.process_count(),
         seed=config.seed,
-        tokenizer=encoder.tokenize,
+        tokenizer=encoder.tokenizer,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.workers,
@@ -242,6 +242,8 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
             batch = next(data)
             batch = _with_text(sharding.shard_batch(batch, mesh), encoder)
             state, metrics = train_step(state, batch)
+            # One step may be under way while the next is prepared; more would only hide progress.
+            jax.block_until_ready(log.latest)
             step += 1
             bar.update(min(config.batch_size, config.images - (step - 1) * config.batch_size))
             log.add(metrics)
@@ -334,6 +336,11 @@ class _Log:
         self._rows = [row for row in map(_parsed, rows) if row and row["step"] <= step]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+
+    @property
+    def latest(self) -> dict[str, jax.Array]:
+        """What was added last, if anything was since the last row."""
+        return self._pending[-1] if self._pending else {}
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         self._pending.append(metrics)

@@ -7,7 +7,7 @@ import pytest
 from oracle import Gaussian, Mixture
 
 from cascade.diffusion.denoise import Threshold, guided, thresholded
-from cascade.diffusion.process import Cosine, alpha_sigma, corrupt, eps_from_x0, expand
+from cascade.diffusion.process import Cosine, corrupt
 from cascade.diffusion.samplers import (
     DDIM,
     Ancestral,
@@ -62,6 +62,11 @@ def one_step(step, denoiser, x_t, logsnr_t, logsnr_s, memory=None):
     return step(denoiser, x_t, leg, step.memory(x_t) if memory is None else memory)
 
 
+def point(x_t, logsnr):
+    """The denoiser of data that is .7 everywhere."""
+    return jnp.full_like(x_t, 0.7)
+
+
 def slope(errors, ns):
     return -np.polyfit(np.log(ns), np.log(errors), 1)[0]
 
@@ -107,8 +112,7 @@ def test_a_picture_is_the_same_in_any_batch(step):
     out = draw(CORNERS, x, 8, step, image_keys=image_keys)
     order = jnp.array([2, 0, 3, 1])
     reordered = draw(CORNERS, x[order], 8, step, image_keys=image_keys[order])
-    alone_key = image_keys[2:3]
-    alone = draw(CORNERS, initial_noise(alone_key, (3,)), 8, step, image_keys=alone_key)
+    alone = draw(CORNERS, x[2:3], 8, step, image_keys=image_keys[2:3])
     np.testing.assert_allclose(reordered, out[order], atol=1e-5)
     np.testing.assert_allclose(alone[0], out[2], atol=1e-5)
     assert not np.any(np.isclose(out[0], out[1], atol=1e-3))
@@ -142,7 +146,7 @@ def test_eps_is_derived_again_from_the_thresholded_x0(step):
 
     alpha_t, sigma_t = np.sqrt(1 / (1 + np.exp(0.5))), np.sqrt(1 / (1 + np.exp(-0.5)))
     alpha_s, sigma_s = sigma_t, alpha_t
-    kept = np.exp(-0.5) if isinstance(step, Ancestral) else 1.0  # the rest of sigma_s is noise
+    kept = np.exp(-1.0) if isinstance(step, Ancestral) else 1.0  # the rest of sigma_s is noise
     eps, stale = (x_t - alpha_t * x0) / sigma_t, (x_t - alpha_t * far) / sigma_t
     error, stale_error = (
         np.mean((x_s - alpha_s * x0 - sigma_s * np.sqrt(kept) * e) * (eps - stale))
@@ -231,8 +235,8 @@ def test_2m_is_the_published_formula_in_half_log_snr():
 
 def test_2m_starts_with_a_step_of_ddim():
     x_t, gaussian = normal(0, (2, 6)), Gaussian(scale=0.5)
-    a, _, _ = one_step(DPMSolverPP2M(), gaussian, x_t, -20.0, -4.0)
-    b, _, _ = one_step(DDIM(), gaussian, x_t, -20.0, -4.0)
+    a, _, _ = one_step(DPMSolverPP2M(), gaussian, x_t, -2.0, 0.5)
+    b, _, _ = one_step(DDIM(), gaussian, x_t, -2.0, 0.5)
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -303,29 +307,39 @@ def test_one_step_has_the_mean_and_variance_of_ddpm(step, share):
         + np.sqrt(1 - beta) * (1 - abar_s) / (1 - abar_t) * -0.4
     )
     x_t = jnp.full((200, 200), -0.4)
-    x_s, _, _ = one_step(step, lambda x, l: jnp.full_like(x, 0.7), x_t, l_t, l_s)
+    x_s, _, _ = one_step(step, point, x_t, l_t, l_s)
     variance = posterior ** (1 - share) * beta**share
     assert abs(np.mean(x_s) - mean) < 3 * np.sqrt(variance / x_s.size)
     assert abs(np.var(x_s) - variance) < 3 * variance * np.sqrt(2 / x_s.size)
+
+
+def test_ddim_draws_eta_squared_of_the_posterior_variance():
+    x_t = jnp.full((200, 200), -0.4)
+    half, full = (np.var(one_step(DDIM(eta=eta), point, x_t, -1.0, 0.3)[0]) for eta in (0.5, 1.0))
+    np.testing.assert_allclose(half, full / 4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_keeps_the_marginal_for_any_eta(eta):
     l_t, l_s = -1.0, 0.3
     x_t = corrupt(jnp.full((200, 200), 0.7), normal(0, (200, 200)), jnp.full(200, l_t))
-    x_s, _, _ = one_step(DDIM(eta=eta), lambda x, l: jnp.full_like(x, 0.7), x_t, l_t, l_s)
+    x_s, _, _ = one_step(DDIM(eta=eta), point, x_t, l_t, l_s)
     alpha_s, sigma_s = 1 / np.sqrt(1 + np.exp(-l_s)), 1 / np.sqrt(1 + np.exp(l_s))
     assert abs(np.mean(x_s) - 0.7 * alpha_s) < 3 * sigma_s / np.sqrt(x_s.size)
     assert abs(np.var(x_s) / sigma_s**2 - 1) < 3 * np.sqrt(2 / x_s.size)
 
 
 def test_noise_of_different_steps_and_images_is_independent():
-    # Where x0_hat is x_t, the path shows what the hook put there: the noise of the step before.
-    def noise(x, logsnr, hook_keys):
-        return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(hook_keys)
+    # Where x0_hat is x_t, the path shows what the hook left there: noise of its own keys in one
+    # half, and in the other what the step had made of the first half, which is half noise itself.
+    d = 5000
+
+    def hook(x, logsnr, hook_keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(hook_keys)
+        return jnp.concatenate([noise[:, :d], x[:, :d]], axis=1)
 
     image_keys = keys(2)
-    x = initial_noise(image_keys, (5000,))
+    x = initial_noise(image_keys, (2 * d,))
     last, path = sample_path(
         lambda x, _: x,
         x,
@@ -333,18 +347,22 @@ def test_noise_of_different_steps_and_images_is_independent():
         times=time_grid(3),
         step=Ancestral(),
         keys=image_keys,
-        after_step=noise,
+        after_step=hook,
     )
     np.testing.assert_array_equal(path[0], x)
-    flat = np.concatenate([*np.asarray(path), np.asarray(last)])
-    assert np.max(np.abs(np.corrcoef(flat) - np.eye(8))) < 0.06
+    noise = np.concatenate([*np.asarray(path[..., :d]), np.asarray(last[:, :d])])
+    assert np.max(np.abs(np.corrcoef(noise) - np.eye(8))) < 0.06
+    for image in path[1]:
+        assert abs(np.corrcoef(image[:d], image[d:])[0, 1]) < 0.06
 
 
-def test_initial_noise_is_standard_normal():
-    x = np.asarray(initial_noise(keys(50), (8, 8, 3)))
+def test_initial_noise_is_standard_normal_and_each_images_own():
+    image_keys = keys(50)
+    x = np.asarray(initial_noise(image_keys, (8, 8, 3)))
     assert x.shape == (50, 8, 8, 3)
     assert abs(x.mean()) < 3 / np.sqrt(x.size)
     assert abs(x.var() - 1) < 3 * np.sqrt(2 / x.size)
+    np.testing.assert_array_equal(initial_noise(image_keys[7:8], (8, 8, 3))[0], x[7])
 
 
 # Guidance.
@@ -398,15 +416,14 @@ def test_after_step_runs_after_every_step_with_the_level_reached():
 
 
 def test_after_step_can_hold_known_pixels():
-    gaussian, known = Gaussian(scale=0.5), normal(1, (3, 6))
+    x, known = normal(0, (3, 6)), normal(1, (3, 6))
 
     def paste(x, logsnr, hook_keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, (6,)))(hook_keys)
         return jnp.where(jnp.arange(6) < 3, corrupt(known, noise, logsnr), x)
 
-    x = normal(0, (3, 6))
-    out = draw(gaussian, x, 8, Ancestral(), after_step=paste)
-    free = draw(gaussian, x, 8, Ancestral())
+    out = draw(Gaussian(scale=0.5), x, 8, DDIM(), after_step=paste)
+    free = draw(Gaussian(scale=0.5), x, 8, DDIM())
     np.testing.assert_allclose(out[:, :3], known[:, :3], atol=1e-3)
     np.testing.assert_allclose(out[:, 3:], free[:, 3:], atol=1e-5)
 

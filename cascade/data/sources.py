@@ -245,8 +245,8 @@ def _tfds_records(config: TFDSData) -> Any:
             "(`cascade data make` makes scenes)"
         ) from None
     features = dict(builder.info.features.items())
-    kinds = {config.image: tfds.features.Image, config.caption: tfds.features.Text}
-    for name, kind in kinds.items():
+    wanted = ((config.image, tfds.features.Image), (config.caption, tfds.features.Text))
+    for name, kind in wanted:
         if not isinstance(features.get(name), kind):
             raise UserError(
                 f"{where}: has no {kind.__name__} feature {name!r}; its features are "

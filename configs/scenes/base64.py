@@ -21,8 +21,8 @@ def config() -> TrainConfig:
                 # wide convolutions at 16x16 run ten times faster than narrow ones at 64x64.
                 patch=4,
                 levels=(
-                    Level(width=128, blocks=2),
-                    Level(width=256, blocks=2, attention=True),
+                    Level(width=96, blocks=2),
+                    Level(width=192, blocks=2, attention=True),
                 ),
                 head_width=64,
                 text_width=128,
@@ -35,15 +35,15 @@ def config() -> TrainConfig:
             sampling=Sampling(steps=24, guidance=3.0),
         ),
         data=ScenesData(split="train"),
-        images=1_000_000,
+        images=400_000,
         batch_size=32,
         optimizer=Optimizer(
-            learning_rate=6e-4,
-            warmup_images=16_000,
-            cooldown_images=200_000,
+            learning_rate=8e-4,
+            warmup_images=10_000,
+            cooldown_images=100_000,
             b2=0.99,
         ),
-        ema_decay=0.9995,
+        ema_decay=0.999,
         save_every_images=20_000,
         preview_every_images=20_000,
         preview_prompts=(

@@ -24,12 +24,11 @@ def config() -> TrainConfig:
                 lowres=True,
                 levels=(
                     EfficientLevel(width=64, blocks=1, stride=1),
-                    EfficientLevel(width=96, blocks=1),
-                    EfficientLevel(width=128, blocks=1, text_attention=True),
+                    EfficientLevel(width=64, blocks=1, text_attention=True),
                 ),
                 head_width=64,
                 text_width=128,
-                emb_width=256,
+                emb_width=128,
             ),
             schedule=Cosine(shift=resolution_shift(1024, reference=64)),
             # 8x8x3 values a patch do not pass through 64 channels; the picture under them does.
@@ -39,12 +38,12 @@ def config() -> TrainConfig:
         ),
         data=ScenesData(split="train"),
         crop=256,
-        images=100_000,
+        images=60_000,
         batch_size=8,
         optimizer=Optimizer(
-            learning_rate=6e-4, warmup_images=4_000, cooldown_images=30_000, b2=0.99
+            learning_rate=6e-4, warmup_images=4_000, cooldown_images=20_000, b2=0.99
         ),
-        ema_decay=0.9995,
+        ema_decay=0.999,
         save_every_images=5_000,
         preview_every_images=5_000,
     )

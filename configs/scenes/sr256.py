@@ -22,12 +22,12 @@ def config() -> TrainConfig:
                 lowres=True,
                 levels=(
                     EfficientLevel(width=64, blocks=1, stride=1),
-                    EfficientLevel(width=96, blocks=2),
+                    EfficientLevel(width=96, blocks=1),
                     EfficientLevel(width=128, blocks=2, text_attention=True),
                 ),
                 head_width=64,
                 text_width=128,
-                emb_width=256,
+                emb_width=128,
             ),
             schedule=Cosine(shift=resolution_shift(256, reference=64)),
             prediction="v",
@@ -36,12 +36,12 @@ def config() -> TrainConfig:
         ),
         data=ScenesData(split="train"),
         crop=128,
-        images=300_000,
+        images=200_000,
         batch_size=16,
         optimizer=Optimizer(
             learning_rate=6e-4, warmup_images=8_000, cooldown_images=60_000, b2=0.99
         ),
-        ema_decay=0.9995,
+        ema_decay=0.999,
         save_every_images=10_000,
         preview_every_images=10_000,
     )

@@ -29,7 +29,7 @@ from cascade.data.scenes.spec import (
     Scene,
 )
 
-# sRGB. Any two differ by at least 84 in Euclidean distance, but for two backgrounds, 60.
+# sRGB. Any two differ by at least 80 in Euclidean distance; two backgrounds, by at least 60.
 COLOURS: dict[Colour, tuple[int, int, int]] = {
     "red": (205, 40, 45),
     "orange": (235, 125, 25),
