@@ -28,7 +28,7 @@ from cascade.config import from_json, read_json, to_json
 from cascade.errors import UserError
 from cascade.models import Conditioning
 from cascade.stage import Sampling, Stage, StageConfig
-from cascade.text import T5Encoder, TextEmbedding
+from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Cascade:
     def __init__(
         self,
         stages: Sequence[tuple[Stage, Mapping[str, Any]]],
-        encoder: T5Encoder,
+        encoder: TextEncoder,
         *,
         name: str = "",
         digest: str = "",

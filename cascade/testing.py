@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,12 +74,17 @@ def super_resolution_stage(lowres: int = 8, text_width: int = 8) -> StageConfig:
     )
 
 
-def lively(params, key=None):
-    """Every parameter, zeros too, moved at random: an untrained network that does something."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7) if key is None else key, len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+def lively(stage: Stage, seed: int = 0) -> dict[str, Any]:
+    """Untrained parameters, all moved at random: those that start at zero would hide mistakes."""
+
+    @jax.jit
+    def init(key):
+        leaves, tree = jax.tree.flatten(stage.init(key))
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+        moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, moved)
+
+    return init(jax.random.key(seed))
 
 
 def cascade() -> Cascade:
@@ -86,7 +92,7 @@ def cascade() -> Cascade:
     configs = (base_stage(), super_resolution_stage(8), super_resolution_stage(16))
     stages = [Stage(config) for config in configs]
     return Cascade(
-        [(s, lively(s.init(jax.random.key(i)))) for i, s in enumerate(stages)],
-        FakeEncoder(),  # type: ignore[arg-type]
+        [(stage, lively(stage)) for stage in stages],
+        FakeEncoder(),
         name="testing",
     )

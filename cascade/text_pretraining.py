@@ -11,7 +11,6 @@ The decoder that reconstructs the masked spans is thrown away when the encoder i
 import dataclasses
 import io
 import json
-import math
 import os
 import string
 import time
@@ -151,7 +150,9 @@ def example(config: TextPretraining, tokenizer: Tokenizer, index: int) -> Exampl
         )
     source, target = source[: config.length - 1], target[: config.length - 1]
     visible = rng.random(len(source) + 1) >= config.hidden * rng.random()
-    return Example(source=np.asarray(source), target=np.asarray(target), visible=visible | ~visible.any())
+    return Example(
+        source=np.asarray(source), target=np.asarray(target), visible=visible | ~visible.any()
+    )
 
 
 def batches(
@@ -232,7 +233,9 @@ _GROUP = 32  # batches
 _WIDTH = 16  # row widths are multiples of this: each width is one more compilation
 
 
-def _group(config: TextPretraining, tokenizer: Tokenizer, group: int) -> list[dict[str, np.ndarray]]:
+def _group(
+    config: TextPretraining, tokenizer: Tokenizer, group: int
+) -> list[dict[str, np.ndarray]]:
     size = _GROUP * config.batch_size
     made = [example(config, tokenizer, i) for i in range(group * size, (group + 1) * size)]
     made.sort(key=lambda e: max(len(e.source), len(e.target)))

@@ -133,9 +133,8 @@ def learning_rate(config: TrainConfig, step: jax.Array | int) -> jax.Array:
     return o.learning_rate * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
 
 
-def init_state(stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+def init_state(optimizer: optax.GradientTransformation, params: Any) -> State:
     """{train: {params, opt_state, step}, ema}: all that changes while training."""
-    params = stage.init(key)
     return {
         "train": {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)},
         "ema": jax.tree.map(jnp.copy, params),
@@ -262,11 +261,14 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
 
 def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[State, Any]:
     key = jax.random.key(config.seed)
-    abstract = jax.eval_shape(lambda k: init_state(stage, optimizer, k), key)
+
+    def init(key):
+        return init_state(optimizer, stage.init(key))
+
+    abstract = jax.eval_shape(init, key)
     placement = sharding.shardings(abstract, mesh)
     if not checkpoints.steps():
-        init = jax.jit(lambda k: init_state(stage, optimizer, k), out_shardings=placement)
-        return init(key), placement
+        return jax.jit(init, out_shardings=placement)(key), placement
     saved = checkpoints.read_config()
     if saved["stage"] != to_json(config.stage):
         raise UserError(

@@ -60,7 +60,7 @@ def test_an_untrained_v_network_has_the_loss_of_predicting_zero():
 def test_condition_dropout_replaces_the_text_of_its_share_of_examples():
     config = dataclasses.replace(testing.base_stage(), condition_dropout=0.0)
     never, always = Stage(config), Stage(dataclasses.replace(config, condition_dropout=0.999999))
-    params = testing.lively(never.init(jax.random.key(0)))
+    params = testing.lively(never)
     batch, key = batch_of(8), jax.random.key(1)
     blank = batch | {"text": jnp.zeros_like(batch["text"]), "text_mask": batch["text_mask"] & False}
     loss = jax.jit(lambda stage, b: stage.loss(params, b, key)[0], static_argnums=0)
@@ -109,7 +109,7 @@ def test_without_augmentation_the_network_sees_the_upsampled_picture_itself(monk
 
 def test_guidance_in_one_pass_equals_two_passes():
     stage = Stage(testing.base_stage())
-    params = testing.lively(stage.init(jax.random.key(0)))
+    params = testing.lively(stage)
     cond, x = conditioning(3), jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
     logsnr = jnp.array([-2.0, 0.0, 3.0])
     conditional = x0_of(stage, params, cond, x, logsnr)
@@ -121,7 +121,7 @@ def test_guidance_in_one_pass_equals_two_passes():
 
 def test_negative_text_replaces_the_null_condition():
     stage = Stage(testing.base_stage())
-    params = testing.lively(stage.init(jax.random.key(0)))
+    params = testing.lively(stage)
     cond, x = conditioning(2), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     logsnr = jnp.zeros(2)
     # away from itself, at any weight, is no guidance at all
@@ -131,7 +131,7 @@ def test_negative_text_replaces_the_null_condition():
 
 def test_thresholding_comes_after_guidance():
     stage = Stage(testing.base_stage())
-    params = testing.lively(stage.init(jax.random.key(0)))
+    params = testing.lively(stage)
     cond, x = conditioning(2), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     static = Threshold(kind="static")
     got = x0_of(stage, params, cond, x, jnp.zeros(2), guidance=50.0, threshold=static)
@@ -141,7 +141,7 @@ def test_thresholding_comes_after_guidance():
 def test_a_picture_depends_on_its_own_key_and_row_alone():
     config = testing.super_resolution_stage()
     stage = Stage(config)
-    params = testing.lively(stage.init(jax.random.key(0)))
+    params = testing.lively(stage)
     low = jax.random.uniform(jax.random.key(3), (3, 8, 8, 3), minval=-1)
     cond = conditioning(3)
     all3 = stage.sample(params, cond, keys(5, 6, 7), settings=config.sampling, lowres=low)
@@ -160,7 +160,7 @@ def test_a_picture_depends_on_its_own_key_and_row_alone():
 def test_augmentation_at_sampling_is_drawn_once_and_its_level_matters(monkeypatch):
     config = testing.super_resolution_stage()
     stage = Stage(config)
-    params = testing.lively(stage.init(jax.random.key(0)))
+    params = testing.lively(stage)
     low = jnp.zeros((1, 8, 8, 3))
     drawn = [
         stage.sample(

@@ -41,8 +41,7 @@ def run(config, mesh_config, steps=2):
     n = abs(mesh_config.data * mesh_config.fsdp)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n])
     stage, optimizer = Stage(config.stage), train.make_optimizer(config)
-    state = train.init_state(stage, optimizer, jax.random.key(0))
-    state["train"]["params"] = testing.lively(state["train"]["params"])
+    state = jax.jit(lambda params: train.init_state(optimizer, params))(testing.lively(stage))
     placement = sharding.shardings(state, mesh)
     step = jax.jit(
         train.make_train_step(config, stage, optimizer),
@@ -69,7 +68,7 @@ def test_sharded_training_has_the_loss_and_weights_of_unsharded(data, fsdp):
 def test_accumulated_gradients_are_the_mean_over_microbatches():
     config = config_of(microbatches=2, optimizer=Optimizer(clip=1e9))
     stage = Stage(config.stage)
-    params = testing.lively(stage.init(jax.random.key(0)))
+    params = testing.lively(stage)
     step = jax.jit(train.make_train_step(config, stage, optax.sgd(1.0)))
     state = {"params": params, "opt_state": optax.sgd(1.0).init(params), "step": jnp.int32(0)}
     moved, _ = step({"train": state, "ema": params}, batch_of())
@@ -129,7 +128,8 @@ def test_every_optimizer_lowers_the_loss(name):
         optimizer=Optimizer(name=name, learning_rate=3e-2 if name == "adafactor" else 1e-2)
     )
     stage, rule = Stage(config.stage), train.make_optimizer(config)
-    state = train.init_state(stage, rule, jax.random.key(0))
+    params = jax.jit(stage.init)(jax.random.key(0))
+    state = jax.jit(lambda params: train.init_state(rule, params))(params)
     step = jax.jit(train.make_train_step(config, stage, rule))
     losses = []
     for _ in range(40):

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from cascade.text.tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
-    from cascade.text.encoder import T5Encoder, TextEmbedding
+    from cascade.text.encoder import T5Encoder, TextEmbedding, TextEncoder
 
-__all__ = ["T5Encoder", "TextEmbedding", "Tokenizer", "Tokens"]
+__all__ = ["T5Encoder", "TextEmbedding", "TextEncoder", "Tokenizer", "Tokens"]
 
 
 def __getattr__(name: str):
     # Data workers import only the tokenizer, and need not pay for jax.
-    if name in ("T5Encoder", "TextEmbedding"):
+    if name in ("T5Encoder", "TextEmbedding", "TextEncoder"):
         import cascade.text.encoder
 
         return getattr(cascade.text.encoder, name)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,23 @@ class TextEmbedding:
     @property
     def width(self) -> int:
         return self.values.shape[-1]
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What a cascade asks of its text encoder."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens: ...
+
+    def embed(self, tokens: Tokens) -> TextEmbedding: ...
+
+    def __call__(self, texts: Sequence[str]) -> TextEmbedding: ...
 
 
 class T5Encoder:
