@@ -19,6 +19,7 @@ BELOW = {
     "pretrained": {"errors"},
     "stage": {"diffusion", "images", "models"},
     "runner": {"stage", "text", "images", "checkpoint", "config", "errors", "models", "pretrained"},
+    "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
         *("data", "stage", "sharding", "checkpoint", "config"),
         *("errors", "images", "models", "text"),
@@ -26,7 +27,7 @@ BELOW = {
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
     "testing": {"diffusion", "models", "stage", "text", "runner"},
 }
-DOORS = {"cli", "sample", "export", "bench", "train_command", "__init__", "__main__"}
+DOORS = {"cli", "evaluate", "sample", "export", "bench", "train_command", "__init__", "__main__"}
 
 
 def imports_of_ours(file: Path) -> set[str]:

@@ -33,7 +33,7 @@ def fake(monkeypatch):
 
 
 def sample(*argv):
-    cli.main(["sample", *argv, "--compilation-cache", "False"])
+    cli.main(["sample", *argv, "--no-compilation-cache"])
 
 
 @pytest.mark.parametrize(

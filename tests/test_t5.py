@@ -122,15 +122,25 @@ def test_decoder_sees_neither_the_future_nor_what_is_masked():
     assert not np.allclose(before, run(inputs, encoded.at[:, 0].add(1.0)))
 
 
-def test_every_parameter_gets_a_gradient_and_layers_differ():
+def test_every_parameter_of_every_layer_gets_a_gradient():
     graphdef, params = nnx.split(T5EncoderModel(TINY, nnx.Rngs(0)))
     ids = jnp.arange(40).reshape(2, 20)
     run = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(ids, ids >= 0) ** 3)))
-    for path, gradient in jax.tree_util.tree_leaves_with_path(run(params)):
-        axes = tuple(range(1, gradient.ndim))
-        assert (jnp.abs(gradient).max(axes) > 0).all(), jax.tree_util.keystr(path)
-    kernel = params["layers"]["feed_forward"]["wo"]["kernel"][...]
+    gradients = nnx.to_pure_dict(run(params))
+    for path, layers in jax.tree_util.tree_leaves_with_path(gradients.pop("layers")):
+        assert (jnp.abs(layers).max(range(1, layers.ndim)) > 0).all(), jax.tree_util.keystr(path)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert gradient.any(), jax.tree_util.keystr(path)
+
+
+def test_stacked_layers_differ_and_a_new_head_looks_nearby():
+    model = T5EncoderModel(TINY, nnx.Rngs(0))
+    kernel = model.layers.feed_forward.wo.kernel[...]
     assert not np.allclose(kernel[0], kernel[1])
+    behind, ahead = model.relative_attention_bias[:16], model.relative_attention_bias[17:]
+    assert (jnp.diff(behind, axis=0) < 0).all() and (jnp.diff(ahead, axis=0) < 0).all()
+    prefers_ahead = (ahead[0] > behind[1]).tolist()  # at distance 1
+    assert prefers_ahead == [False, True, False]
 
 
 def test_the_largest_encoder_has_its_published_size_and_needs_no_memory():

@@ -30,7 +30,10 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One asserted fact. claim, seen: words for people. thing: number in Facts.things, if of one."""
+    """One asserted fact.
+
+    claim, seen: words for people. thing: number in Facts.things; None if not of one thing.
+    """
 
     category: Category
     claim: str
@@ -168,7 +171,9 @@ def _agreement(item: Seen, thing: Thing) -> int:
 
 def _position(said: Related, facts: Facts, found: list[list[Seen]]) -> Verdict:
     a, b = found[said.subject], found[said.object]
-    names = [f"{facts.things[i].colour} {facts.things[i].shape}" for i in (said.subject, said.object)]
+    names = [
+        f"{facts.things[i].colour} {facts.things[i].shape}" for i in (said.subject, said.object)
+    ]
     where = [", ".join(f"({item.x:.2f}, {item.y:.2f})" for item in group) for group in (a, b)]
     return Verdict(
         category="position",

@@ -100,13 +100,12 @@ class _Picture:
         self.flatness = 1 / (1 + sum((s * s).sum(-1) for s in slope) / _FLAT**2)
 
     def objects(self, ground: Float[np.ndarray, "3"]) -> list[Seen]:
-        found = []
-        for region in _regions(_distance(self.small, ground) > _CONTRAST):
-            found += self._region(region, ground, depth=0)
-        return found
+        # Ground is never one pixel wide; but where two colours meet, their blend can look like it.
+        empty = _thick(_distance(self.small, ground) <= _CONTRAST)
+        return [seen for region in _regions(~empty) for seen in self._region(region, ground)]
 
     def _region(
-        self, region: Bool[np.ndarray, "h w"], ground: Float[np.ndarray, "3"], depth: int
+        self, region: Bool[np.ndarray, "h w"], ground: Float[np.ndarray, "3"], depth: int = 0
     ) -> list[Seen]:
         """The object whose colour prevails in a region, and those of other colours in it."""
         weights = self.flatness * region
@@ -116,22 +115,29 @@ class _Picture:
         # How much of a pixel the object covers: its place between the ground and the colour.
         step = colour - ground
         share = np.clip((self.small - ground) @ step / (step @ step), 0, 1)
-        share *= ndimage.binary_dilation(region, _AROUND)
+        share *= _grown(region)
+        whole = share > 0.97
         others = []
         if depth == 0:
-            inside = ndimage.binary_erosion(region, _AROUND)
-            for part in _regions(inside & (_distance(self.small, colour) > _CONTRAST)):
-                halo = ndimage.binary_dilation(part, _AROUND, iterations=2)
+            inside = ~_grown(~region)
+            for part in _regions(_thick(inside & (_distance(self.small, colour) > _CONTRAST))):
+                halo = _grown(part, 2)
                 # Held where the first colour goes all around it; else it only touches.
                 held = (halo & ~region).sum() < 0.25 * (halo & ~part).sum()
                 share[halo] = 1.0 if held else 0.0
+                whole &= ~halo
                 others += self._region(part, colour if held else ground, depth=1)
         if share.sum() < _LEAST_AREA / 2:
             return others
         name = list(COLOURS)[int(number)]
+        # What is thin and blurred nowhere reaches its full colour, and covers less than it seems.
+        full = _PALETTE[number] - ground
+        reached = float(step @ full / (full @ full))
         seen = _best_shape(share, name)
+        if 0.5 < reached < 0.97:
+            seen = max(seen, _best_shape(reached * share, name), key=lambda one: one.match)
         if self.fine is not None:
-            seen = dataclasses.replace(seen, finish=_finish(self.fine, share > 0.97, name))
+            seen = dataclasses.replace(seen, finish=_finish(self.fine, whole, name))
         return [seen, *others]
 
 
@@ -143,7 +149,7 @@ def _best_shape(share: Float[np.ndarray, "h w"], colour: Colour) -> Seen:
     area = float(share.sum())
     y = float(share.sum(1) @ (np.arange(*window[0]) + 0.5)) / area
     x = float(share.sum(0) @ (np.arange(*window[1]) + 0.5)) / area
-    best: Seen | None = None
+    fits: list[tuple[float, spec.Object]] = []
     for shape, (unit_area, offset) in _moments().items():
         radius = (area / unit_area) ** 0.5
         item = spec.Object(
@@ -156,11 +162,18 @@ def _best_shape(share: Float[np.ndarray, "h w"], colour: Colour) -> Seen:
             radius=radius / side,
         )
         covered = coverage(item, side, window[0], window[1])
-        match = float(np.minimum(share, covered).sum() / np.maximum(share, covered).sum())
-        if best is None or match > best.match:
-            best = Seen(**{**dataclasses.asdict(item), "finish": None}, match=match)
-    assert best is not None
-    return best if best.match >= _LEAST_MATCH else dataclasses.replace(best, shape=None)
+        fits.append((np.minimum(share, covered).sum() / np.maximum(share, covered).sum(), item))
+    match, item = max(fits, key=lambda fit: fit[0])
+    return Seen(
+        shape=item.shape if match >= _LEAST_MATCH else None,
+        colour=colour,
+        size=item.size,
+        finish=None,
+        x=item.x,
+        y=item.y,
+        radius=item.radius,
+        match=float(match),
+    )
 
 
 @functools.cache
@@ -209,9 +222,12 @@ def _spectrum(cells: Float[np.ndarray, "*n p p"]) -> Float[np.ndarray, "*n 3"]:
 def _forms() -> dict[Finish, Float[np.ndarray, "3"]]:
     """The spectra of the finishes, of length 1: blur weakens one but hardly changes its form."""
     period = FINISH_SIDE // PERIODS
-    patterns = {f: finish_pattern(f, FINISH_SIDE) for f in spec.FINISHES if f != "plain"}
-    spectra = {f: _spectrum(p[:period, :period]) for f, p in patterns.items()}
-    return {finish: s / np.linalg.norm(s) for finish, s in spectra.items()}
+    forms: dict[Finish, np.ndarray] = {}
+    for finish in spec.FINISHES:
+        if finish != "plain":
+            spectrum = _spectrum(finish_pattern(finish, FINISH_SIDE)[:period, :period])
+            forms[finish] = spectrum / np.linalg.norm(spectrum)
+    return forms
 
 
 def _regions(mask: Bool[np.ndarray, "h w"]) -> list[Bool[np.ndarray, "h w"]]:
@@ -219,6 +235,15 @@ def _regions(mask: Bool[np.ndarray, "h w"]) -> list[Bool[np.ndarray, "h w"]]:
     numbers, _ = ndimage.label(mask, _AROUND)  # type: ignore[misc]
     areas = np.bincount(numbers.ravel())
     return [numbers == n for n in range(1, len(areas)) if areas[n] >= _LEAST_AREA]
+
+
+def _grown(mask: Bool[np.ndarray, "h w"], by: int = 1) -> Bool[np.ndarray, "h w"]:
+    return np.asarray(ndimage.binary_dilation(mask, _AROUND, iterations=by))
+
+
+def _thick(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Without what is less than two pixels wide."""
+    return np.asarray(ndimage.binary_opening(mask, np.ones((2, 2))))
 
 
 def _averaged(picture: np.ndarray, side: int) -> Float[np.ndarray, "side side 3"]:

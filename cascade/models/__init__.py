@@ -1,13 +1,12 @@
 """The networks, as pure functions of their parameters.
 
-    network = Network(UNetConfig(levels=(Level(width=128, blocks=2),)))
-    params = network.init(jax.random.key(0))      # nested dict of arrays
-    y = network(params, x, time, Conditioning())
+>>> network = Network(UNetConfig(levels=(Level(width=128, blocks=2),)))
+>>> params = network.init(jax.random.key(0))  # nested dict of arrays
+>>> y = network(params, x, time, Conditioning())
 """
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -33,7 +32,8 @@ class Network:
     """A config's network without its parameters: they go in and come out as nested dicts of arrays.
 
     Keys are strings at every depth, also where the module holds a list: joined by "/" they name a
-    parameter in sharding rules and safetensors files, such as "encoder/0/rest/residual/conv1/kernel".
+    parameter in sharding rules and safetensors files: "encoder/0/rest/residual/conv1/kernel" is
+    [blocks, 3, 3, in, out], since equal blocks are stacked along a leading axis ("rest", "blocks").
     """
 
     def __init__(self, config: UNetConfig | EfficientUNetConfig):
@@ -54,7 +54,7 @@ class Network:
         self,
         params: Params,
         x: Float[Array, "b h w c"],
-        time: Float[Array, "b"],
+        time: Float[Array, " b"],
         cond: Conditioning,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
@@ -80,6 +80,7 @@ def _named(state: Any) -> Params:
 
 
 def _at(params: Params, path: tuple[Any, ...]) -> Array:
+    node: Any = params
     for name in path:
-        params = params[str(name)]
-    return params
+        node = node[str(name)]
+    return node

@@ -32,7 +32,7 @@ class Conditioning:
     lowres: Any = None
     lowres_time: Any = None
 
-    def dropped(self, drop: Bool[Array, "b"]) -> "Conditioning":
+    def dropped(self, drop: Bool[Array, " b"]) -> "Conditioning":
         """Without text where `drop`: tokens zero and masked, thus sequence and pooled together."""
         if self.text is None:
             return self
@@ -63,7 +63,7 @@ class Embedder(nnx.Module):
         self.lowres_time = TimeEmbedding(width, emb_width, rngs) if config.lowres else None
         self.text = PooledText(config, rngs) if config.text_width else None
 
-    def __call__(self, time: Float[Array, "b"], cond: Conditioning) -> Context:
+    def __call__(self, time: Float[Array, " b"], cond: Conditioning) -> Context:
         emb = self.time(time)
         if self.lowres_time is not None:
             emb = emb + self.lowres_time(cond.lowres_time)
@@ -81,7 +81,7 @@ class TimeEmbedding(nnx.Module):
         self.hidden = Linear(width, emb_width, rngs=rngs)
         self.out = Linear(emb_width, emb_width, rngs=rngs)
 
-    def __call__(self, time: Float[Array, "b"]) -> Float[Array, "b e"]:
+    def __call__(self, time: Float[Array, " b"]) -> Float[Array, "b e"]:
         return self.out(jax.nn.silu(self.hidden(sinusoids(time, self.width))))
 
 
@@ -128,11 +128,14 @@ def network_input(
             f"image sides must be multiples of {multiple} (patch x strides of {name}), "
             f"got {x.shape[1]}x{x.shape[2]}"
         )
-    if config.text_width and (cond.text is None or cond.text.shape[-1] != config.text_width):
-        got = None if cond.text is None else cond.text.shape
+    text = cond.text
+    if config.text_width and (
+        text is None or text.shape[-1] != config.text_width or cond.text_mask is None
+    ):
+        got = None if text is None else text.shape
         raise ValueError(
             f"{name}.text_width is {config.text_width}: Conditioning.text must be "
-            f"[b, l, {config.text_width}] (zeros, masked, for no text), got {got}"
+            f"[b, l, {config.text_width}] with its text_mask (all False for no text), got {got}"
         )
     if config.lowres:
         if cond.lowres is None or cond.lowres.shape[:3] != x.shape[:3] or cond.lowres_time is None:
@@ -145,7 +148,7 @@ def network_input(
     return space_to_depth(x.astype(config.compute_dtype), config.patch)
 
 
-def sinusoids(time: Float[Array, "b"], width: int) -> Float[Array, "b w"]:
+def sinusoids(time: Float[Array, " b"], width: int) -> Float[Array, "b w"]:
     """[cos, sin] of time at width / 2 frequencies from 1 down to almost 1 / 10000 rad per unit."""
     half = width // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / half)

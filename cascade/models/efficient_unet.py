@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from cascade.errors import UserError
 from cascade.models import layers
 from cascade.models.conditioning import Conditioning, Embedder, network_input
 from cascade.models.layers import Attention, Block, Context, Conv, NetworkConfig, ResBlock
@@ -44,13 +45,13 @@ class EfficientUNetConfig(NetworkConfig):
         super().__post_init__()
         for i, level in enumerate(self.levels):
             if level.stride < 1:
-                raise ValueError(
+                raise UserError(
                     f"EfficientUNetConfig.levels[{i}].stride must be at least 1, got {level.stride}"
                 )
             if level.self_attention or level.text_attention:
                 self.check_heads(f"levels[{i}].width", level.width)
             if level.text_attention and not self.text_width:
-                raise ValueError(
+                raise UserError(
                     f"EfficientUNetConfig.levels[{i}].text_attention needs text_width > 0, got 0"
                 )
 
@@ -86,7 +87,7 @@ class EfficientUNet(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b h w c"],
-        time: Float[Array, "b"],
+        time: Float[Array, " b"],
         cond: Conditioning,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
@@ -116,9 +117,7 @@ class DBlock(nnx.Module):
         self.blocks = make_blocks(config, level, level.width, rngs)
         self.attention = make_attention(config, level, rngs)
 
-    def __call__(
-        self, h: Array, context: Context, key: Array | None
-    ) -> tuple[Array, list[Array]]:
+    def __call__(self, h: Array, context: Context, key: Array | None) -> tuple[Array, list[Array]]:
         """Also returns the output of every block: the skips."""
         if self.resample is not None:
             h = self.resample(h)
@@ -139,9 +138,7 @@ class UBlock(nnx.Module):
         self.attention = make_attention(config, level, rngs)
         self.resample = None if same else Conv(level.width, width_out, rngs=rngs)
 
-    def __call__(
-        self, h: Array, context: Context, skips: list[Array], key: Array | None
-    ) -> Array:
+    def __call__(self, h: Array, context: Context, skips: list[Array], key: Array | None) -> Array:
         h, _ = layers.run_stack(self.blocks, self.remat, h, context, skips[::-1], key)
         if self.attention is not None:
             h = self.attention(h, context)

@@ -1,10 +1,11 @@
 """The pieces both U-Nets are built from.
 
-Images are [b, h, w, c]. Parameters are float32; a layer computes in the dtype of its input (bfloat16
-or float32), except that normalisations, FiLM and the softmax are always float32.
+Images are [b, h, w, c]. Parameters are float32; a layer computes in the dtype of its input
+(bfloat16 or float32), except that norms, FiLM and the softmax are always float32.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
+
+from cascade.errors import UserError
 
 Resample = Literal["down", "up"]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -23,7 +26,8 @@ class NetworkConfig:
     """The fields both U-Nets share.
 
     levels: from full resolution down; each network has its own kind of level.
-    patch: pixels a side that enter as one (space to depth; Hoogeboom et al. 2023); 1 is the papers'.
+    patch: pixels a side that enter as one (space to depth; Hoogeboom et al. 2023); 1 is the
+        papers'.
     head_width: channels of an attention head. text_width: of a token; 0 is a network without text.
     emb_width: of the embedding of time and pooled text; None is 4 * levels[0].width.
     lowres: super-resolution, by concatenating Conditioning.lowres to x.
@@ -46,26 +50,26 @@ class NetworkConfig:
     def __post_init__(self):
         name = type(self).__name__
         if not self.levels:
-            raise ValueError(f"{name}.levels must hold at least one level, got none")
+            raise UserError(f"{name}.levels must hold at least one level, got none")
         for i, level in enumerate(self.levels):
             if level.width < 8 or level.width % 8:
-                raise ValueError(
+                raise UserError(
                     f"{name}.levels[{i}].width must be a multiple of 8 (GroupNorm groups), "
                     f"got {level.width}"
                 )
             if level.blocks < 1:
-                raise ValueError(f"{name}.levels[{i}].blocks must be at least 1, got {level.blocks}")
+                raise UserError(f"{name}.levels[{i}].blocks must be at least 1, got {level.blocks}")
         for field in ("in_channels", "out_channels", "patch", "head_width"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{name}.{field} must be at least 1, got {getattr(self, field)}")
+                raise UserError(f"{name}.{field} must be at least 1, got {getattr(self, field)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"{name}.dropout must be in [0, 1), got {self.dropout}")
+            raise UserError(f"{name}.dropout must be in [0, 1), got {self.dropout}")
         if self.text_width:
             self.check_heads("emb_width", self.embedding_width)
 
     def check_heads(self, field: str, width: int) -> None:
         if width % self.head_width:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}.{field} must be a multiple of head_width="
                 f"{self.head_width} (attention heads), got {width}"
             )
@@ -111,7 +115,7 @@ class Block(nnx.Module):
         context: Context,
         skip: Float[Array, "b h w s"] | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "b h w d"]:
+    ) -> Float[Array, "b h2 w2 d"]:
         if skip is not None:
             h = jnp.concatenate([h, skip], axis=-1)
         h = self.residual(h, context.emb, key)
@@ -119,7 +123,7 @@ class Block(nnx.Module):
 
 
 class ResBlock(nnx.Module):
-    """GroupNorm-SiLU-conv twice around a residual, told the embedding by FiLM after the second norm.
+    """GroupNorm-SiLU-conv, twice, around a residual; FiLM by the embedding after the second norm.
 
     resample: "down" (2x2 mean) or "up" (nearest) acts on both branches ahead of the first
     convolution (the BigGAN form: Dhariwal & Nichol 2021, sec. 3; Imagen's base).
@@ -259,15 +263,15 @@ class GroupNorm(nnx.Module):
 
 
 def group_count(width: int) -> int:
-    """32 groups as in the papers; fewer for narrow layers, so that a group holds 4 channels or more.
+    """32 groups as in the papers; fewer in narrow layers, where a group holds at least 4 channels.
 
-    (One channel to a group would be instance normalisation, which forgets every channel's mean.)
+    One channel to a group would be instance normalisation, which forgets every channel's mean.
     """
     return next(g for g in range(min(32, width // 4), 0, -1) if width % g == 0)
 
 
 class Conv(nnx.Module):
-    """3x3 convolution, zero-padded to keep the size, or a stride-th of it. kernel [3, 3, in, out]."""
+    """conv3x3 with a bias. kernel [3, 3, in, out]; the sides shrink by stride."""
 
     def __init__(
         self,
@@ -284,18 +288,72 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        y = lax.conv_general_dilated(
-            x,
-            self.kernel[...].astype(x.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = conv3x3(x, self.kernel[...].astype(x.dtype), self.stride)
         return y + self.bias[...].astype(x.dtype)
 
 
+def conv3x3(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"], stride: int = 1
+) -> Float[Array, "b h2 w2 d"]:
+    """3x3 convolution, zero-padded by one pixel; sides must be multiples of the stride.
+
+    Its gradients are written out for the CPU's sake. There XLA brings convolutions into the form
+    its fast kernels know only outside of loops: in the body of a scan (over blocks, or over parts
+    of a batch) the gradients that it derives itself run 20 times slower. So ours start in that
+    form. The price: forward-mode differentiation (jax.jvp) cannot pass.
+    """
+    y: Any = _conv3x3(x, kernel, stride)
+    return y
+
+
+def _convolution(x: Array, kernel: Array, stride: int) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv3x3(x: Array, kernel: Array, stride: int) -> Array:
+    return _convolution(x, kernel, stride)
+
+
+def _conv3x3_forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return _convolution(x, kernel, stride), (x, kernel)
+
+
+def _conv3x3_backward(stride: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    return lax.platform_dependent(
+        *saved,
+        g,
+        cpu=functools.partial(_conv3x3_gradients_on_cpu, stride),
+        default=lambda x, kernel, g: jax.vjp(
+            functools.partial(_convolution, stride=stride), x, kernel
+        )[1](g),
+    )
+
+
+def _conv3x3_gradients_on_cpu(
+    stride: int, x: Array, kernel: Array, g: Array
+) -> tuple[Array, Array]:
+    # A strided convolution is every stride-th pixel of the plain one: zeros where it has none.
+    gaps = (0, stride - 1, stride - 1)
+    g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), gaps, gaps, (0, 0, 0)))
+    dx = _convolution(g, kernel[::-1, ::-1].swapaxes(2, 3), 1)
+    # dkernel[i, j] = sum over images and pixels of x, shifted by (i, j), times g: a convolution
+    # with the images as channels and g as the kernel.
+    dkernel = _convolution(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), 1)
+    return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+_conv3x3.defvjp(_conv3x3_forward, _conv3x3_backward)
+
+
 class Linear(nnx.Module):
-    """x @ kernel + bias on the last axis, in the dtype of x (nnx.Linear would promote to float32)."""
+    """x @ kernel + bias on the last axis, in the dtype of x; nnx.Linear would go to float32."""
 
     def __init__(self, width_in: int, width: int, *, zero: bool = False, rngs: nnx.Rngs):
         init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
@@ -334,10 +392,8 @@ def depth_to_space(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, c)
 
 
-def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module | None:
-    """`count` equal modules as one, whose parameters have a leading axis; None if there are none."""
-    if not count:
-        return None
+def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
+    """`count` equal modules as one, its parameters with a leading axis."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), count)
     params = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys)
@@ -364,9 +420,9 @@ def run_stack(
 ) -> tuple[Array, list[Array]]:
     """Runs stacked blocks one after the other; returns the last output and all of them, in order.
 
+    blocks: of `stack`, or None for h itself.
     skips: one per block, concatenated to its input. key: for dropout.
-    One lax.scan, so that compilation does not grow with depth; but a plain loop on a CPU, where XLA
-    runs the convolutions of a scan's body a hundred times slower, even of one that is unrolled.
+    One lax.scan, so that the program and the time to compile it do not grow with depth.
     """
     if blocks is None:
         return h, []
@@ -378,19 +434,11 @@ def run_stack(
         return h, h
 
     count = len(jax.tree.leaves(params)[0])
-    keys = split_keys(key, count)
-    if jax.default_backend() == "cpu":
-        outputs = []
-        for i in range(count):
-            skip = None if skips is None else skips[i]
-            h, _ = step(h, (jax.tree.map(lambda p: p[i], params), skip, keys[i]))
-            outputs.append(h)
-        return h, outputs
-    stacked = None if skips is None else jnp.stack(skips)
-    h, outputs = lax.scan(step, h, (params, stacked, None if key is None else keys))
+    keys = None if key is None else jax.random.split(key, count)
+    h, outputs = lax.scan(step, h, (params, None if skips is None else jnp.stack(skips), keys))
     return h, list(outputs)
 
 
-def split_keys(key: Array | None, count: int) -> list[Array | None] | Array:
+def split_keys(key: Array | None, count: int) -> list[Array | None]:
     """`count` keys, or as many None."""
-    return [None] * count if key is None else jax.random.split(key, count)
+    return [None] * count if key is None else list(jax.random.split(key, count))

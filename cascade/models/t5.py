@@ -2,9 +2,9 @@
 
 A pre-norm transformer whose peculiarities all matter for reading public weights:
 
-    x = shared[ids]                                  neither scaled by sqrt(d) nor given absolute positions
-    x = x + o(softmax(q(y) k(y)^T + bias) v(y))      y = RMS(x); q is not scaled by 1/sqrt(d_kv)
-    x = x + wo(gelu_tanh(wi_0(y)) * wi_1(y))         y = RMS(x)
+    x = shared[ids]                              not scaled by sqrt(d), no absolute positions
+    x = x + o(softmax(q(y) k(y)^T + bias) v(y))  y = RMS(x); q is not scaled by 1/sqrt(d_kv)
+    x = x + wo(gelu_tanh(wi_0(y)) * wi_1(y))     y = RMS(x)
     out = RMS(x)
 
 No layer has a bias; `bias` above is one table of relative positions that all layers share. The
@@ -31,7 +31,7 @@ class T5Config:
     """Sizes of a T5 v1.1, under the names of the Hugging Face config.json.
 
     num_heads * d_kv need not equal d_model. num_decoder_layers: None means num_layers.
-    n_positions: the longest input in tokens that is meant; positions are relative, so it bounds nothing.
+    n_positions: the longest input in tokens that is meant; relative positions set no bound.
     compute_dtype: of the matrix products (the only field that config.json does not have).
     """
 
@@ -62,8 +62,8 @@ class T5Config:
             )
         if self.relative_attention_num_buckets % 4:
             raise ValueError(
-                "T5Config.relative_attention_num_buckets must be a multiple of 4 (two signs, exact and "
-                f"logarithmic), got {self.relative_attention_num_buckets}"
+                "T5Config.relative_attention_num_buckets must be a multiple of 4 (two signs, exact "
+                f"and logarithmic), got {self.relative_attention_num_buckets}"
             )
 
     @classmethod
@@ -74,7 +74,8 @@ class T5Config:
         """
         known = {f.name for f in dataclasses.fields(cls)} - {"compute_dtype"}
         # Absent means the original T5's relu there, not our default.
-        given = {"feed_forward_proj": "relu"} | {k: v for k, v in fields.items() if k in known}
+        given: dict[str, Any] = {"feed_forward_proj": "relu"}
+        given |= {k: v for k, v in fields.items() if k in known}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         if missing := sorted(required - given.keys()):
             raise ValueError(f"a T5 config.json needs {', '.join(missing)}")
@@ -103,7 +104,7 @@ class T5EncoderModel(nnx.Module):
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         self.config = config
         self.shared = _normal(rngs, (config.vocab_size, config.d_model), 1.0)
-        self.relative_attention_bias = _position_table(config, rngs)
+        self.relative_attention_bias = nnx.Param(_neighbourly_table(config))
         self.layers = _stacked(lambda rngs: _EncoderLayer(config, rngs), config.num_layers, rngs)
         self.final_norm = _RMSNorm(config)
 
@@ -113,8 +114,8 @@ class T5EncoderModel(nnx.Module):
         Padding is never attended to, so its ids change nothing at unpadded positions. Its own
         outputs are what T5 computes there (not zeros): DeepFloyd IF attends to them.
         """
-        length = ids.shape[1]
-        bias = _position_bias(self.config, self.relative_attention_bias[...], length, bidirectional=True)
+        table = self.relative_attention_bias[...]
+        bias = _position_bias(self.config, table, ids.shape[1], bidirectional=True)
         bias = jnp.where(mask[:, None, None, :], bias, _MASKED)
         x = self.shared[...][ids].astype(jnp.float32)
         return self.final_norm(_run(self.layers, x, lambda layer, x: layer(x, bias)))
@@ -128,7 +129,8 @@ class T5Decoder(nnx.Module):
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         self.config = config
-        self.relative_attention_bias = _position_table(config, rngs)
+        shape = (config.relative_attention_num_buckets, config.num_heads)
+        self.relative_attention_bias = _normal(rngs, shape, config.d_model**-0.5)
         depth = config.num_decoder_layers or config.num_layers
         self.layers = _stacked(lambda rngs: _DecoderLayer(config, rngs), depth, rngs)
         self.final_norm = _RMSNorm(config)
@@ -142,7 +144,8 @@ class T5Decoder(nnx.Module):
     ) -> Float[Array, "b m v"]:
         """inputs: embedded targets, shifted right by one. Returns the logits of the targets."""
         length = inputs.shape[1]
-        bias = _position_bias(self.config, self.relative_attention_bias[...], length, bidirectional=False)
+        table = self.relative_attention_bias[...]
+        bias = _position_bias(self.config, table, length, bidirectional=False)
         bias = jnp.where(np.tri(length, dtype=bool), bias, _MASKED)
         cross_bias = jnp.where(encoded_mask[:, None, None, :], 0.0, _MASKED)
         x = _run(self.layers, inputs, lambda layer, x: layer(x, bias, encoded, cross_bias))
@@ -171,7 +174,7 @@ def relative_position_bucket(
     return offset + np.where(distance < exact, distance, far)
 
 
-# Added to no logit but put in its place; finite, so that a row with nothing to attend to is not NaN.
+# Finite, so that a row with nothing to attend to is not NaN.
 _MASKED = -1e9
 
 
@@ -206,13 +209,13 @@ class _DecoderLayer(nnx.Module):
 
 class _Attention(nnx.Module):
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
-        inner = config.num_heads * config.d_kv
+        width, inner = config.d_model, config.num_heads * config.d_kv
         self.config = config
         # The missing 1/sqrt(d_kv) sits in q's initial scale instead.
-        self.q = _linear(config, config.d_model, inner, (config.d_model * config.d_kv) ** -0.5, rngs)
-        self.k = _linear(config, config.d_model, inner, config.d_model**-0.5, rngs)
-        self.v = _linear(config, config.d_model, inner, config.d_model**-0.5, rngs)
-        self.o = _linear(config, inner, config.d_model, inner**-0.5, rngs)
+        self.q = _linear(config, width, inner, (width * config.d_kv) ** -0.5, rngs)
+        self.k = _linear(config, width, inner, width**-0.5, rngs)
+        self.v = _linear(config, width, inner, width**-0.5, rngs)
+        self.o = _linear(config, inner, width, inner**-0.5, rngs)
 
     def __call__(self, x: Array, memory: Array, bias: Array) -> Array:
         """bias: [b or 1, heads or 1, queries, keys], f32, _MASKED where a key may not be seen."""
@@ -276,9 +279,18 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
 
-def _position_table(config: T5Config, rngs: nnx.Rngs) -> nnx.Param:
-    shape = (config.relative_attention_num_buckets, config.num_heads)
-    return _normal(rngs, shape, config.d_model**-0.5)
+def _neighbourly_table(config: T5Config) -> Float[Array, "buckets heads"]:
+    """The encoder's table to begin with: heads look at their neighbourhood, half of them ahead.
+
+    Slopes halve every two heads, in the manner of ALiBi (Press et al. 2022). T5's own random table
+    begins by averaging the whole text, and a short training hardly gets away from that.
+    """
+    buckets, heads = config.relative_attention_num_buckets, config.num_heads
+    distance = jnp.tile(jnp.arange(buckets // 2), 2)
+    ahead = jnp.arange(buckets) >= buckets // 2
+    looks_ahead = jnp.arange(heads) % 2 == 1
+    wrong_way = ahead[:, None] != looks_ahead
+    return -distance[:, None] * 2.0 ** -(jnp.arange(heads) // 2) * (1 + wrong_way)
 
 
 def _position_bias(config: T5Config, table: Array, length: int, *, bidirectional: bool) -> Array:
@@ -294,7 +306,7 @@ def _position_bias(config: T5Config, table: Array, length: int, *, bidirectional
 
 
 def _stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """A module of make's class whose every parameter holds `depth` independent ones along axis 0."""
+    """What `make` makes, each parameter holding `depth` independent ones along a leading axis."""
     keys = jax.random.split(rngs.params(), depth)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
@@ -304,4 +316,6 @@ def _run(layers: nnx.Module, x: Array, apply: Callable[[Any, Array], Array]) -> 
     """Fold x through stacked layers, first to last."""
     graphdef, params = nnx.split(layers)
     # On CPU a loop body of four layers runs a fifth faster than one of a single layer.
-    return jax.lax.scan(lambda x, p: (apply(nnx.merge(graphdef, p), x), None), x, params, unroll=4)[0]
+    return jax.lax.scan(lambda x, p: (apply(nnx.merge(graphdef, p), x), None), x, params, unroll=4)[
+        0
+    ]

@@ -80,7 +80,7 @@ class UNet(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b h w c"],
-        time: Float[Array, "b"],
+        time: Float[Array, " b"],
         cond: Conditioning,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
@@ -103,14 +103,13 @@ class UNet(nnx.Module):
 class EncoderLevel(nnx.Module):
     """Residual blocks at one resolution, then a downsampling one unless it is the last."""
 
-    def __init__(
-        self, config: UNetConfig, level: Level, outer: Level, down: bool, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: UNetConfig, level: Level, outer: Level, down: bool, rngs: nnx.Rngs):
         make = functools.partial(make_block, config, attention=level.attention)
         self.config = config
         self.first = make(outer.width, level.width, rngs=rngs)
-        self.rest = layers.stack(
-            lambda rngs: make(level.width, level.width, rngs=rngs), level.blocks - 1, rngs
+        count, width = level.blocks - 1, level.width
+        self.rest = (
+            layers.stack(lambda rngs: make(width, width, rngs=rngs), count, rngs) if count else None
         )
         self.down = (
             make_block(config, level.width, level.width, resample="down", rngs=rngs)
@@ -118,9 +117,7 @@ class EncoderLevel(nnx.Module):
             else None
         )
 
-    def __call__(
-        self, h: Array, context: Context, key: Array | None
-    ) -> tuple[Array, list[Array]]:
+    def __call__(self, h: Array, context: Context, key: Array | None) -> tuple[Array, list[Array]]:
         """Also returns the skips: the output of every block, in order."""
         k_first, k_rest, k_down = layers.split_keys(key, 3)
         h = layers.run(self.first, self.config.remat, h, context, None, k_first)
@@ -150,17 +147,17 @@ class DecoderLevel(nnx.Module):
         make = functools.partial(make_block, config, attention=level.attention)
         width, width_outer = level.width, (outer or level).width
         self.config = config
-        self.count = level.blocks - 1
+        self.count = count = level.blocks - 1
         self.first = make(inner.width + width, width, rngs=rngs)
-        self.rest = layers.stack(
-            lambda rngs: make(2 * width, width, rngs=rngs), level.blocks - 1, rngs
+        self.rest = (
+            layers.stack(lambda rngs: make(2 * width, width, rngs=rngs), count, rngs)
+            if count
+            else None
         )
         self.last = make(width + width_outer, width, rngs=rngs)
         self.up = make_block(config, width, width, resample="up", rngs=rngs) if outer else None
 
-    def __call__(
-        self, h: Array, context: Context, skips: list[Array], key: Array | None
-    ) -> Array:
+    def __call__(self, h: Array, context: Context, skips: list[Array], key: Array | None) -> Array:
         """Takes its skips off the end of the list."""
         remat = self.config.remat
         k_first, k_rest, k_last, k_up = layers.split_keys(key, 4)
@@ -192,7 +189,5 @@ def make_block(
         return Block(residual)
     return Block(
         residual,
-        Attention(
-            width, config.head_width, image=True, text_width=config.text_width, rngs=rngs
-        ),
+        Attention(width, config.head_width, image=True, text_width=config.text_width, rngs=rngs),
     )

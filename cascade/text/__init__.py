@@ -1,4 +1,4 @@
-"""Prompts to text embeddings: strings -> Tokens (host, numpy) -> TextEmbedding (device, frozen T5)."""
+"""Prompts to embeddings: strings -> Tokens (host, numpy) -> TextEmbedding (device, frozen T5)."""
 
 from typing import TYPE_CHECKING
 

@@ -54,7 +54,7 @@ class TextEncoder(Protocol):
 
 
 class T5Encoder:
-    """Frozen: it has no training mode, and its parameters belong in no optimizer and no checkpoint."""
+    """Frozen: no training mode; its parameters belong in no optimizer and no checkpoint."""
 
     def __init__(self, config: T5Config, params: dict, tokenizer: Tokenizer):
         """params: nested dict of T5EncoderModel's arrays."""
@@ -71,7 +71,7 @@ class T5Encoder:
         *,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> "T5Encoder":
-        """The shipped encoder ("scenes"), a local folder, or a Hugging Face hub name, in this order.
+        """The shipped encoder ("scenes"), a local folder, or a Hugging Face name, in this order.
 
         max_tokens: the length that prompts are padded or cut to; None means the config's
         n_positions, but at most 128. Raises UserError saying what is missing and what to do.
@@ -100,7 +100,9 @@ class T5Encoder:
         """Jitted: one compilation per batch size."""
         return self._jitted(self.params, tokens.ids, tokens.mask)
 
-    def apply(self, params: dict, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> TextEmbedding:
+    def apply(
+        self, params: dict, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
+    ) -> TextEmbedding:
         """`embed` as a pure function of the parameters, for use within another jitted program."""
         values = nnx.merge(self._graphdef, params)(ids, mask)
         return TextEmbedding(values=values, mask=mask)
@@ -137,7 +139,7 @@ def _downloaded(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # the client lets several libraries' network errors through
         raise UserError(
-            f"text encoder {name}: no folder of this name here, and the Hugging Face hub did not give it "
-            f"({type(e).__name__}); check the name and the network, or give a local folder with "
-            "config.json, spiece.model and model.safetensors, or 'scenes', which ships"
+            f"text encoder {name}: no folder of this name here, and the Hugging Face hub did not "
+            f"give it ({type(e).__name__}); check the name and the network, or give a local folder "
+            "with config.json, spiece.model and model.safetensors, or 'scenes', which ships"
         ) from None

@@ -1,4 +1,4 @@
-"""Reading and writing a T5 encoder as a Hugging Face folder: config.json, spiece.model, *.safetensors.
+"""A T5 encoder as a Hugging Face folder: config.json, spiece.model, model.safetensors.
 
 Nothing here unpickles: `.bin` checkpoints are refused. Linear weights are [out, in] on disk and
 [in, out] here, and the layers of the file are the leading axis of our stacked parameters.
@@ -48,7 +48,9 @@ def read_folder(folder: Path, *, compute_dtype: str = "float32") -> tuple[T5Conf
     return config, _read_parameters(folder, config), vocabulary.read_bytes()
 
 
-def write_folder(folder: Path, config: T5Config, params: dict, spiece: bytes, *, dtype: Any = np.float16) -> None:
+def write_folder(
+    folder: Path, config: T5Config, params: dict, spiece: bytes, *, dtype: Any = np.float16
+) -> None:
     """The inverse of read_folder, and readable by transformers; dtype: of the tensors on disk.
 
     Raises ValueError when a parameter does not fit in dtype.
@@ -57,7 +59,8 @@ def write_folder(folder: Path, config: T5Config, params: dict, spiece: bytes, *,
     for name, (path, layer, transposed) in _tensors(config).items():
         value = np.asarray(_leaf(params, path), np.float32)
         value = value if layer is None else value[layer]
-        stored = (value.T if transposed else value).astype(dtype)
+        with np.errstate(over="ignore"):
+            stored = (value.T if transposed else value).astype(dtype)
         if not np.isfinite(stored).all():
             raise ValueError(f"{name} has values that {np.dtype(dtype)} cannot hold: write float32")
         tensors[name] = np.ascontiguousarray(stored)
@@ -71,8 +74,9 @@ def write_folder(folder: Path, config: T5Config, params: dict, spiece: bytes, *,
 _EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight")
 
 _CONVERT = (
-    "convert it once where torch is installed: python -c \"from transformers import T5EncoderModel as T; "
-    "T.from_pretrained('SOURCE').save_pretrained('DIR')\", copy spiece.model to DIR, and name DIR"
+    'convert it once where torch is installed: python -c "from transformers import T5EncoderModel '
+    "as T; T.from_pretrained('SOURCE').save_pretrained('DIR')\", copy spiece.model to DIR, and "
+    "give DIR"
 )
 
 _Path = tuple[str, ...]
@@ -80,10 +84,10 @@ _Path = tuple[str, ...]
 
 def _tensors(config: T5Config) -> dict[str, tuple[_Path, int | None, bool]]:
     """Name in the file -> (path of ours, layer or None if not stacked, transposed)."""
-    attention, feed_forward = "layer.0.SelfAttention", "layer.1.DenseReluDense"
+    attention, dense = "layer.0.SelfAttention", "layer.1.DenseReluDense"
     per_layer = {
         **{f"{attention}.{n}": (("attention", n, "kernel"), True) for n in "qkvo"},
-        **{f"{feed_forward}.{n}": (("feed_forward", n, "kernel"), True) for n in ("wi_0", "wi_1", "wo")},
+        **{f"{dense}.{n}": (("feed_forward", n, "kernel"), True) for n in ("wi_0", "wi_1", "wo")},
         "layer.0.layer_norm": (("attention_norm", "scale"), False),
         "layer.1.layer_norm": (("feed_forward_norm", "scale"), False),
     }
@@ -104,7 +108,8 @@ def _tensors(config: T5Config) -> dict[str, tuple[_Path, int | None, bool]]:
 
 
 def _read_parameters(folder: Path, config: T5Config) -> dict:
-    abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: T5EncoderModel(config, nnx.Rngs(0)))))
+    model = nnx.eval_shape(lambda: T5EncoderModel(config, nnx.Rngs(0)))
+    abstract = nnx.to_pure_dict(nnx.state(model))
     expected = _tensors(config)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_opened(file)) for file in _weight_files(folder)]
@@ -122,7 +127,7 @@ def _read_parameters(folder: Path, config: T5Config) -> dict:
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise UserError(f"text encoder {folder}: {'; '.join(problems[:5])}{more}")
-        # Filled in place, one tensor at a time: the largest encoders leave no room for a second copy.
+        # Filled in place: the largest encoders leave no room for a second copy.
         params = jax.tree.map(lambda a: np.empty(a.shape, _dtype(a, config)), abstract)
         for name, (path, layer, transposed) in expected.items():
             value = where[name].get_tensor(name)
@@ -136,7 +141,7 @@ def _dtype(leaf: jax.ShapeDtypeStruct, config: T5Config) -> np.dtype:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The plain single file, else the plain index, else a variant (fp16) of either, in both spellings."""
+    """The plain file, else the plain index, else a variant (fp16) of either, in both spellings."""
     if (single := folder / "model.safetensors").is_file():
         return [single]
     for index in [
@@ -148,11 +153,14 @@ def _weight_files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError):
             raise UserError(f"text encoder {index}: not an index of safetensors shards") from None
         if missing := [s for s in shards if not (folder / s).is_file()]:
-            raise UserError(f"text encoder {folder}: the shard {missing[0]} that {index.name} lists is missing")
+            raise UserError(
+                f"text encoder {folder}: {missing[0]}, which {index.name} lists, is missing"
+            )
         return [folder / s for s in shards]
     if variants := sorted(folder.glob("model*.safetensors")):
         return variants[:1]
-    found = "only pickled weights (.bin), which are never read" if [*folder.glob("*.bin")] else "no safetensors"
+    pickled = any(folder.glob("*.bin"))
+    found = "only pickled weights (.bin), which are never read" if pickled else "no safetensors"
     raise UserError(f"text encoder {folder}: {found}; {_CONVERT}")
 
 
@@ -162,7 +170,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safetensors.safe_open(os.fspath(file), framework="np") as tensors:
             yield tensors
     except safetensors.SafetensorError as e:
-        raise UserError(f"text encoder {file}: damaged or cut short ({e}); copy or download it again") from None
+        raise UserError(
+            f"text encoder {file}: damaged or cut short ({e}); copy or download it again"
+        ) from None
 
 
 def _leaf(tree: Any, path: _Path) -> Any:

@@ -30,7 +30,7 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """model: the bytes of a spiece.model. max_tokens: the length of every row, end of sequence included."""
+    """model: bytes of a spiece.model. max_tokens: length of every row, end of sequence included."""
 
     model: bytes = dataclasses.field(repr=False)
     max_tokens: int
@@ -38,7 +38,8 @@ class Tokenizer:
     def __post_init__(self):
         if self.max_tokens < 1:
             raise ValueError(
-                f"Tokenizer.max_tokens must be at least 1 (the end of sequence), got {self.max_tokens}"
+                "Tokenizer.max_tokens must be at least 1 (the end of sequence), got "
+                f"{self.max_tokens}"
             )
 
     def __call__(self, texts: Sequence[str]) -> Tokens:

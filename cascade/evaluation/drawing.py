@@ -1,0 +1,68 @@
+"""Draws one picture at a time for an evaluation, each from a seed of its own."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from cascade.runner import Cascade
+from cascade.stage import Sampling
+from cascade.text import TextEmbedding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A cascade and how it draws.
+
+    settings: by stage name. null_text_in_sr: super-resolution stages get the null condition instead
+    of the prompt, and must draw from the small picture alone.
+    """
+
+    cascade: Cascade
+    settings: Mapping[str, Sampling]
+    null_text_in_sr: bool = False
+
+    def __call__(
+        self,
+        prompt: str,
+        seed: int,
+        *,
+        until: int | None = None,
+        lowres: UInt8[np.ndarray, "h w 3"] | None = None,
+    ) -> dict[int, UInt8[np.ndarray, "s s 3"]]:
+        """Side in pixels -> picture, as Cascade.draw. lowres: start from this picture."""
+        if lowres is not None:
+            return self._draw(prompt, seed, until, lowres)
+        sides = [stage.config.resolution for stage, _ in self.cascade.select(until=until)]
+        if not self.null_text_in_sr or len(sides) == 1:
+            return self._draw(prompt, seed, until, None)
+        small = self._draw(prompt, seed, sides[0], None)
+        return {**small, **self._draw(prompt, seed, until, small[sides[0]])}
+
+    def _draw(self, prompt, seed, until, lowres) -> dict[int, np.ndarray]:
+        cascade = self.cascade
+        if lowres is not None and self.null_text_in_sr:
+            cascade = Cascade(cascade.stages, _NoText(cascade.encoder))
+        stages = cascade.select(until=until, lowres=None if lowres is None else lowres.shape[:2])
+        settings = [self.settings[stage.config.name] for stage, _ in stages]
+        pictures = cascade.draw(prompt, seed=seed, until=until, lowres=lowres, settings=settings)
+        return next(iter(pictures)).images
+
+
+class _NoText:
+    """A text encoder whose every embedding is the null condition."""
+
+    def __init__(self, encoder: Any):
+        self._encoder = encoder
+        self.width, self.max_tokens = encoder.width, encoder.max_tokens
+        self.tokenize = encoder.tokenize
+
+    def embed(self, tokens) -> TextEmbedding:
+        text = self._encoder.embed(tokens)
+        return TextEmbedding(values=jnp.zeros_like(text.values), mask=jnp.zeros_like(text.mask))
+
+    def __call__(self, texts) -> TextEmbedding:
+        return self.embed(self.tokenize(texts))

@@ -1,0 +1,99 @@
+"""Prompts of the scenes grammar -> pictures -> how much of the prompts they show."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cascade import images
+from cascade.data.scenes.captions import Caption, caption_at
+from cascade.errors import UserError
+from cascade.evaluation import page
+from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.judge import Verdict, judge, summary
+from cascade.evaluation.reading import SIDES
+
+# "seen" draws from training's distribution but from a stream of its own; see spec.sample_scene.
+Set = Literal["seen", "unseen", "long"]
+SETS: tuple[Set, ...] = get_args(Set)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One picture at all its sizes. files: relative to the folder of results."""
+
+    set: Set
+    seed: int
+    prompt: Caption
+    files: dict[int, str]
+    verdicts: dict[int, list[Verdict]]
+
+
+def evaluate_scenes(
+    drawing: Drawing,
+    folder: Path,
+    *,
+    sets: Sequence[Set],
+    prompts: int,
+    seed: int,
+    until: int | None = None,
+    advance: Callable[[], Any] = lambda: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Draw and judge `prompts` pictures of each set; write them and a page about them to `folder`.
+
+    Prompt i is that of scene (seed, i) of its set; its picture's seed is seed + i. Returns, as JSON
+    values, {set: {side: judge.summary}} and every picture with its verdicts. advance: called after
+    each picture.
+    """
+    check_sides(drawing, until)
+    (folder / "pictures").mkdir()
+    judged: list[Judged] = []
+    for name in sets:
+        for i in range(prompts):
+            said = caption_at(seed, i, name)[1]
+            pictures = drawing(said.text, seed + i, until=until)
+            files, verdicts = {}, {}
+            for side, picture in pictures.items():
+                files[side] = f"pictures/{name}_{i:04d}_{side}.png"
+                images.save_png(folder / files[side], picture, {"prompt": said.text})
+                if side in SIDES:
+                    verdicts[side] = judge(picture, said.facts)
+            judged.append(
+                Judged(set=name, seed=seed + i, prompt=said, files=files, verdicts=verdicts)
+            )
+            advance()
+    report = {name: _summaries([one for one in judged if one.set == name]) for name in sets}
+    page.write(folder / "index.html", judged, report)
+    return report, [_as_json(one) for one in judged]
+
+
+def check_sides(drawing: Drawing, until: int | None) -> list[int]:
+    """The sides that will be drawn. UserError where the judge can read none of them."""
+    sides = [stage.config.resolution for stage, _ in drawing.cascade.select(until=until)]
+    if not set(sides) & set(SIDES):
+        raise UserError(
+            f"this model draws {', '.join(map(str, sides))} px; scenes are read at "
+            f"{', '.join(map(str, SIDES))} px only: evaluate a model that draws one of these"
+        )
+    return sides
+
+
+def _summaries(judged: Sequence[Judged]) -> dict[str, Any]:
+    facts = [one.prompt.facts for one in judged]
+    return {
+        str(side): summary([one.verdicts[side] for one in judged], facts)
+        for side in judged[0].verdicts
+    }
+
+
+def _as_json(one: Judged) -> dict[str, Any]:
+    return {
+        "set": one.set,
+        "seed": one.seed,
+        "prompt": one.prompt.text,
+        "files": {str(side): file for side, file in one.files.items()},
+        "verdicts": {
+            str(side): [dataclasses.asdict(v) for v in verdicts]
+            for side, verdicts in one.verdicts.items()
+        },
+    }

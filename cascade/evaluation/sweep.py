@@ -1,0 +1,145 @@
+"""Facts right against FD-proxy over guidance weights and augmentation levels.
+
+The counterpart of the CLIP-FID curves of Saharia et al. 2022 (figures 4 and A.14): guidance trades
+fidelity against faithfulness to the prompt; the augmentation level trades details of the small
+picture against the freedom to repair it.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cascade.data.scenes.captions import Facts, caption_at
+from cascade.data.scenes.render import render
+from cascade.evaluation import quality
+from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.judge import judge, summary
+from cascade.evaluation.reading import SIDES
+from cascade.evaluation.scenes import check_sides
+
+
+def sweep(
+    drawing: Drawing,
+    folder: Path,
+    *,
+    guidance: Sequence[float],
+    aug_levels: Sequence[float],
+    prompts: int,
+    seed: int,
+    until: int | None = None,
+    advance: Callable[[], Any] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Draw the same prompts of set "seen" at every guidance weight and augmentation level.
+
+    Guidance is the base stage's; the level is that of all super-resolution stages, which enlarge
+    the same base pictures at every level. Writes sweep.csv and sweep.png to `folder`, and returns
+    the rows of the former: guidance, aug_level (None for the base stage), side, the shares of facts
+    and of prompts right with the facts' interval, fd_proxy from the renders of the prompts' scenes.
+    advance: called after each picture that a base stage or an augmentation level makes.
+    """
+    sides = [side for side in check_sides(drawing, until) if side in SIDES]
+    base = drawing.cascade.stages[0][0].config
+    pairs = [caption_at(seed, i, "seen") for i in range(prompts)]
+    facts = [said.facts for _, said in pairs]
+    truths = {side: quality.features(render(scene, side) for scene, _ in pairs) for side in sides}
+    rows: list[dict[str, Any]] = []
+    for weight in guidance:
+        guided = _replaced(drawing, [base.name], guidance=weight)
+        small = []
+        for i, (_, said) in enumerate(pairs):
+            small.append(guided(said.text, seed + i, until=base.resolution)[base.resolution])
+            advance()
+        if base.resolution in sides:
+            scores = _Scores(facts)
+            for picture in small:
+                scores.add(picture)
+            figures = scores.report(truths[base.resolution])
+            rows.append(_row(weight, None, base.resolution, figures))
+        if until == base.resolution:
+            continue
+        for level in aug_levels:
+            upper = [stage.config.name for stage, _ in drawing.cascade.stages[1:]]
+            augmented = _replaced(guided, upper, aug_level=level)
+            by_side = {side: _Scores(facts) for side in sides if side != base.resolution}
+            for i, (_, said) in enumerate(pairs):
+                pictures = augmented(said.text, seed + i, until=until, lowres=small[i])
+                for side, scores in by_side.items():
+                    scores.add(pictures[side])
+                advance()
+            rows += [
+                _row(weight, level, side, scores.report(truths[side]))
+                for side, scores in by_side.items()
+            ]
+    write_csv(folder / "sweep.csv", rows)
+    plot(folder / "sweep.png", rows)
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A panel for each side, a curve for each level; points are guidance weights."""
+    from matplotlib.figure import Figure
+
+    sides = sorted({row["side"] for row in rows})
+    figure = Figure(figsize=(5 * len(sides), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(sides), squeeze=False)[0]
+    for side, panel in zip(sides, panels, strict=True):
+        here = [row for row in rows if row["side"] == side]
+        for level in sorted({row["aug_level"] for row in here}, key=lambda v: v or 0.0):
+            curve = [row for row in here if row["aug_level"] == level]
+            x, y = ([row[name] for row in curve] for name in ("fd_proxy", "facts"))
+            low, high = (
+                [abs(row[name] - row["facts"]) for row in curve]
+                for name in ("facts_low", "facts_high")
+            )
+            label = None if level is None else f"augmentation {level:g}"
+            panel.errorbar(x, y, yerr=[low, high], marker="o", capsize=2, label=label)
+            for row in curve:
+                text, at = f" {row['guidance']:g}", (row["fd_proxy"], row["facts"])
+                panel.annotate(text, at, fontsize=8)
+        panel.set(title=f"{side} px", xlabel="FD-proxy (smaller is closer)", ylabel="facts right")
+        if any(row["aug_level"] is not None for row in here):
+            panel.legend(fontsize=8)
+    figure.suptitle("points: guidance weight", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+class _Scores:
+    """Of pictures that come one at a time, in the order of their facts."""
+
+    def __init__(self, facts: Sequence[Facts]):
+        self.facts, self.verdicts, self.features = facts, [], []
+
+    def add(self, picture: np.ndarray) -> None:
+        self.verdicts.append(judge(picture, self.facts[len(self.verdicts)]))
+        self.features.append(quality.features([picture])[0])
+
+    def report(self, of_truths: np.ndarray) -> dict[str, Any]:
+        one = summary(self.verdicts, self.facts)
+        low, high = one["facts"]["interval"]
+        return {
+            "facts": one["facts"]["share"],
+            "facts_low": low,
+            "facts_high": high,
+            "prompts": one["prompts"]["share"],
+            "fd_proxy": quality.frechet_distance(np.stack(self.features), of_truths),
+        }
+
+
+def _row(guidance: float, level: float | None, side: int, figures: dict[str, Any]):
+    return {"guidance": guidance, "aug_level": level, "side": side, **figures}
+
+
+def _replaced(drawing: Drawing, stages: Sequence[str], **fields: float) -> Drawing:
+    changed = {name: dataclasses.replace(drawing.settings[name], **fields) for name in stages}
+    return dataclasses.replace(drawing, settings={**drawing.settings, **changed})
