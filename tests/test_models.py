@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cascade.errors import UserError
 from cascade.models import (
@@ -182,16 +183,14 @@ def test_dropout_needs_a_key_and_follows_it(compiled):
     )
 
 
-def test_parameters_are_named_by_strings_and_rebuild_the_module():
+def test_parameters_are_named_by_strings_and_stacked_blocks_start_out_different(compiled):
     network = Network(BASE)
-    params = jax.jit(network.init)(jax.random.key(0))
-    again = jax.jit(network.init)(jax.random.key(0))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+    _, params, _ = compiled(BASE)
     assert params["encoder"]["0"]["rest"]["residual"]["conv1"]["kernel"].shape == (2, 3, 3, 8, 8)
     shapes = jax.tree.map(lambda p: (p.shape, p.dtype), params)
     assert shapes == jax.tree.map(lambda p: (p.shape, p.dtype), network.abstract())
     kernels = params["encoder"]["0"]["rest"]["residual"]["conv1"]["kernel"]
-    assert abs(kernels[0] - kernels[1]).max() > 1e-2, "stacked blocks start out equal"
+    assert abs(kernels[0] - kernels[1]).max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -280,33 +279,17 @@ def test_a_call_that_cannot_work_says_why(config, size, drop, message):
 
 
 def test_decoder_takes_every_skip_of_the_encoder():
-    """Each encoder output moves the network's output through its skip alone."""
-    config = dataclasses.replace(BASE, levels=(Level(width=8, blocks=3), Level(width=8, blocks=2)))
-    taken = []
-
-    class Recording(list):
-        def pop(self, *index):
-            taken.append(super().pop(*index))
-            return taken[-1]
-
-    def trace():
-        from flax import nnx
-
-        network = UNet(config, nnx.Rngs(0))
-        x, cond = inputs(config)
-        context = network.embed(TIME, cond)
-        h = jnp.zeros((2, 8, 8, 8))
-        skips = Recording([h])
+    def made_and_left():
+        network = UNet(BASE, nnx.Rngs(0))
+        context = network.embed(TIME, inputs(BASE)[1])
+        skips = [h := jnp.zeros((2, 8, 8, 8))]
         for level in network.encoder:
             h, outputs = level(h, context, None)
             skips += outputs
-        count = len(skips)
+        made = len(skips)
         for level in reversed(network.decoder):
             h = level(h, context, skips, None)
-        return count, len(skips)
+        return made, len(skips)
 
-    result = {}
-    jax.eval_shape(lambda: result.update(zip(("made", "left"), trace(), strict=True)))
-    # conv_in, 3 blocks and a downsampling one, 2 blocks
-    assert result == {"made": 7, "left": 0}
-    assert len(taken) == 7
+    # conv_in, 3 blocks and a downsampling one, 1 block
+    assert nnx.eval_shape(lambda: jnp.zeros(made_and_left())).shape == (6, 0)

@@ -49,7 +49,7 @@ def test_attention_appends_text_to_the_keys_of_the_image(image):
     assert (abs(y - y[:, :1, :1]).max() > 1e-3) == image
 
 
-@pytest.mark.parametrize("width", [8, 24, 96, 128])
+@pytest.mark.parametrize("width", [24, 128])
 def test_group_norm_agrees_with_flax(width):
     x = 2 * jax.random.normal(jax.random.key(0), (2, 4, 6, width)) + 1
     ours = layers.GroupNorm(width)

@@ -91,9 +91,10 @@ class EfficientUNet(nnx.Module):
         cond: Conditioning,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
+        pixels = network_input(self.config, x, cond)
         context = self.embed(time, cond)
         keys = iter(layers.split_keys(key, 2 * len(self.config.levels)))
-        h = self.conv_in(network_input(self.config, x, cond))
+        h = self.conv_in(pixels)
         skips = []
         for level in self.down:
             h, outputs = level(h, context, next(keys))

@@ -85,9 +85,10 @@ class UNet(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
         config = self.config
+        pixels = network_input(config, x, cond)
         context = self.embed(time, cond)
         keys = iter(layers.split_keys(key, 2 * len(config.levels) + 2))
-        h = self.conv_in(network_input(config, x, cond))
+        h = self.conv_in(pixels)
         skips = [h]
         for level in self.encoder:
             h, outputs = level(h, context, next(keys))
