@@ -119,6 +119,7 @@ def save_safetensors(
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(flat, partial, metadata=dict(metadata))
+        partial.chmod(0o644)  # safetensors makes files that only their owner may read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

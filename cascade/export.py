@@ -18,7 +18,8 @@ from cascade.errors import UserError
 class Options:
     """Collect the EMA weights of trained stages into a model folder.
 
-    DIR gets config.json, one folder a stage (config.json, model.safetensors) and text_encoder/.
+    DIR gets config.json, one folder a stage (config.json, model.safetensors) and text_encoder/; an
+    encoder from the Hugging Face hub is not copied but named.
     It must be new or empty: nothing is overwritten.
     """
 
@@ -48,7 +49,7 @@ def export(workdirs: Sequence[Path], out: Path, *, dtype: str = "float32") -> di
 
     from cascade.checkpoint import Checkpoints, WholeFolder, save_safetensors, write_json
     from cascade.data import known_words
-    from cascade.text import T5Encoder
+    from cascade.text.encoder import T5Encoder, is_hub_name
     from cascade.train import TrainConfig
 
     runs = []
@@ -89,7 +90,10 @@ def export(workdirs: Sequence[Path], out: Path, *, dtype: str = "float32") -> di
                 "parameters": count,
                 "seed": run.seed,
             }
-        T5Encoder.load(encoders.pop()).save(folder / "text_encoder")
+        if is_hub_name(encoder := encoders.pop()):
+            report["text_encoder"] = encoder
+        else:
+            T5Encoder.load(encoder).save(folder / "text_encoder")
         write_json(folder / "config.json", report)
     return report
 

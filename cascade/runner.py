@@ -3,7 +3,8 @@
     prompt -> text -> runner -> stage.denoiser -> diffusion.samplers -> images
 
 A model folder holds `config.json` ({"format": "cascade", "stages": [names], ...}), one folder a
-stage (`config.json`, `model.safetensors`) and `text_encoder/` in the usual Hugging Face layout.
+stage (`config.json`, `model.safetensors`) and `text_encoder/` in the usual Hugging Face layout,
+unless its `text_encoder` names one on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Picture:
         """As a PIL image; size None is the largest."""
         return Image.fromarray(self.images[size or max(self.images)])
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
         return self.pil()._repr_png_()
 
 
@@ -109,7 +110,8 @@ class Cascade:
             stage = Stage(config)
             stages.append((stage, load_safetensors(where / "model.safetensors", stage.abstract())))
             digest.update((where / "model.safetensors").read_bytes())
-        encoder = T5Encoder.load(text_encoder or str(folder / "text_encoder"))
+        own = described.get("text_encoder") or str(folder / "text_encoder")
+        encoder = T5Encoder.load(text_encoder or own)
         for stage, _ in stages:
             if stage.config.network.text_width not in (0, encoder.width):
                 raise UserError(

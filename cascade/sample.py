@@ -139,7 +139,7 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
 
     samplers = {"ancestral": Ancestral(), "ddim": DDIM(), "dpm++": DPMSolverPP2M(), "heun": Heun()}
     settings = [s.config.sampling for s in stages]
-    everyone = range(len(stages))
+    everyone = list(range(len(stages)))
     upper = [i for i in everyone if stages[i].config.lowres_resolution is not None]
 
     def lay(
@@ -257,9 +257,9 @@ def _write(
 
 def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
     cut = cascade.encoder.tokenize(list(prompts)).truncated
-    for prompt, was_cut in zip(prompts, cut, strict=True):
+    for i, prompt in enumerate(prompts):
         short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
-        if was_cut:
+        if cut is not None and cut[i]:
             print(
                 f"warning: prompt {short!r} is longer than {cascade.encoder.max_tokens} tokens; "
                 "what comes after them is not seen",

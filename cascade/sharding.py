@@ -31,7 +31,7 @@ class MeshConfig:
     fsdp: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all processes. Raises UserError when the numbers do not fit."""
     devices = jax.devices() if devices is None else devices
     shape = [config.data, config.fsdp]

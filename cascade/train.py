@@ -14,7 +14,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,7 +125,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(o.clip), rule)
 
 
-def learning_rate(config: TrainConfig, step: jax.Array | int) -> jax.Array:
+def learning_rate(config: TrainConfig, step: Any) -> jax.Array:
     """The rate of the step with this number, counted from 0."""
     o, b = config.optimizer, config.batch_size
     up = (step + 1) / max(1, o.warmup_images // b)
@@ -250,7 +250,7 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
             if ends or _due(step, config.log_every_images, config):
                 bar.set_postfix(loss=f"{log.write(step)['loss']:.4f}")
             if ends or _due(step, config.save_every_images, config):
-                checkpoints.save(step, **state, config=to_json(config), data=_data_state(data))
+                checkpoints.save(step, **state, config=to_json(config), data=data.get_state())
             if config.preview_every_images and (
                 step == last or _due(step, config.preview_every_images, config)
             ):
@@ -273,13 +273,14 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
     if saved["stage"] != to_json(config.stage):
         raise UserError(
             f"{checkpoints.directory.parent}: holds a run of another stage config "
-            f"({_difference(saved['stage'], to_json(config.stage))}); use its config or a new folder"
+            f"({_difference(saved['stage'], to_json(config.stage))}); use its config, or another "
+            "folder"
         )
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
     )
     _, train_state, ema, data_state = checkpoints.restore(**target)
-    _set_data_state(data, data_state)
+    data.set_state(data_state)
     return {"train": train_state, "ema": ema}, placement
 
 
@@ -448,12 +449,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:  # the line a killed run was writing
         return None
-
-
-def _data_state(data: Iterator[Any]) -> Any:
-    state = data.get_state()
-    return json.loads(state.decode()) if isinstance(state, bytes) else state
-
-
-def _set_data_state(data: Iterator[Any], state: Any) -> None:
-    data.set_state(state)

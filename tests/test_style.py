@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         # pyright in a wheel that brings its own Node, so that nothing is downloaded
-        ["basedpyright", "--level", "error"],
+        ["basedpyright", "--level", "error", "--pythonpath", sys.executable],
     ],
     ids=lambda command: " ".join(command[:2]),
 )

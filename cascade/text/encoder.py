@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5EncoderModel
-from cascade.text.folder import read_folder
+from cascade.text.folder import read_folder, write_folder
 from cascade.text.tokenizer import Tokenizer, Tokens
 
 SHIPPED = {"scenes": Path(__file__).parents[1] / "pretrained" / "scenes" / "text_encoder"}
@@ -81,6 +81,10 @@ class T5Encoder:
             max_tokens = min(config.n_positions, DEFAULT_MAX_TOKENS)
         return cls(config, jax.tree.map(jnp.asarray, params), Tokenizer(spiece, max_tokens))
 
+    def save(self, folder: Path) -> None:
+        """Write the encoder as a folder that `load` reads, in float16."""
+        write_folder(folder, self.config, self.params, self.tokenizer.model)
+
     @property
     def width(self) -> int:
         return self.config.d_model
@@ -119,13 +123,17 @@ class T5Encoder:
         return nnx.graphdef(nnx.eval_shape(lambda: T5EncoderModel(self.config, nnx.Rngs(0))))
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether `T5Encoder.load(name)` would ask the Hugging Face hub."""
+    return name not in SHIPPED and not Path(name).expanduser().is_dir()
+
+
 def _resolve(name_or_dir: str | Path) -> Path:
     name = str(name_or_dir)
     if name in SHIPPED:
         return SHIPPED[name]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    if not is_hub_name(name):
+        return Path(name).expanduser()
     if isinstance(name_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"text encoder {name}: no such folder")
     return _downloaded(name)

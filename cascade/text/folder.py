@@ -67,7 +67,8 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(spiece)
     (folder / "config.json").write_text(json.dumps(config.to_hf_dict(), indent=2) + "\n")
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(weights)
 
 
 # The two names of one tensor, tied in T5: a file has either or both.
