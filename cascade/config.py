@@ -63,6 +63,7 @@ def parse(
     import tyro
 
     err = io.StringIO()
+    with_default: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(err):
             return tyro.cli(
@@ -71,7 +72,7 @@ def parse(
                 prog=prog,
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
-                **({} if default is None else {"default": default}),
+                **with_default,
             )
     except SystemExit as e:
         if not e.code:
@@ -146,7 +147,9 @@ def _from_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
         return None
     options = tuple(o for o in options if o is not type(None))
     if isinstance(value, dict):
-        by_name = {o.__name__: o for o in options if dataclasses.is_dataclass(o)}
+        by_name = {
+            str(getattr(o, "__name__", o)): o for o in options if dataclasses.is_dataclass(o)
+        }
         if (name := value.get("type")) in by_name:
             return _from_object(by_name[name], value, where)
         raise UserError(f"{where}.type must be one of {', '.join(by_name)}, got {name!r}")

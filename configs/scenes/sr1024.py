@@ -26,24 +26,21 @@ def config() -> TrainConfig:
                     EfficientLevel(width=64, blocks=1, stride=1),
                     EfficientLevel(width=64, blocks=1, text_attention=True),
                 ),
-                head_width=64,
+                head_width=32,
                 text_width=128,
                 emb_width=128,
             ),
             schedule=Cosine(shift=resolution_shift(1024, reference=64)),
-            # 8x8x3 values a patch do not pass through 64 channels; the picture under them does.
             prediction="x0",
             loss=Loss(space="x0"),
             sampling=Sampling(steps=4, guidance=1.0, aug_level=0.05),
         ),
         data=ScenesData(split="train"),
         crop=256,
-        images=60_000,
+        images=12_000,
         batch_size=8,
-        optimizer=Optimizer(
-            learning_rate=6e-4, warmup_images=4_000, cooldown_images=20_000, b2=0.99
-        ),
-        ema_decay=0.999,
+        optimizer=Optimizer(learning_rate=8e-4, warmup_images=800, cooldown_images=4_000, b2=0.99),
+        ema_decay=0.99,
         save_every_images=5_000,
         preview_every_images=5_000,
     )
