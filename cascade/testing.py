@@ -75,22 +75,25 @@ def super_resolution_stage(lowres: int = 8, text_width: int = 8) -> StageConfig:
 
 
 def lively(stage: Stage, seed: int = 0) -> dict[str, Any]:
-    """Untrained parameters, all moved at random: those that start at zero would hide mistakes."""
+    """Random parameters, none of them zero: fresh ones, whose outputs are, would hide mistakes."""
+    rng = np.random.default_rng(seed)
 
-    @jax.jit
-    def init(key):
-        leaves, tree = jax.tree.flatten(stage.init(key))
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(tree, moved)
+    def draw(path, leaf):
+        spread = 1 / np.sqrt(np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.1
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + spread * rng.standard_normal(leaf.shape), jnp.float32)
 
-    return init(jax.random.key(seed))
+    return jax.tree.map_with_path(draw, stage.abstract())
+
+
+def stage_configs() -> list[StageConfig]:
+    """Of `cascade`, smallest first."""
+    return [base_stage(), super_resolution_stage(8), super_resolution_stage(16)]
 
 
 def cascade() -> Cascade:
     """An untrained 8 -> 16 -> 32 px cascade on a FakeEncoder."""
-    configs = (base_stage(), super_resolution_stage(8), super_resolution_stage(16))
-    stages = [Stage(config) for config in configs]
+    stages = [Stage(config) for config in stage_configs()]
     return Cascade(
         [(stage, lively(stage)) for stage in stages],
         FakeEncoder(),

@@ -237,7 +237,8 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
         disable=jax.process_index() != 0,
     )
     with bar, stop:
-        while step < last and not stop.asked:
+        ends = step >= last
+        while not ends:
             batch = next(data)
             batch = _with_text(sharding.shard_batch(batch, mesh), encoder)
             state, metrics = train_step(state, batch)
@@ -260,7 +261,8 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
 
 
 def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[State, Any]:
-    key = jax.random.key(config.seed)
+    # Threefry, JAX's default, would take minutes to compile for some hundred parameters.
+    key = jax.random.key(config.seed, impl="rbg")
 
     def init(key):
         return init_state(optimizer, stage.init(key))
@@ -348,7 +350,7 @@ class _Log:
     def add(self, metrics: dict[str, jax.Array]) -> None:
         self._pending.append(metrics)
 
-    def write(self, step: int) -> dict[str, float]:
+    def write(self, step: int) -> dict[str, Any]:
         """The means of what was added since the last call. UserError if the loss is not finite."""
         pending, self._pending = jax.device_get(self._pending), []
         mean = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}

@@ -11,6 +11,7 @@ from PIL import Image
 from cascade import cli, testing
 from cascade.errors import UserError
 from cascade.sample import Options, override
+from cascade.stage import Stage
 
 
 def fails(capsys, *argv) -> str:
@@ -89,14 +90,14 @@ def test_an_unknown_verb_names_the_nearest(capsys):
     ],
 )
 def test_lists_by_stage_are_checked(flag, text, message):
-    stages = [stage for stage, _ in testing.cascade().stages]
+    stages = [Stage(c) for c in testing.stage_configs()]
     with pytest.raises(UserError) as e:
         override(stages, Options(**{flag: text}))
     assert message in str(e.value)
 
 
 def test_lists_by_stage_reach_their_stages():
-    stages = [stage for stage, _ in testing.cascade().stages]
+    stages = [Stage(c) for c in testing.stage_configs()]
     options = Options(
         steps="7,8,9", guidance="2.5", aug_level="0.2,0.3", threshold="none,static,dynamic"
     )

@@ -19,12 +19,12 @@ def batch_of(n, side=8, lowres=None, seed=0):
     rng = np.random.default_rng(seed)
     text = ENCODER([f"word{i} thing" for i in range(n)])
     batch = {
-        "image": rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8),
+        "image": jnp.asarray(rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8)),
         "text": text.values,
         "text_mask": text.mask,
     }
     if lowres:
-        batch["lowres"] = rng.integers(0, 256, (n, lowres, lowres, 3), dtype=np.uint8)
+        batch["lowres"] = jnp.asarray(rng.integers(0, 256, (n, lowres, lowres, 3), dtype=np.uint8))
     return batch
 
 
@@ -50,7 +50,7 @@ def test_network_time_runs_from_0_clean_to_1000_noise_and_is_linear_in_cosine_ti
 def test_an_untrained_v_network_has_the_loss_of_predicting_zero():
     """The output is zero at the start, so the loss is the mean of v^2 = alpha^2 + sigma^2 x0^2."""
     stage = Stage(testing.base_stage())
-    batch = batch_of(64) | {"image": np.full((64, 8, 8, 3), 255, np.uint8)}
+    batch = batch_of(64) | {"image": jnp.full((64, 8, 8, 3), 255, jnp.uint8)}
     value, metrics = jax.jit(stage.loss)(stage.init(jax.random.key(0)), batch, jax.random.key(1))
     # x0 = 1 everywhere: alpha^2 + sigma^2 = 1 on average, up to the noise of 64 * 192 draws
     assert abs(float(value) - 1) < 0.05
@@ -79,7 +79,7 @@ def test_augmentation_noise_reaches_the_network_and_so_does_its_level(monkeypatc
 
     monkeypatch.setattr(stage, "network", spy)
     n = 256
-    batch = batch_of(n, 16, 8) | {"lowres": np.full((n, 8, 8, 3), 255, np.uint8)}
+    batch = batch_of(n, 16, 8) | {"lowres": jnp.full((n, 8, 8, 3), 255, jnp.uint8)}
     stage.loss({}, batch, jax.random.key(0))
     level = np.asarray(seen["cond"].lowres_time) / 1000
     assert level.min() < 0.02 and level.max() > 0.98 and abs(level.mean() - 0.5) < 0.06
