@@ -37,10 +37,10 @@ def config() -> TrainConfig:
         ),
         data=ScenesData(split="train"),
         crop=256,
-        images=6_000,
+        images=40_000,
         batch_size=8,
-        optimizer=Optimizer(learning_rate=8e-4, warmup_images=800, cooldown_images=2_400, b2=0.99),
-        ema_decay=0.99,
+        optimizer=Optimizer(learning_rate=8e-4, warmup_images=800, cooldown_images=12_000, b2=0.99),
+        ema_decay=0.995,
         save_every_images=5_000,
         preview_every_images=5_000,
     )

@@ -36,12 +36,12 @@ def config() -> TrainConfig:
         ),
         data=ScenesData(split="train"),
         crop=128,
-        images=16_000,
+        images=100_000,
         batch_size=16,
         optimizer=Optimizer(
-            learning_rate=8e-4, warmup_images=1_600, cooldown_images=6_000, b2=0.99
+            learning_rate=8e-4, warmup_images=1_600, cooldown_images=30_000, b2=0.99
         ),
-        ema_decay=0.99,
+        ema_decay=0.998,
         save_every_images=10_000,
         preview_every_images=10_000,
     )
