@@ -125,14 +125,14 @@ def test_weight_decay_spares_biases_and_norms():
 @pytest.mark.parametrize("name", ["adam", "adamw", "adafactor"])
 def test_every_optimizer_lowers_the_loss(name):
     config = config_of(
-        optimizer=Optimizer(name=name, learning_rate=1.0 if name == "adafactor" else 1e-2)
+        optimizer=Optimizer(name=name, learning_rate=0.3 if name == "adafactor" else 1e-2)
     )
     stage, rule = Stage(config.stage), train.make_optimizer(config)
     params = jax.jit(stage.init)(jax.random.key(0))
     state = jax.jit(lambda params: train.init_state(rule, params))(params)
     step = jax.jit(train.make_train_step(config, stage, rule))
     batch, losses = batch_of() | {"image": np.full((8, 8, 8, 3), 255, np.uint8)}, []
-    for _ in range(100):
+    for _ in range(40):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
