@@ -1,4 +1,4 @@
-"""A base model small enough to learn while one watches: a minute on two CPU cores.
+"""A base model small enough to watch while it learns: minutes on two CPU cores.
 
 cascade train configs/tiny/base64.py --workdir runs/tiny/base64
 """
