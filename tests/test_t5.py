@@ -36,7 +36,8 @@ def test_encoder_equals_the_reference_implementation(encoder, expected):
 
 def test_encoder_equals_torch_live(tmp_path):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(3)
     theirs = transformers.T5EncoderModel(
         transformers.T5Config(
