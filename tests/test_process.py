@@ -7,7 +7,11 @@ import pytest
 
 from cascade.diffusion.process import (
     Cosine,
+    Discrete,
+    InterpolatedCosine,
     LinearVP,
+    Sigmoid,
+    ZeroTerminal,
     alpha_sigma,
     corrupt,
     eps_from_x0,
@@ -18,6 +22,18 @@ from cascade.diffusion.process import (
 
 SHAPES = [(2, 5), (2, 8, 8, 3), (2, 4, 8, 8, 3)]
 KINDS = ["eps", "x0", "v"]
+SCHEDULES = [
+    Cosine(),
+    Cosine(shift=-5.5),
+    InterpolatedCosine(
+        shift_clean=resolution_shift(512, 32), shift_noise=resolution_shift(512, 256)
+    ),
+    InterpolatedCosine(shift_clean=-6.0, shift_noise=0.0, logsnr_max=6.0),
+    LinearVP(),
+    Sigmoid(),
+    Discrete(betas="cosine"),
+    Discrete(betas="linear"),
+]
 
 
 def normal(seed, shape):
@@ -46,11 +62,64 @@ def test_cosine_has_the_alpha_of_its_name():
     np.testing.assert_allclose(sigma, np.sin(np.pi / 2 * t), atol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), Cosine(shift=-5.5), LinearVP()])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_decrease_strictly(schedule):
-    logsnr = np.asarray(schedule.logsnr(jnp.linspace(0, 1, 2001)))
+    t = jnp.linspace(0, 1, 2001)
+    logsnr = np.asarray(schedule.logsnr(t))
     assert np.all(np.diff(logsnr) < 0)
     assert logsnr[0] <= 20.00001 and logsnr[-1] >= -20.00001
+    assert np.all(np.diff(ZeroTerminal(schedule=schedule).logsnr(t)) < 0)
+
+
+def test_interpolated_cosine_goes_from_one_shift_to_the_other():
+    # Hoogeboom et al. 2023: t of the schedule shifted for 256 px, 1 - t of that for 32 px.
+    t = np.array([0.05, 0.3, 0.5, 0.9])
+    cosine = -2 * np.log(np.tan(np.pi * t / 2))
+    fine, coarse = 2 * math.log(32 / 512), 2 * math.log(256 / 512)
+    schedule = InterpolatedCosine(shift_clean=fine, shift_noise=coarse)
+    expected = cosine + (1 - t) * fine + t * coarse
+    np.testing.assert_allclose(schedule.logsnr(jnp.asarray(t, jnp.float32)), expected, atol=0.01)
+    np.testing.assert_allclose(schedule.logsnr(jnp.array([0.0, 1.0])), [20, -20], atol=1e-5)
+
+
+def test_sigmoid_is_its_formula_in_float64_and_ends_at_its_range():
+    t = np.array([1e-4, 0.01, 0.2, 0.5, 0.8, 0.99, 0.999])
+    s = lambda u: 1 / (1 + np.exp(-u / 0.7))  # noqa: E731
+    alpha2 = (s(3) - s(-1 + 4 * t)) / (s(3) - s(-1))
+    logsnr = Sigmoid(start=-1.0, end=3.0, tau=0.7).logsnr(jnp.asarray(t, jnp.float32))
+    np.testing.assert_allclose(logsnr, np.log(alpha2 / (1 - alpha2)), atol=1e-3)
+    np.testing.assert_array_equal(Sigmoid().logsnr(jnp.array([0.0, 1.0])), [20, -20])
+    np.testing.assert_allclose(Sigmoid().logsnr(jnp.array([0.5])), 0, atol=1e-5)
+
+
+def test_discrete_tables_are_the_published_products():
+    t, linear, cosine = np.arange(1, 1001) / 1000, 1.0, 1.0
+    f = lambda i: math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+    for i in range(1000):
+        linear *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
+        cosine *= max(f(i + 1) / f(i), 0.001)
+        if i in (0, 1, 30, 500, 900, 999):
+            here = jnp.asarray(t[i : i + 1], jnp.float32)
+            for betas, alpha2 in [("linear", linear), ("cosine", cosine)]:
+                logsnr = Discrete(betas=betas).logsnr(here)
+                np.testing.assert_allclose(logsnr, math.log(alpha2 / (1 - alpha2)), atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_zero_terminal_ends_in_noise_alone_and_begins_where_it_did(schedule):
+    t = jnp.array([0.0, 0.2, 0.5, 0.9, 1.0])
+    before, after = schedule.logsnr(t), ZeroTerminal(schedule=schedule).logsnr(t)
+    np.testing.assert_allclose(after[0], before[0], atol=1e-3)
+    eps = normal(0, (1, 50))
+    np.testing.assert_array_equal(corrupt(jnp.ones((1, 50)), eps, after[-1:]), eps)
+    # Lin et al. 2023, algorithm 1, in float64.
+    old, new = (1 / np.sqrt(1 + np.exp(-np.asarray(l, np.float64))) for l in (before, after))
+    np.testing.assert_allclose(new, (old - old[-1]) * old[0] / (old[0] - old[-1]), atol=1e-6)
+
+
+def test_zero_terminal_takes_away_what_linear_vp_leaves_of_the_picture():
+    x0, level = jnp.ones((1, 4)), LinearVP().logsnr(jnp.ones(1))
+    np.testing.assert_allclose(corrupt(x0, jnp.zeros((1, 4)), level), 0.00657, atol=1e-4)
 
 
 def test_linear_vp_values():
@@ -144,3 +213,13 @@ def test_mistakes_are_refused_by_name():
         Cosine(logsnr_min=5.0, logsnr_max=-5.0)
     with pytest.raises(ValueError, match="beta_min"):
         LinearVP(beta_min=0.0)
+    with pytest.raises(ValueError, match="would rise"):
+        InterpolatedCosine(shift_clean=-7.0, shift_noise=0.0)
+    with pytest.raises(ValueError, match="logsnr_min"):
+        InterpolatedCosine(shift_clean=-1.0, shift_noise=0.0, logsnr_min=5.0, logsnr_max=-5.0)
+    with pytest.raises(ValueError, match="start"):
+        Sigmoid(start=3.0, end=-3.0)
+    with pytest.raises(ValueError, match="tau"):
+        Sigmoid(tau=0.0)
+    with pytest.raises(ValueError, match="steps"):
+        Discrete(steps=1)

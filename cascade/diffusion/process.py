@@ -14,6 +14,9 @@ gamma for its negative. Everything here is float32, whatever dtype comes in.
 
 Sources: Ho et al. 2020 ("Denoising Diffusion Probabilistic Models"); Kingma et al. 2021;
 Salimans & Ho 2022 ("Progressive Distillation for Fast Sampling of Diffusion Models") for v.
+
+The schedules: Cosine (which can be shifted for the resolution), InterpolatedCosine, LinearVP,
+Sigmoid, Discrete (a table of DDPM's), and ZeroTerminal, which makes any of them end in pure noise.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 Prediction = Literal["eps", "x0", "v"]
@@ -75,6 +79,39 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InterpolatedCosine:
+    """A cosine whose shift goes from shift_clean at t=0 to shift_noise at t=1.
+
+    logsnr = (1 - t) Cosine(shift=shift_clean) + t Cosine(shift=shift_noise). Shifting the whole
+    schedule noises fine detail away almost at once; here the noisy end alone has the level of a
+    large picture. At 512 px Hoogeboom et al. 2023 ("simple diffusion", sec. 3.1) go from
+    resolution_shift(512, reference=32) to resolution_shift(512, reference=256).
+    """
+
+    logsnr_min: float = -20.0
+    logsnr_max: float = 20.0
+    shift_clean: float
+    shift_noise: float
+
+    def __post_init__(self):
+        Cosine(logsnr_min=self.logsnr_min, logsnr_max=self.logsnr_max)
+        # A cosine falls by 2 pi a unit of time where it is flattest; the change of shift must not
+        # undo that. The ends of the range take a little of it: 6 is safe for usual ones.
+        if self.shift_noise - self.shift_clean > 6:
+            raise ValueError(
+                "InterpolatedCosine.shift_noise must be at most 6 above shift_clean, or log-SNR "
+                f"would rise with time; got {self.shift_noise} and {self.shift_clean}"
+            )
+
+    def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
+        t = t.astype(jnp.float32)
+        low, high = self.logsnr_min, self.logsnr_max
+        clean = Cosine(logsnr_min=low, logsnr_max=high, shift=self.shift_clean).logsnr(t)
+        noise = Cosine(logsnr_min=low, logsnr_max=high, shift=self.shift_noise).logsnr(t)
+        return (1 - t) * clean + t * noise
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearVP:
     """The variance-preserving process whose rate beta grows linearly in t.
 
@@ -99,6 +136,97 @@ class LinearVP:
         t = t.astype(jnp.float32)
         minus_log_alpha2 = self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2
         return -jnp.log(jnp.clip(jnp.expm1(minus_log_alpha2), math.exp(-20), math.exp(20)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid:
+    """alpha^2 falls with time along the logistic function between `start` and `end`.
+
+    alpha^2 = (S(end) - S(u)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)),
+    u = start + t (end - start). A smaller tau is steeper in the middle. log-SNR is clipped to
+    [-20, 20], which it leaves at the two ends alone. Jabri et al. 2022 ("Scalable Adaptive
+    Computation for Iterative Generation"); Chen 2023 ("On the Importance of Noise Scheduling").
+    """
+
+    start: float = -3.0
+    end: float = 3.0
+    tau: float = 0.9
+
+    def __post_init__(self):
+        if not self.start < self.end:
+            raise ValueError(f"Sigmoid.start must be below end={self.end}, got {self.start}")
+        if self.tau <= 0:
+            raise ValueError(f"Sigmoid.tau must be positive, got {self.tau}")
+
+    def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
+        """By S(a) - S(b) = sinh((a - b) / 2 tau) / (2 cosh(a / 2 tau) cosh(b / 2 tau)).
+
+        The quotient alpha^2 / sigma^2 then holds no difference of nearly equal numbers.
+        """
+        t = t.astype(jnp.float32)
+        half = (self.end - self.start) / (2 * self.tau)
+        ends = math.cosh(self.start / (2 * self.tau)) / math.cosh(self.end / (2 * self.tau))
+        logsnr = jnp.log(jnp.sinh(half * (1 - t))) - jnp.log(jnp.sinh(half * t)) + math.log(ends)
+        return jnp.clip(logsnr, -20.0, 20.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discrete:
+    """The table of a model trained at `steps` discrete times: entry i stands at t = (i+1) / steps.
+
+    betas: "linear", from 1e-4 to .02 (Ho et al. 2020), or "cosine", from
+        alpha^2 = cos^2(pi/2 (t + .008) / 1.008) and at most .999 (Nichol & Dhariwal 2021).
+    Between entries log-SNR is linear; at t=0, which no entry has, it is 20. Use it for weights
+    trained on such a table; LinearVP and Cosine are what the tables sample.
+    """
+
+    betas: Literal["linear", "cosine"] = "cosine"
+    steps: int = 1000
+
+    def __post_init__(self):
+        if self.betas not in ("linear", "cosine"):
+            raise ValueError(f'Discrete.betas: "linear" or "cosine", got {self.betas!r}')
+        if self.steps < 2:
+            raise ValueError(f"Discrete.steps must be at least 2, got {self.steps}")
+
+    def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
+        return jnp.interp(
+            t.astype(jnp.float32) * self.steps, np.arange(self.steps + 1.0), self._table()
+        )
+
+    def _table(self) -> np.ndarray:
+        """log-SNR at t = 0, 1 / steps, ... 1, computed in float64."""
+        if self.betas == "linear":
+            betas = np.linspace(1e-4, 0.02, self.steps)
+        else:
+            alpha2 = np.cos((np.linspace(0, 1, self.steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+            betas = np.minimum(1 - alpha2[1:] / alpha2[:-1], 0.999)
+        log_alpha2 = np.cumsum(np.log1p(-betas))
+        return np.concatenate([[20.0], log_alpha2 - np.log(-np.expm1(log_alpha2))])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroTerminal:
+    """`schedule`, with its alpha shifted and scaled to end at 0 and begin where it did.
+
+        alpha <- (alpha - alpha(1)) alpha(0) / (alpha(0) - alpha(1))
+
+    Most schedules leave a trace of the picture at t=1, from which a network learns the mean
+    brightness that sampling, starting from pure noise, then lacks. log-SNR ends at -60, where x_t
+    is eps to the last bit. A network's eps holds nothing about x0 there: predict v or x0.
+    Lin et al. 2023 ("Common Diffusion Noise Schedules and Sample Steps are Flawed"), alg. 1.
+    """
+
+    schedule: Cosine | InterpolatedCosine | LinearVP | Sigmoid | Discrete
+
+    def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
+        alpha, sigma = alpha_sigma(self.schedule.logsnr(t))
+        (first, last), (sigma_first, _) = alpha_sigma(self.schedule.logsnr(jnp.array([0.0, 1.0])))
+        # sigma from the differences of the old sigma: 1 - alpha^2 is 0 in float32 near t=0.
+        lost = (sigma**2 - sigma_first**2) / ((first + alpha) * (first - last))
+        sigma2 = sigma_first**2 + first**2 * lost * (2 - lost)
+        kept = jnp.maximum((alpha - last) / (first - last), math.exp(-30.0))
+        return jnp.clip(2 * jnp.log(first * kept) - jnp.log(sigma2), -60.0)
 
 
 def resolution_shift(resolution: int, reference: int = 64) -> float:
