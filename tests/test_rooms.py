@@ -11,6 +11,7 @@ BELOW = {
     "images": {"errors"},
     "config": {"errors"},
     "sharding": {"errors"},
+    "ema": set(),
     "checkpoint": {"errors"},
     "diffusion": set(),
     "models": {"errors"},
@@ -22,7 +23,7 @@ BELOW = {
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
         *("data", "stage", "sharding", "checkpoint", "config"),
-        *("errors", "images", "models", "text"),
+        *("errors", "images", "models", "pretrained", "text"),
     },
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
     "testing": {"diffusion", "models", "stage", "text", "runner"},
