@@ -13,6 +13,8 @@ from PIL import Image
 
 from cascade import images
 from cascade.data import (
+    BSR,
+    Blur,
     FolderData,
     ScenesData,
     TFDSData,
@@ -98,8 +100,9 @@ def test_order_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(workers):
-    options = {"resolution": 16, "lowres_resolution": 4, "crop": 8, "workers": workers}
-    whole = take(make_batches(resolution=16, lowres_resolution=4, crop=8), 5)
+    options = {"resolution": 16, "lowres_resolution": 4, "crop": 8, "degradation": BSR()}
+    whole = take(make_batches(**options), 5)
+    options["workers"] = workers
     stopped = make_batches(**options)
     assert_same([next(stopped), next(stopped)], whole[:2])
     state = json.loads(json.dumps(stopped.get_state()))
@@ -138,6 +141,7 @@ def test_a_run_resumes_on_another_number_of_processes():
     "options,message",
     [
         ({"crop": 4}, "lowres_resolution"),
+        ({"degradation": BSR()}, "lowres_resolution"),
         ({"lowres_resolution": 3}, "multiple"),
         ({"lowres_resolution": 4, "crop": 3}, "multiple"),
         ({"lowres_resolution": 4, "crop": 16}, "8"),
@@ -182,6 +186,18 @@ def test_lowres_is_the_block_mean_of_the_crop_and_a_crop_of_the_whole_lowres(cro
         assert found
         corners.add(tuple(found))
     assert len(corners) > 2 if crop == 16 else len(corners) == 1
+
+
+@pytest.mark.parametrize("degradation", [Blur(share=1.0), BSR(light=False)])
+def test_a_degradation_spoils_lowres_alone_and_anew_every_epoch(degradation):
+    options = {"resolution": 32, "lowres_resolution": 8, "batch_size": 1}
+    clean = take(make_batches(ScenesData(size=1), **options), 2)
+    spoiled = take(make_batches(ScenesData(size=1), degradation=degradation, **options), 2)
+    for a, b in zip(clean, spoiled, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        assert a["lowres"].shape == b["lowres"].shape and (a["lowres"] != b["lowres"]).any()
+    np.testing.assert_array_equal(clean[0]["lowres"], clean[1]["lowres"])
+    assert (spoiled[0]["lowres"] != spoiled[1]["lowres"]).any()
 
 
 def test_block_means_are_the_downsampling_that_sampling_uses():

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from cascade.data import ScenesData
 from cascade.data.scenes import render as rendering
 from cascade.data.scenes import spec
 from cascade.data.scenes.captions import (
@@ -377,3 +378,13 @@ def test_colours_are_far_from_one_another_and_from_every_background():
         base, swing = rendering.tones(colour)
         assert (base - swing >= 0).all() and (base + swing <= 255).all()
         assert np.linalg.norm(2 * swing) > 90
+
+
+def test_max_objects_leaves_out_larger_scenes_and_keeps_the_rest():
+    count = [len(scene_at(0, i, max_objects=2).objects) for i in range(300)]
+    assert set(count) == {1, 2}
+    assert min(len(scene_at(0, i, "long", max_objects=3).objects) for i in range(20)) == 3
+    for scene, same in ((scene_at(0, i), scene_at(0, i, max_objects=4)) for i in range(20)):
+        assert scene == same
+    with pytest.raises(ValueError, match="max_objects of 'long' must lie in 3..4, got 2"):
+        ScenesData(split="long", max_objects=2)

@@ -1,5 +1,6 @@
 """Captioned pictures -> batches for training. Importing this room loads neither JAX nor Grain."""
 
+from cascade.data.degradation import BSR, Blur, Degradation
 from cascade.data.pipeline import Batches, batches
 from cascade.data.sources import (
     DataConfig,
@@ -12,8 +13,11 @@ from cascade.data.sources import (
 )
 
 __all__ = [
+    "BSR",
     "Batches",
+    "Blur",
     "DataConfig",
+    "Degradation",
     "FolderData",
     "ScenesData",
     "Source",

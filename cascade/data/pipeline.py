@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from cascade.data.degradation import Degradation, degrade
 from cascade.data.sources import DataConfig, Source, open_source
 from cascade.errors import UserError
 
@@ -28,6 +29,7 @@ def batches(
     resolution: int,
     lowres_resolution: int | None = None,
     crop: int | None = None,
+    degradation: Degradation | None = None,
     batch_size: int,
     seed: int,
     tokenizer: TokenizeFn,
@@ -42,12 +44,13 @@ def batches(
     mean over blocks of `image`.
     crop: side of a random square of the picture, whose corner is a multiple of the factor, so that
     lowres is a crop of the whole picture's; None for whole pictures.
-    batch_size: of one process. seed: of the order of examples and of crops, in 0..2**32-1; the
-    dataset has its own.
+    degradation: makes a spoiled lowres instead of the means, drawn anew for every example.
+    batch_size: of one process. seed: of the order of examples, of crops and of degradations,
+    in 0..2**32-1; the dataset has its own.
     workers: processes that prepare batches, which `tokenizer` must be picklable for; 0 uses threads
     of this one.
     """
-    _check(resolution, lowres_resolution, crop, process_index, process_count)
+    _check(resolution, lowres_resolution, crop, degradation, process_index, process_count)
     if batch_size < 1 or workers < 0:
         raise ValueError(
             f"batch_size must be positive and workers not negative, got {batch_size}, {workers}"
@@ -57,12 +60,14 @@ def batches(
     source = open_source(config, resolution)
     if not 1 <= len(source):
         raise UserError(f"{config}: holds no examples")
-    load = _Load(source, lowres_resolution, crop)
+    load = _Load(source, lowres_resolution, crop, degradation)
+    # Endless, but for the room Grain needs: its own sys.maxsize elements overflow in batches of one.
+    epochs = 2**62 // len(source)
     dataset = (
         grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()
-        .repeat()
+        .repeat(epochs)
         .random_map(load)
         .slice(slice(process_index, None, process_count))
         .batch(batch_size, batch_fn=_Collate(tokenizer))
@@ -141,6 +146,7 @@ class _Load:
     source: Source
     lowres_resolution: int | None
     crop: int | None
+    degradation: Degradation | None
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         if self.lowres_resolution is None:
@@ -152,7 +158,11 @@ class _Load:
             free = self.lowres_resolution - self.crop // factor
             y, x = (factor * int(i) for i in rng.integers(0, free + 1, 2))
             example = self.source.window(index, y, x, self.crop)
-        return {**example, "lowres": block_means(example["image"], factor)}
+        if self.degradation is None:
+            lowres = block_means(example["image"], factor)
+        else:
+            lowres = degrade(example["image"], rng, self.degradation, factor=factor)
+        return {**example, "lowres": lowres}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +181,7 @@ class _Collate:
         }
 
 
-def _check(resolution, lowres_resolution, crop, process_index, process_count) -> None:
+def _check(resolution, lowres_resolution, crop, degradation, process_index, process_count) -> None:
     if lowres_resolution is not None and resolution % lowres_resolution:
         raise ValueError(
             f"resolution must be a multiple of lowres_resolution={lowres_resolution}, "
@@ -188,5 +198,9 @@ def _check(resolution, lowres_resolution, crop, process_index, process_count) ->
                 f"crop must be a multiple of the factor {factor} in {factor}..{resolution}, "
                 f"got {crop}"
             )
+    if degradation is not None and lowres_resolution is None:
+        raise ValueError(
+            f"degradation is for super-resolution: give lowres_resolution, got {degradation}"
+        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in 0..{process_count - 1}, got {process_index}")

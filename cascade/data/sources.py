@@ -29,11 +29,13 @@ class ScenesData:
     split: "train" and "seen" have no held-out combination of shape and colour, "unseen" has one in
     every scene, "long" has three or four objects always. (seed, split) names an endless list of
     scenes, of which the first `size` are the dataset.
+    max_objects: leave out scenes of more, for a curriculum that begins with easy ones.
     """
 
     split: Split = "train"
     seed: int = 0
     size: int = 1_000_000_000
+    max_objects: int = 4
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -44,6 +46,12 @@ class ScenesData:
             raise ValueError(f"ScenesData.seed must not be negative, got {self.seed}")
         if not 1 <= self.size <= _MOST:
             raise ValueError(f"ScenesData.size must lie in 1..{_MOST}, got {self.size}")
+        fewest = 3 if self.split == "long" else 1
+        if not fewest <= self.max_objects <= 4:
+            raise ValueError(
+                f"ScenesData.max_objects of split {self.split!r} must lie in {fewest}..4, "
+                f"got {self.max_objects}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +137,8 @@ class _ScenesSource(Source):
         return self.window(index, 0, 0, self.resolution)
 
     def window(self, index: int, y: int, x: int, size: int) -> Example:
-        scene, caption = caption_at(self.config.seed, index, self.config.split)
+        config = self.config
+        scene, caption = caption_at(config.seed, index, config.split, config.max_objects)
         return {"image": render(scene, self.resolution, (y, x, size)), "caption": caption.text}
 
 

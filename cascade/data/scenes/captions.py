@@ -115,9 +115,11 @@ def captions(scene: Scene, rng: np.random.Generator, n: int) -> list[Caption]:
     )
 
 
-def caption_at(seed: int, index: int, split: Split = "train") -> tuple[Scene, Caption]:
+def caption_at(
+    seed: int, index: int, split: Split = "train", max_objects: int = 4
+) -> tuple[Scene, Caption]:
     """Scene number `index` of (seed, split) and its caption: pure, as `spec.scene_at`."""
-    scene = spec.scene_at(seed, index, split)
+    scene = spec.scene_at(seed, index, split, max_objects)
     return scene, caption(scene, spec.generator(seed, index, split, purpose=1))
 
 

@@ -122,9 +122,9 @@ class Scene:
         return [tuple(group) for group in gathered.values()]
 
 
-def scene_at(seed: int, index: int, split: Split = "train") -> Scene:
+def scene_at(seed: int, index: int, split: Split = "train", max_objects: int = 4) -> Scene:
     """Scene number `index` of the endless list that (seed, split) names: a pure function."""
-    return sample_scene(generator(seed, index, split), split)
+    return sample_scene(generator(seed, index, split), split, max_objects)
 
 
 def generator(
@@ -135,18 +135,26 @@ def generator(
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
-def sample_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
+def sample_scene(
+    rng: np.random.Generator, split: Split = "train", max_objects: int = 4
+) -> Scene:
     """Draw a scene.
 
     split: "train" and "seen" draw from the same distribution, without HELD_OUT pairs (their streams
     in `scene_at` differ); "unseen" has at least one held-out pair; "long" is "seen" with three or
     four objects always, not all copies of one.
     About 35 % of scenes have one object, 40 % two, 25 % three or four; finishes are equally likely.
+    max_objects: scenes of more are drawn anew.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    fewest = 3 if split == "long" else 1
+    if not fewest <= max_objects <= 4:
+        raise ValueError(f"max_objects of {split!r} must lie in {fewest}..4, got {max_objects}")
     while True:
         plan = _plan(rng, split)
+        if sum(len(unit.offsets) for unit in plan[0]) > max_objects:
+            continue
         for _ in range(_PLACE_TRIES):
             objects = _place(rng, *plan)
             if objects is not None:
