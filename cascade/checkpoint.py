@@ -153,7 +153,9 @@ def load_safetensors(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{path} does not fit its config.json: {'; '.join(problems[:3])}{more}")
+        raise UserError(
+            f"{path} does not fit the network's config: {'; '.join(problems[:3])}{more}"
+        )
     leaves = [flat[name].astype(np.float32) for name, _ in names]
     return jax.tree.unflatten(jax.tree.structure(dict(abstract)), leaves)
 

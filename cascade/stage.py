@@ -22,7 +22,14 @@ from cascade import images
 from cascade.diffusion import denoise, loss, process, samplers
 from cascade.models import Conditioning, EfficientUNetConfig, Network, UNetConfig
 
-Schedule = process.Cosine | process.LinearVP
+Schedule = (
+    process.Cosine
+    | process.InterpolatedCosine
+    | process.LinearVP
+    | process.Sigmoid
+    | process.Discrete
+    | process.ZeroTerminal
+)
 Sampler = samplers.Ancestral | samplers.DDIM | samplers.DPMSolverPP2M | samplers.Heun
 
 
@@ -95,6 +102,11 @@ class StageConfig:
             raise ValueError(
                 f"StageConfig.network.lowres={self.network.lowres} contradicts "
                 f"lowres_resolution={low}: super-resolution needs both, a base stage neither"
+            )
+        if self.prediction == "eps" and isinstance(self.schedule, process.ZeroTerminal):
+            raise ValueError(
+                'StageConfig.prediction must be "v" or "x0" with a ZeroTerminal schedule, got '
+                '"eps": at its end the input is noise alone, and to predict that says nothing of x0'
             )
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(

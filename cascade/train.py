@@ -25,10 +25,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from cascade import images, sharding
-from cascade.checkpoint import Checkpoints
+from cascade import images, pretrained, sharding
+from cascade.checkpoint import Checkpoints, load_safetensors
 from cascade.config import to_json
-from cascade.data import FolderData, ScenesData, TFDSData, batches
+from cascade.data import Degradation, FolderData, ScenesData, TFDSData, batches
 from cascade.errors import UserError
 from cascade.models import Conditioning
 from cascade.stage import Stage, StageConfig
@@ -65,9 +65,12 @@ class TrainConfig:
     images: training examples in all, repetitions counted. batch_size: examples a step, over all
     devices and microbatches. microbatches: gradients of equal parts of the batch are averaged, for
     less memory. crop: side in pixels of the aligned crops a super-resolution stage trains on; None
-    is the whole picture. ema_decay: per step, reached gradually as (1 + step) / (10 + step).
-    workers: processes that prepare data; 0 uses threads of this one. preview_prompts: drawn with
-    the EMA weights every preview_every_images (0: never). keep: newest checkpoints kept.
+    is the whole picture. degradation: how its low-resolution pictures are spoiled; None is plain
+    means over blocks. init: a model, as `cascade sample --model` names it, whose stage of the same
+    name gives the first weights; None is fresh ones. ema_decay: per step, reached gradually as
+    (1 + step) / (10 + step). workers: processes that prepare data; 0 uses threads of this one.
+    preview_prompts: drawn with the EMA weights every preview_every_images (0: never). keep: newest
+    checkpoints kept.
     """
 
     stage: StageConfig
@@ -77,6 +80,8 @@ class TrainConfig:
     batch_size: int
     microbatches: int = 1
     crop: int | None = None
+    degradation: Degradation | None = None
+    init: str | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema_decay: float = 0.9999
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
@@ -95,6 +100,8 @@ class TrainConfig:
                 f"got {self.batch_size}"
             )
         low, crop = self.stage.lowres_resolution, self.crop
+        if self.degradation is not None and low is None:
+            raise ValueError("TrainConfig.degradation is for super-resolution stages only")
         if crop is not None:
             if low is None:
                 raise ValueError("TrainConfig.crop is for super-resolution stages only")
@@ -208,6 +215,7 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
         resolution=config.stage.resolution,
         lowres_resolution=config.stage.lowres_resolution,
         crop=config.crop,
+        degradation=config.degradation,
         batch_size=config.batch_size // jax.process_count(),
         seed=config.seed,
         tokenizer=encoder.tokenizer,
@@ -270,7 +278,10 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
     abstract = jax.eval_shape(init, key)
     placement = sharding.shardings(abstract, mesh)
     if not checkpoints.steps():
-        return jax.jit(init, out_shardings=placement)(key), placement
+        if config.init is None:
+            return jax.jit(init, out_shardings=placement)(key), placement
+        params = _exported(config.init, config.stage, stage.abstract())
+        return jax.device_put(init_state(optimizer, params), placement), placement
     saved = checkpoints.read_config()
     if saved["stage"] != to_json(config.stage):
         raise UserError(
@@ -284,6 +295,14 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
     _, train_state, ema, data_state = checkpoints.restore(**target)
     data.set_state(data_state)
     return {"train": train_state, "ema": ema}, placement
+
+
+def _exported(model: str, stage: StageConfig, abstract: Any) -> Any:
+    """The weights of a model folder's stage; UserError unless they fit `stage`'s network."""
+    folder = pretrained.find(model) / stage.name
+    if not folder.is_dir():
+        raise UserError(f"init={model}: has no stage {stage.name}; it has no folder {folder}")
+    return jax.tree.map(jnp.asarray, load_safetensors(folder / "model.safetensors", abstract))
 
 
 def _with_text(batch: dict[str, Any], encoder: T5Encoder) -> dict[str, Any]:

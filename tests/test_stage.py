@@ -1,18 +1,20 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cascade import images, testing
+from cascade import config, images, testing
 from cascade.diffusion import process
 from cascade.diffusion.denoise import Threshold
 from cascade.models import Conditioning
-from cascade.stage import Augmentation, Stage, time_of
+from cascade.stage import Augmentation, Stage, StageConfig, time_of
 
 ENCODER = testing.FakeEncoder()
 NONE = Threshold(kind="none")
+ZERO_TERMINAL = process.ZeroTerminal(schedule=process.Sigmoid(tau=0.7))
 
 
 def batch_of(n, side=8, lowres=None, seed=0):
@@ -181,8 +183,14 @@ def test_augmentation_at_sampling_is_drawn_once_and_its_level_matters(monkeypatc
         ({"resolution": 12}, "multiple of lowres_resolution=8"),
         ({"lowres_resolution": None}, "super-resolution needs both"),
         ({"condition_dropout": 1.0}, "condition_dropout"),
+        ({"prediction": "eps", "schedule": ZERO_TERMINAL}, "says nothing of x0"),
     ],
 )
 def test_contradicting_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(testing.super_resolution_stage(), **change)
+
+
+def test_a_stage_with_a_schedule_in_a_schedule_survives_json():
+    stage = dataclasses.replace(testing.base_stage(), prediction="v", schedule=ZERO_TERMINAL)
+    assert config.from_json(StageConfig, json.loads(json.dumps(config.to_json(stage)))) == stage

@@ -8,8 +8,9 @@ import optax
 import pytest
 
 from cascade import sharding, testing, train
-from cascade.data import ScenesData
+from cascade.data import BSR, ScenesData
 from cascade.errors import UserError
+from cascade.export import export
 from cascade.sharding import MeshConfig
 from cascade.stage import Stage
 from cascade.train import Optimizer, TrainConfig
@@ -143,6 +144,7 @@ def test_every_optimizer_lowers_the_loss(name):
     [
         ({"microbatches": 3}, "multiple of microbatches=3"),
         ({"crop": 4}, "crop is for super-resolution"),
+        ({"degradation": BSR()}, "degradation is for super-resolution"),
         ({"stage": testing.super_resolution_stage(), "crop": 5}, "upsampling factor 2"),
     ],
 )
@@ -211,6 +213,20 @@ def test_resuming_with_another_network_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match="condition_dropout: 0.1 there, 0.5 here"):
         train.train(other, tmp_path)
+
+
+def test_a_run_may_start_from_the_weights_of_a_model(tmp_path):
+    config = scenes_config()
+    train.train(config, tmp_path / "first", until=16)
+    export([tmp_path / "first"], tmp_path / "model")
+    still = Optimizer(learning_rate=0.0)
+    start = dataclasses.replace(config, init=str(tmp_path / "model"), optimizer=still, seed=1)
+    train.train(start, tmp_path / "second", until=16)
+    (_, first), (_, second) = weights(tmp_path / "first"), weights(tmp_path / "second")
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    renamed = dataclasses.replace(start, stage=dataclasses.replace(start.stage, name="other"))
+    with pytest.raises(UserError, match="has no stage other"):
+        train.train(renamed, tmp_path / "third")
 
 
 def test_a_diverging_run_stops_and_says_why(tmp_path):

@@ -2,11 +2,9 @@
 
 cascade train configs/scenes/text_encoder.py --workdir runs/text_encoder
 
-About four minutes on two CPU cores; it made the weights that ship (2 MB). On held-out captions of
-several things, a linear map from the embedding of a shape's word tells that thing's colour in
-99.8 % of cases (always the commonest: 11 %), its size or that none is said in 92 % (39 %), its
-finish in 95 % (46 %). So short a run learns retelling only: filling masked spans from a paraphrase
-is still at chance.
+Fourteen minutes on one CPU core; it made the weights that ship (2 MB). In held-out sentences such
+as "a red circle above a big star", a linear map from the embedding of the second noun tells which
+of the two is above in 100 % of cases, which is left in 99.8 % (chance: 50 %).
 """
 
 from cascade.models.t5 import T5Config
@@ -25,5 +23,6 @@ def config() -> TextPretraining:
             num_heads=4,
             n_positions=64,
         ),
-        examples=64_000,
+        examples=192_000,
+        hidden=0.9,
     )
