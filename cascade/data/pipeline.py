@@ -61,7 +61,7 @@ def batches(
     if not 1 <= len(source):
         raise UserError(f"{config}: holds no examples")
     load = _Load(source, lowres_resolution, crop, degradation)
-    # Endless, but for the room Grain needs: its own sys.maxsize elements overflow in batches of one.
+    # Endless in effect: the sys.maxsize elements of a bare repeat() overflow in batches of one.
     epochs = 2**62 // len(source)
     dataset = (
         grain.MapDataset.range(len(source))

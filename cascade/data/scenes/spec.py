@@ -135,9 +135,7 @@ def generator(
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
-def sample_scene(
-    rng: np.random.Generator, split: Split = "train", max_objects: int = 4
-) -> Scene:
+def sample_scene(rng: np.random.Generator, split: Split = "train", max_objects: int = 4) -> Scene:
     """Draw a scene.
 
     split: "train" and "seen" draw from the same distribution, without HELD_OUT pairs (their streams
