@@ -77,6 +77,9 @@ class StageConfig:
 
     resolution, lowres_resolution: sides of the square pictures drawn and conditioned on, in pixels
     (lowres_resolution None: a base stage). prediction: what the network's output means.
+    residual: in super-resolution, the network predicts what x0 adds to the upsampled low-resolution
+    picture (compare Li et al. 2021, "SRDiff", which diffuses that difference itself); an untrained
+    stage then draws the enlargement, not nothing. For prediction="x0".
     condition_dropout: share of training examples whose text is replaced by the null condition.
     """
 
@@ -86,6 +89,7 @@ class StageConfig:
     network: UNetConfig | EfficientUNetConfig
     schedule: Schedule = field(default_factory=process.Cosine)
     prediction: process.Prediction = "v"
+    residual: bool = False
     loss: loss.Loss = field(default_factory=loss.Loss)
     condition_dropout: float = 0.1
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -107,6 +111,11 @@ class StageConfig:
             raise ValueError(
                 'StageConfig.prediction must be "v" or "x0" with a ZeroTerminal schedule, got '
                 '"eps": at its end the input is noise alone, and to predict that says nothing of x0'
+            )
+        if self.residual and (low is None or self.prediction != "x0"):
+            raise ValueError(
+                "StageConfig.residual is for super-resolution stages with prediction='x0', got "
+                f"lowres_resolution={low} and prediction={self.prediction!r}"
             )
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(
@@ -149,7 +158,7 @@ class Stage:
             cond = self._with_lowres(cond, lowres, level, noise, x0.shape[1:3])
 
         def predict(x_t, logsnr):
-            return self.network(params, x_t, time_of(logsnr), cond, k_dropout)
+            return self._predict(params, x_t, logsnr, cond, k_dropout)
 
         return loss.denoising_loss(
             predict,
@@ -176,7 +185,7 @@ class Stage:
         """
 
         def x0_of(x_t, logsnr, cond):
-            prediction = self.network(params, x_t, time_of(logsnr), cond)
+            prediction = self._predict(params, x_t, logsnr, cond)
             return process.to_x0(prediction, self.config.prediction, x_t, logsnr)
 
         def guided(x_t, logsnr):
@@ -231,6 +240,16 @@ class Stage:
             keys,
             scalars,
         )
+
+    def _predict(self, params, x_t, logsnr, cond, key=None) -> Float[Array, "b h w c"]:
+        """In the space of config.prediction."""
+        prediction = self.network(params, x_t, time_of(logsnr), cond, key)
+        if self.config.residual:
+            # alpha times a picture alpha x + sigma eps: for pixels of variance 1, the best guess
+            # of x without its neighbours.
+            alpha = jnp.cos(cond.lowres_time * (jnp.pi / 2000))
+            prediction += alpha[:, None, None, None] * cond.lowres
+        return prediction
 
     def _with_lowres(self, cond, lowres, level, noise, size) -> Conditioning:
         logsnr = self.config.augmentation.schedule.logsnr(level)
