@@ -311,6 +311,8 @@ def test_a_real_training_that_is_killed_ends_complete(tmp_path):
         *("--wait", "0", "config.py", "--workdir", "run"),
         PYTHONPATH=str(LAUNCH.parent),
         XLA_FLAGS="--xla_backend_optimization_level=0",
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
     assert done.returncode == 0, done.stderr
     assert "status 137" in done.stderr and len(calls(tmp_path)) == 2
