@@ -19,6 +19,7 @@ VERBS = {
     "export": ("cascade.export", "collect trained stages into a model folder for `sample --model`"),
     "eval": ("cascade.evaluate", "measure a model: facts right, super-resolution, sweeps"),
     "data": ("cascade.data.commands", "make or inspect a dataset"),
+    "plan": ("cascade.plan", "what a run needs on a TPU slice or GPUs that are not here"),
     "bench": ("cascade.bench", "measure this machine: time to a picture, training speed"),
 }
 
