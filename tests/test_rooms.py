@@ -17,7 +17,7 @@ BELOW = {
     "models": {"errors"},
     "text": {"errors", "models", "pretrained"},
     "data": {"errors", "images", "text", "config", "checkpoint"},
-    "pretrained": {"errors"},
+    "pretrained": {"config", "errors", "models"},
     "stage": {"diffusion", "images", "models"},
     "runner": {"stage", "text", "images", "checkpoint", "config", "errors", "models", "pretrained"},
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
