@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from cascade.errors import UserError
 
 if TYPE_CHECKING:
     from cascade.runner import Cascade, Picture
-    from cascade.stage import Sampling, Stage
+    from cascade.stage import Sampling, Stage, StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,10 @@ class Options:
     lowres: Path | None = None
     """Start from this 64 or 256 px picture: super-resolution only."""
     steps: str | None = None
-    """Sampling steps, by stage."""
+    """Sampling steps, by stage: a number, or a list of DeepFloyd IF's such as smart50."""
+    grid: str | None = None
+    """Which times they are at, by stage: uniform, quadratic, logsnr, karras, trailing or leading
+    (the last two on a table of 1000)."""
     guidance: str | None = None
     """Weight of classifier-free guidance, by stage; 1 is none."""
     aug_level: str | None = None
@@ -134,17 +137,33 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
     """
     import dataclasses
 
-    from cascade.diffusion.denoise import Threshold
-    from cascade.diffusion.samplers import DDIM, Ancestral, DPMSolverPP2M, Heun
+    from cascade.diffusion import grids, samplers
 
-    samplers = {"ancestral": Ancestral(), "ddim": DDIM(), "dpm++": DPMSolverPP2M(), "heun": Heun()}
+    steps = {
+        "ancestral": samplers.Ancestral(),
+        "ddim": samplers.DDIM(),
+        "dpm++": samplers.DPMSolverPP2M(),
+        "heun": samplers.Heun(),
+    }
+    spacings = {
+        "uniform": grids.Uniform(),
+        "quadratic": grids.Quadratic(),
+        "logsnr": grids.EvenLogSNR(),
+        "karras": grids.Karras(),
+        "trailing": grids.OnTable(),
+        "leading": grids.OnTable(spacing="leading"),
+    }
     settings = [s.config.sampling for s in stages]
     everyone = list(range(len(stages)))
     upper = [i for i in everyone if stages[i].config.lowres_resolution is not None]
 
     def lay(
-        flag: str, text: str | None, field: str, parse: Callable[[str, Sampling], Any], on=everyone
+        flag: str,
+        text: str | None,
+        parse: Callable[[str, Sampling, StageConfig], dict[str, Any]],
+        on: Sequence[int] = everyone,
     ):
+        """parse: word, settings of the stage so far, its config -> the fields to replace."""
         if text is None:
             return
         words = [w.strip() for w in text.split(",")]
@@ -155,32 +174,44 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
                 "give one for each, or a single one for all"
             )
         for word, i in zip(words * (len(on) if len(words) == 1 else 1), on, strict=True):
+            stage = stages[i].config
             try:
-                settings[i] = dataclasses.replace(settings[i], **{field: parse(word, settings[i])})
-            except KeyError:
-                raise UserError(f"{flag} {word}: must be one of {', '.join(samplers)}") from None
+                settings[i] = dataclasses.replace(settings[i], **parse(word, settings[i], stage))
+                stage.check(settings[i])
             except ValueError as e:
                 raise UserError(f"{flag} {word}: {e}") from None
 
-    lay("--steps", options.steps, "steps", lambda w, _: int(w))
-    lay("--guidance", options.guidance, "guidance", lambda w, _: float(w))
-    lay("--aug-level", options.aug_level, "aug_level", lambda w, _: float(w), upper)
-    lay("--sampler", options.sampler, "sampler", lambda w, _: samplers[w])
-    lay(
-        "--threshold",
-        options.threshold,
-        "threshold",
-        lambda w, s: _threshold(w, s.threshold, Threshold),
-    )
+    def count(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
+        if word in grids.SECTIONS:
+            grid = grids.Respaced(name=word)
+            return {"steps": grid.steps, "grid": grid}
+        if not word.isdecimal():
+            raise ValueError(f"must be a number, or one of {', '.join(grids.SECTIONS)}")
+        own = not isinstance(now.grid, grids.Respaced)
+        return {"steps": int(word), "grid": now.grid if own else grids.OnTable()}
+
+    def sampler(word: str, _: Sampling, stage: StageConfig) -> dict[str, Any]:
+        if word == "ancestral" and stage.variance is not None:
+            return {"sampler": samplers.Ancestral(gamma="learned")}
+        return {"sampler": _one_of(steps, word)}
+
+    def threshold(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
+        kind = _one_of({k: k for k in ("none", "static", "dynamic")}, word)
+        return {"threshold": dataclasses.replace(now.threshold, kind=kind)}
+
+    lay("--grid", options.grid, lambda w, *_: {"grid": _one_of(spacings, w)})
+    lay("--steps", options.steps, count)
+    lay("--guidance", options.guidance, lambda w, *_: {"guidance": float(w)})
+    lay("--aug-level", options.aug_level, lambda w, *_: {"aug_level": float(w)}, upper)
+    lay("--sampler", options.sampler, sampler)
+    lay("--threshold", options.threshold, threshold)
     return settings
 
 
-def _threshold(word: str, current: Any, cls: Any) -> Any:
-    import dataclasses
-
-    if word not in ("none", "static", "dynamic"):
-        raise ValueError("must be one of none, static, dynamic")
-    return dataclasses.replace(current, kind=word)
+def _one_of(values: Mapping[str, Any], word: str) -> Any:
+    if word not in values:
+        raise ValueError(f"must be one of {', '.join(values)}")
+    return values[word]
 
 
 def _prompts(options: Options) -> list[str]:

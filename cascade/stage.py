@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from cascade import images
-from cascade.diffusion import denoise, loss, process, samplers
+from cascade.diffusion import denoise, grids, loss, process, samplers
 from cascade.models import Conditioning, EfficientUNetConfig, Network, UNetConfig
 
 Schedule = (
@@ -31,6 +31,14 @@ Schedule = (
     | process.ZeroTerminal
 )
 Sampler = samplers.Ancestral | samplers.DDIM | samplers.DPMSolverPP2M | samplers.Heun
+Grid = (
+    grids.Uniform
+    | grids.Quadratic
+    | grids.EvenLogSNR
+    | grids.Karras
+    | grids.OnTable
+    | grids.Respaced
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +62,22 @@ class Augmentation:
 class Sampling:
     """How pictures are drawn from a stage unless the caller says otherwise.
 
-    guidance: weight w of classifier-free guidance; 1 means none. aug_level: in [0, 1], of the
-    low-resolution picture; only a super-resolution stage has one.
+    guidance: weight w of classifier-free guidance; 1 means none. grid: the times of the steps.
+    aug_level: in [0, 1], of the low-resolution picture; only a super-resolution stage has one.
     """
 
     steps: int = 32
+    grid: Grid = field(default_factory=grids.Uniform)
     guidance: float = 4.0
     sampler: Sampler = field(default_factory=samplers.DPMSolverPP2M)
     threshold: denoise.Threshold = field(default_factory=denoise.Threshold)
     aug_level: float = 0.0
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"Sampling.steps must be at least 1, got {self.steps}")
+        try:
+            self.grid.check(self.steps)
+        except ValueError as e:
+            raise ValueError(f"Sampling.{e}") from None
         if not 0 <= self.aug_level <= 1:
             raise ValueError(f"Sampling.aug_level must be in [0, 1], got {self.aug_level}")
 
@@ -77,7 +88,9 @@ class StageConfig:
 
     resolution, lowres_resolution: sides of the square pictures drawn and conditioned on, in pixels
     (lowres_resolution None: a base stage). prediction: what the network's output means.
-    condition_dropout: share of training examples whose text is replaced by the null condition.
+    variance: if the network also predicts the variance of each step, by as many output channels
+    more, how that is trained. condition_dropout: share of training examples whose text is replaced
+    by the null condition.
     """
 
     name: str
@@ -87,6 +100,7 @@ class StageConfig:
     schedule: Schedule = field(default_factory=process.Cosine)
     prediction: process.Prediction = "v"
     loss: loss.Loss = field(default_factory=loss.Loss)
+    variance: loss.LearnedVariance | None = None
     condition_dropout: float = 0.1
     augmentation: Augmentation = field(default_factory=Augmentation)
     sampling: Sampling = field(default_factory=Sampling)
@@ -111,6 +125,34 @@ class StageConfig:
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(
                 f"StageConfig.condition_dropout must be in [0, 1), got {self.condition_dropout}"
+            )
+        channels = self.network.in_channels * (1 if self.variance is None else 2)
+        if self.network.out_channels != channels:
+            learned = "without" if self.variance is None else "with"
+            raise ValueError(
+                f"StageConfig.network.out_channels must be {channels} {learned} learned variance, "
+                f"got {self.network.out_channels}"
+            )
+        self.check(self.sampling)
+
+    def check(self, settings: Sampling) -> None:
+        """Raise ValueError for settings that make no sense for this stage."""
+        asked = getattr(settings.sampler, "gamma", None) == "learned"
+        if asked and self.variance is None:
+            raise ValueError(
+                'Sampling.sampler Ancestral(gamma="learned") needs a network that has learned the '
+                f"variance, which {self.name} has not: give gamma a number in [0, 1]"
+            )
+        if not asked and self.variance is not None:
+            raise ValueError(
+                f"{self.name} has learned the variance of its steps, for which Sampling.sampler "
+                f'{settings.sampler} has no use: choose Ancestral(gamma="learned")'
+            )
+        ends_in_noise = isinstance(self.schedule, process.ZeroTerminal)
+        if ends_in_noise and settings.grid(settings.steps, self.schedule)[0] < 1:
+            raise ValueError(
+                f"Sampling.grid {settings.grid} begins short of t=1, where a ZeroTerminal schedule "
+                "has the pure noise that sampling starts from: use Uniform or another from 1 on"
             )
 
 
@@ -149,7 +191,8 @@ class Stage:
             cond = self._with_lowres(cond, lowres, level, noise, x0.shape[1:3])
 
         def predict(x_t, logsnr):
-            return self.network(params, x_t, time_of(logsnr), cond, k_dropout)
+            output = self.network(params, x_t, time_of(logsnr), cond, k_dropout)
+            return output if config.variance is None else _split_variance(output)
 
         return loss.denoising_loss(
             predict,
@@ -157,6 +200,7 @@ class Stage:
             kind=config.prediction,
             schedule=config.schedule,
             loss=config.loss,
+            variance=config.variance,
             key=k_loss,
         )
 
@@ -173,21 +217,32 @@ class Stage:
 
         negative: what guidance moves away from; None means the null condition.
         guidance: the Python number 1.0 runs the conditional half alone.
+        A network that has learned the variance makes it a `denoise.WithVariance`.
         """
+        learned = self.config.variance is not None
 
-        def x0_of(x_t, logsnr, cond):
-            prediction = self.network(params, x_t, time_of(logsnr), cond)
-            return process.to_x0(prediction, self.config.prediction, x_t, logsnr)
+        def estimate(x_t, logsnr, cond):
+            """-> (x0, gamma), gamma None unless it was learned."""
+            output, gamma = self.network(params, x_t, time_of(logsnr), cond), None
+            if learned:
+                output, gamma = _split_variance(output)
+            return process.to_x0(output, self.config.prediction, x_t, logsnr), gamma
 
         def guided(x_t, logsnr):
             both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, negative or cond.null())
-            x0 = x0_of(jnp.concatenate([x_t, x_t]), jnp.concatenate([logsnr, logsnr]), both)
+            x0, gamma = estimate(
+                jnp.concatenate([x_t, x_t]), jnp.concatenate([logsnr, logsnr]), both
+            )
             x0_cond, x0_uncond = jnp.split(x0, 2)
-            return denoise.guide(x0_cond, x0_uncond, guidance)
+            # Guidance is for the mean: the variance is that of the conditional half.
+            return denoise.guide(x0_cond, x0_uncond, guidance), gamma if gamma is None else gamma[
+                : len(x_t)
+            ]
 
         plain = isinstance(guidance, (int, float)) and guidance == 1
+        chosen = functools.partial(estimate, cond=cond) if plain else guided
         return denoise.thresholded(
-            functools.partial(x0_of, cond=cond) if plain else guided, threshold
+            denoise.WithVariance(chosen) if learned else lambda *at: chosen(*at)[0], threshold
         )
 
     def sample(
@@ -207,6 +262,7 @@ class Stage:
         super-resolution stage, the smaller pictures in [-1, 1]; they are augmented once, here.
         size: side of the pictures drawn, if not the stage's resolution (crops).
         """
+        self.config.check(settings)
         size = size or self.config.resolution
         if (lowres is None) != (self.config.lowres_resolution is None):
             raise ValueError(
@@ -221,6 +277,7 @@ class Stage:
             self.config,
             size,
             settings.steps,
+            settings.grid,
             settings.sampler,
             settings.threshold,
             settings.guidance != 1,
@@ -246,9 +303,27 @@ def time_of(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
     return 1000 * (2 / jnp.pi) * jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -30, 30)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
+    """Network output -> (prediction, gamma): the second half of its channels runs over [-1, 1]."""
+    prediction, variance = jnp.split(output, 2, axis=-1)
+    return prediction, (variance + 1) / 2
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def _sample(
-    config, size, steps, sampler, threshold, guided, params, cond, negative, lowres, keys, scalars
+    config,
+    size,
+    steps,
+    grid,
+    sampler,
+    threshold,
+    guided,
+    params,
+    cond,
+    negative,
+    lowres,
+    keys,
+    scalars,
 ):
     stage = Stage(config)
     b, size = keys.shape[0], (size, size)
@@ -274,7 +349,7 @@ def _sample(
         denoiser,
         samplers.initial_noise(k_noise, (*size, 3)),
         schedule=config.schedule,
-        times=samplers.time_grid(steps),
+        times=grid(steps, config.schedule),
         step=sampler,
         keys=k_steps,
     )

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from oracle import Gaussian
 
-from cascade.diffusion.loss import Loss, denoising_loss, stratified_times
-from cascade.diffusion.process import Cosine, LinearVP, corrupt, from_x0, to_x0
+from cascade.diffusion.loss import (
+    LearnedVariance,
+    Loss,
+    bound,
+    denoising_loss,
+    stratified_times,
+)
+from cascade.diffusion.process import Cosine, Discrete, LinearVP, corrupt, from_x0, to_x0
 
 KINDS = ["eps", "x0", "v"]
 LOSSES = [Loss(space=kind) for kind in KINDS] + [
@@ -195,6 +201,114 @@ def test_the_key_decides_times_and_noise():
     assert not np.any(np.isclose(t_a, t_b))
 
 
+# Learned variance.
+
+
+def test_the_bound_is_the_divergence_from_the_posterior_of_ddpm():
+    """Against Ho et al. 2020, eq. 6 and 7, and Nichol & Dhariwal 2021, eq. 15, in float64."""
+    betas = np.linspace(1e-4, 0.02, 1000)
+    abar = np.cumprod(1 - betas)
+    entries = np.array([1, 9, 400, 998, 999])
+    gamma = np.array([0.5, -0.2, 1.1, 0.3, 0.9])
+    x0, x0_hat, x_t = (np.asarray(normal(s, (5, 40)), np.float64) for s in range(3))
+    expected = []
+    for i, g, x, x_hat, noisy in zip(entries, gamma, x0, x0_hat, x_t, strict=True):
+        below = 1 - abar[i - 1]
+        posterior = below / (1 - abar[i]) * betas[i]
+
+        def mean(x, i=i, below=below, noisy=noisy):
+            part = np.sqrt(abar[i - 1]) * betas[i] * x + np.sqrt(1 - betas[i]) * below * noisy
+            return part / (1 - abar[i])
+
+        variance = betas[i] ** g * posterior ** (1 - g)
+        nats = np.log(variance / posterior) + posterior / variance - 1
+        nats = (nats + (mean(x) - mean(x_hat)) ** 2 / variance) / 2
+        expected.append(nats.mean() / np.log(2))
+    per_coordinate = jnp.asarray(np.repeat(gamma[:, None], 40, 1), jnp.float32)
+    t = jnp.asarray((entries + 1) / 1000, jnp.float32)
+    got = bound(
+        per_coordinate, jnp.float32(x0_hat), jnp.float32(x0), t, Discrete(betas="linear"), 1000
+    )
+    np.testing.assert_allclose(got, expected, rtol=5e-3)
+
+
+@pytest.mark.parametrize("x0_hat", [-1.02, 0.1, 0.999])
+def test_the_first_steps_term_is_a_distribution_over_256_levels(x0_hat):
+    levels = jnp.linspace(-1, 1, 256)[:, None]
+    bits = bound(
+        jnp.full((256, 1), 0.7),
+        jnp.full((256, 1), x0_hat),
+        levels,
+        jnp.full(256, 1e-3),
+        Discrete(),
+        1000,
+    )
+    assert abs(np.sum(2.0 ** -np.asarray(bits, np.float64)) - 1) < 1e-4
+    assert abs(float(levels[np.argmin(bits), 0]) - np.clip(x0_hat, -1, 1)) < 2 / 255
+
+
+@pytest.mark.parametrize("scale, best", [(0.0, 0.0), (1.0, 1.0)])
+def test_the_bound_is_least_at_the_variance_known_to_be_right(scale, best):
+    """That of the posterior for a single point, of the forward process for unit variance."""
+    b, gammas = 20_000, [best - 0.2, best, best + 0.2]
+    t = jnp.full(b, 0.3)
+    x0 = scale * normal(0, (b, 1)) + (0.4 if scale == 0 else 0.0)
+    logsnr = Cosine().logsnr(t)
+    x0_hat = (
+        x0 if scale == 0 else Gaussian(scale=scale)(corrupt(x0, normal(1, (b, 1)), logsnr), logsnr)
+    )
+    values = [
+        float(jnp.mean(bound(jnp.full((b, 1), g), x0_hat, x0, t, Cosine(), 20))) for g in gammas
+    ]
+    assert np.argmin(values) == 1, values
+
+
+def test_the_hybrid_loss_teaches_the_variance_and_leaves_the_mean_alone():
+    variance = LearnedVariance(steps=100, weight=0.02)
+
+    def value(p, variance):
+        seen = []
+
+        def predict(x_t, logsnr):
+            seen.append(logsnr)
+            prediction = p["mean"] * x_t
+            return prediction if variance is None else (prediction, p["gamma"] + 0 * x_t)
+
+        loss, metrics = denoising_loss(
+            predict,
+            jnp.clip(normal(0, (64, 4)), -1, 1),
+            kind="eps",
+            schedule=Cosine(),
+            loss=Loss(space="eps"),
+            variance=variance,
+            key=jax.random.key(0),
+        )
+        return loss, metrics | {"logsnr": seen[0]}
+
+    p = {"mean": jnp.float32(0.9), "gamma": jnp.float32(0.5)}
+    run = jax.jit(jax.value_and_grad(value, has_aux=True), static_argnums=1)
+    (_, plain), alone = run(p, None)
+    (_, hybrid), both = run(p, variance)
+    assert alone["gamma"] == 0 and both["gamma"] != 0
+    # The times differ, being rounded up to hundredths; the same ones give the mean its gradient.
+    hundredths = np.asarray(jax.vmap(lambda l: jnp.argmin(jnp.abs(GRID - l)))(hybrid["logsnr"]))
+    np.testing.assert_allclose(hybrid["logsnr"], GRID[hundredths], rtol=1e-5)
+    eps = jax.random.normal(jax.random.split(jax.random.key(0))[1], (64, 4))
+    x_t = corrupt(jnp.clip(normal(0, (64, 4)), -1, 1), eps, hybrid["logsnr"])
+    np.testing.assert_allclose(both["mean"], 2 * np.mean((0.9 * x_t - eps) * x_t), rtol=1e-3)
+    assert hybrid["loss"] == pytest.approx(
+        float(np.mean((0.9 * x_t - eps) ** 2) + 0.02 * 100 * hybrid["vb"]), rel=1e-3
+    )
+    assert set(hybrid) - {"logsnr"} == {"loss", "x0_mse", "vb"} and "vb" not in plain
+
+
+GRID = Cosine().logsnr(jnp.arange(1, 101) / 100)
+
+
 def test_mistakes_are_refused_by_name():
     with pytest.raises(ValueError, match="gamma"):
         Loss(weighting="min_snr", gamma=-1.0)
+    with pytest.raises(ValueError, match="LearnedVariance.steps"):
+        LearnedVariance(steps=1)
+    with pytest.raises(ValueError, match="LearnedVariance.weight"):
+        LearnedVariance(weight=0.0)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cascade import cli, testing
+from cascade.diffusion import grids
 from cascade.errors import UserError
 from cascade.sample import Options, override
 from cascade.stage import Stage
@@ -86,6 +87,8 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         ("aug_level", "0.1,0.2,0.3", "3 values for 2 stages (sr16, sr32)"),
         ("aug_level", "2", "aug_level must be in [0, 1]"),
         ("sampler", "euler", "must be one of ancestral, ddim, dpm++, heun"),
+        ("steps", "smart5", "must be a number, or one of fast27"),
+        ("grid", "linear", "must be one of uniform, quadratic"),
         ("threshold", "clip", "must be one of none, static, dynamic"),
     ],
 )
@@ -99,10 +102,19 @@ def test_lists_by_stage_are_checked(flag, text, message):
 def test_lists_by_stage_reach_their_stages():
     stages = [Stage(c) for c in testing.stage_configs()]
     options = Options(
-        steps="7,8,9", guidance="2.5", aug_level="0.2,0.3", threshold="none,static,dynamic"
+        steps="7,smart27,9",
+        guidance="2.5",
+        aug_level="0.2,0.3",
+        threshold="none,static,dynamic",
+        grid="karras,uniform,trailing",
     )
     got = override(stages, options)
-    assert [s.steps for s in got] == [7, 8, 9]
+    assert [s.steps for s in got] == [7, 27, 9]
+    assert [s.grid for s in got] == [
+        grids.Karras(),
+        grids.Respaced(name="smart27"),
+        grids.OnTable(),
+    ]
     assert [s.guidance for s in got] == [2.5] * 3
     assert [s.aug_level for s in got] == [0.0, 0.2, 0.3]
     assert [s.threshold.kind for s in got] == ["none", "static", "dynamic"]

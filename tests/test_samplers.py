@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracle import Gaussian, Mixture
 
-from cascade.diffusion.denoise import Threshold, guided, thresholded
+from cascade.diffusion.denoise import Threshold, WithVariance, guided, thresholded
 from cascade.diffusion.process import Cosine, corrupt
 from cascade.diffusion.samplers import (
     DDIM,
@@ -311,6 +311,29 @@ def test_one_step_has_the_mean_and_variance_of_ddpm(step, share):
     variance = posterior ** (1 - share) * beta**share
     assert abs(np.mean(x_s) - mean) < 3 * np.sqrt(variance / x_s.size)
     assert abs(np.var(x_s) - variance) < 3 * variance * np.sqrt(2 / x_s.size)
+
+
+def test_learned_variance_is_each_coordinates_own():
+    """A gamma of 0, .3 and 1 in thirds of the coordinates gives each the variance of Ancestral."""
+    gammas = [0.0, 0.3, 1.0]
+    columns = jnp.repeat(jnp.array(gammas), 100)
+    denoiser = WithVariance(lambda x, l: (point(x, l), jnp.broadcast_to(columns, x.shape)))
+    # Its x0_hat is changed on the way, as guidance and thresholds do; the variance is not.
+    denoiser = thresholded(guided(denoiser, point, 3.0), Threshold(kind="static"))
+    x_t = jnp.full((50, 300), -0.4)
+    learned, _, _ = one_step(Ancestral(gamma="learned"), denoiser, x_t, -1.0, 0.3)
+    for i, gamma in enumerate(gammas):
+        third = slice(100 * i, 100 * i + 100)
+        fixed, _, _ = one_step(Ancestral(gamma=gamma), point, x_t, -1.0, 0.3)
+        np.testing.assert_allclose(learned[:, third], fixed[:, third], atol=1e-6)
+
+
+def test_a_denoiser_with_variance_is_any_samplers_denoiser():
+    plain, x = Gaussian(scale=0.5), normal(0, (2, 3))
+    extra = WithVariance(lambda x, l: (plain(x, l), x))
+    np.testing.assert_array_equal(draw(extra, x, 4, DDIM()), draw(plain, x, 4, DDIM()))
+    with pytest.raises(ValueError, match="needs a denoiser WithVariance"):
+        one_step(Ancestral(gamma="learned"), plain, x, -1.0, 0.3)
 
 
 def test_ddim_draws_eta_squared_of_the_posterior_variance():

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from cascade import config, images, testing
-from cascade.diffusion import process
-from cascade.diffusion.denoise import Threshold
+from cascade.diffusion import grids, process
+from cascade.diffusion.denoise import Threshold, WithVariance
+from cascade.diffusion.loss import LearnedVariance
+from cascade.diffusion.samplers import DDIM, Ancestral
 from cascade.models import Conditioning
-from cascade.stage import Augmentation, Stage, StageConfig, time_of
+from cascade.stage import Augmentation, Sampling, Stage, StageConfig, time_of
 
 ENCODER = testing.FakeEncoder()
 NONE = Threshold(kind="none")
@@ -140,6 +142,63 @@ def test_thresholding_comes_after_guidance():
     assert float(jnp.abs(got).max()) == 1.0
 
 
+def test_the_second_half_of_a_learned_variance_networks_channels_is_its_gamma():
+    """From the conditional half under guidance, and untouched by thresholds."""
+    config = testing.base_stage()
+    stage = Stage(
+        dataclasses.replace(
+            config,
+            network=dataclasses.replace(config.network, out_channels=6),
+            variance=LearnedVariance(),
+            sampling=dataclasses.replace(config.sampling, sampler=Ancestral(gamma="learned")),
+        )
+    )
+    params, cond = testing.lively(stage), conditioning(2)
+    x, logsnr = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([-1.0, 2.0])
+
+    @jax.jit
+    def run(x):
+        static = Threshold(kind="static")
+        denoiser = stage.denoiser(params, cond, guidance=jnp.float32(7.0), threshold=static)
+        assert isinstance(denoiser, WithVariance)
+        both = [stage.network(params, x, time_of(logsnr), c) for c in (cond, cond.null())]
+        return denoiser.estimate(x, logsnr), both
+
+    (x0, gamma), (output, unguided) = run(x)
+    prediction = 7 * output[..., :3] - 6 * unguided[..., :3]
+    expected = jnp.clip(process.to_x0(prediction, "v", x, logsnr), -1, 1)
+    np.testing.assert_allclose(x0, expected, atol=1e-3)
+    np.testing.assert_allclose(gamma, (output[..., 3:] + 1) / 2, atol=1e-5)
+    assert not np.allclose(output[..., 3:], unguided[..., 3:], atol=1e-2)
+    assert "vb" in jax.eval_shape(stage.loss, params, batch_of(4), jax.random.key(0))[1]
+    settings = stage.config.sampling
+    drawn = jax.eval_shape(lambda: stage.sample(params, cond, keys(1, 2), settings=settings))
+    assert drawn.shape == (2, 8, 8, 3)
+    with pytest.raises(ValueError, match="for which Sampling.sampler DDIM.* has no use"):
+        stage.sample(
+            params, cond, keys(1, 2), settings=dataclasses.replace(settings, sampler=DDIM())
+        )
+
+
+def test_sampling_visits_the_times_of_its_grid(monkeypatch):
+    stage = Stage(testing.base_stage())
+    seen = []
+
+    def spy(params, x, time, cond, key=None):
+        jax.debug.callback(lambda t: seen.append(float(t)), time[0])
+        return jnp.zeros_like(x)
+
+    monkeypatch.setattr(Stage, "__init__", lambda self, config: vars(self).update(vars(stage)))
+    monkeypatch.setattr(stage, "network", spy)
+    settings = Sampling(
+        steps=27, grid=grids.Respaced(name="smart27"), guidance=1.0, sampler=Ancestral()
+    )
+    jax.block_until_ready(stage.sample({}, conditioning(1), keys(0), settings=settings))
+    jax.effects_barrier()
+    expected = np.array(grids.Respaced(name="smart27").entries) + 1
+    np.testing.assert_allclose(sorted(seen, reverse=True), expected, atol=0.1)
+
+
 def test_a_picture_depends_on_its_own_key_and_row_alone():
     config = testing.super_resolution_stage()
     stage = Stage(config)
@@ -184,6 +243,15 @@ def test_augmentation_at_sampling_is_drawn_once_and_its_level_matters(monkeypatc
         ({"lowres_resolution": None}, "super-resolution needs both"),
         ({"condition_dropout": 1.0}, "condition_dropout"),
         ({"prediction": "eps", "schedule": ZERO_TERMINAL}, "says nothing of x0"),
+        ({"variance": LearnedVariance()}, "out_channels must be 6 with learned variance, got 3"),
+        (
+            {"sampling": Sampling(sampler=Ancestral(gamma="learned"))},
+            "needs a network that has learned the variance",
+        ),
+        (
+            {"schedule": ZERO_TERMINAL, "sampling": Sampling(grid=grids.Karras())},
+            "begins short of t=1",
+        ),
     ],
 )
 def test_contradicting_configs_are_refused(change, message):

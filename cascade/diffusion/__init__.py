@@ -6,4 +6,5 @@ This room is mathematics only: it knows no network, no text and no devices.
     loss       the denoising loss and its weightings
     denoise    a Denoiser estimates x0; guidance and thresholding wrap one
     samplers   from noise to data, and by DDIM back again
+    grids      which times a sampler visits
 """

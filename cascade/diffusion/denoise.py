@@ -6,6 +6,8 @@ wrapping is the order of Imagen (Saharia et al. 2022, sec. 2.3), guidance inside
     thresholded(guided(conditional, unconditional, 7.0), Threshold())
 
 Samplers re-derive eps from x_t and the x0 they are given, so that after clipping the two agree.
+A network that has learned the variance of its steps makes a WithVariance, a Denoiser that can say
+more; the wrappers here change its x0 and leave its variance, in guidance the conditional one's.
 """
 
 from __future__ import annotations
@@ -26,6 +28,38 @@ Weight = float | int | Float[Array, ""] | Float[Array, " b"]
 """A guidance weight: one for all, or one an example."""
 
 
+@dataclass(frozen=True)
+class WithVariance:
+    """A Denoiser that also gives the variance of a step, to the sampler that asks (`Ancestral`).
+
+    estimate: (x_t, logsnr) -> (x0_hat, gamma), both [b, *d] and float32. gamma says for every
+    coordinate where its log variance lies between the bounds of Ho et al. 2020: 0 is the posterior
+    variance given x0, 1 that of the forward process. It is not clipped to [0, 1].
+    Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15, where gamma is v.
+    """
+
+    estimate: Callable[
+        [Float[Array, " b *d"], Float[Array, " b"]],
+        tuple[Float[Array, " b *d"], Float[Array, " b *d"]],
+    ]
+
+    def __call__(self, x_t: Float[Array, " b *d"], logsnr: Float[Array, " b"]) -> Array:
+        """x0_hat alone."""
+        return self.estimate(x_t, logsnr)[0]
+
+
+def changed(denoiser: Denoiser, change: Callable[[Array, Array, Array], Array]) -> Denoiser:
+    """The denoiser with change(x0_hat, x_t, logsnr) for its x0_hat, its variance as it was."""
+    if not isinstance(denoiser, WithVariance):
+        return lambda x_t, logsnr: change(denoiser(x_t, logsnr), x_t, logsnr)
+
+    def estimate(x_t, logsnr):
+        x0_hat, gamma = denoiser.estimate(x_t, logsnr)
+        return change(x0_hat, x_t, logsnr), gamma
+
+    return WithVariance(estimate)
+
+
 def guided(conditional: Denoiser, unconditional: Denoiser, w: Weight) -> Denoiser:
     """Classifier-free guidance of one denoiser away from another, with the w of `guide`.
 
@@ -34,7 +68,7 @@ def guided(conditional: Denoiser, unconditional: Denoiser, w: Weight) -> Denoise
     """
     if isinstance(w, int | float) and w == 1:
         return conditional
-    return lambda x_t, logsnr: guide(conditional(x_t, logsnr), unconditional(x_t, logsnr), w)
+    return changed(conditional, lambda x0, x_t, logsnr: guide(x0, unconditional(x_t, logsnr), w))
 
 
 def guide(
@@ -83,7 +117,7 @@ class Threshold:
 
 def thresholded(denoiser: Denoiser, threshold: Threshold) -> Denoiser:
     """The denoiser with its estimates thresholded. Wrap guidance, not the other way round."""
-    return lambda x_t, logsnr: threshold(denoiser(x_t, logsnr))
+    return changed(denoiser, lambda x0, x_t, logsnr: threshold(x0))
 
 
 def static_threshold(x0: Float[Array, " b *d"]) -> Float[Array, " b *d"]:

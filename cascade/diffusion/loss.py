@@ -11,16 +11,27 @@ so every loss of this file is a weight on the x0 error (SNR = exp(logsnr)):
          plain, in v      SNR + 1             Salimans & Ho 2022
          min_snr          min(SNR, gamma)     Hang et al. 2023, gamma = 5
          truncated_snr    max(SNR, 1)         Salimans & Ho 2022, sec. 4
+
+A network that also predicts the variance of its steps (Nichol & Dhariwal 2021, "Improved DDPM",
+eq. 15 and 16) is trained on the bound of a chain of T steps besides. The step from t to s = t - 1/T
+has log variance gamma log(c sigma_t^2) + (1 - gamma) log(c sigma_s^2), c = 1 - SNR_t / SNR_s, so
+
+    (3)  vb_t = KL(q(x_s | x_t, x0) || p(x_s | x_t))
+              = (e^-k - 1 + k + (SNR_s - SNR_t) e^-k |x0_hat - x0|^2) / 2,
+         k = gamma log(sigma_t^2 / sigma_s^2)
+
+a coordinate; the first step has the likelihood of 8-bit data in its place, as in Ho et al. 2020.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import log_ndtr, ndtr
 from jaxtyping import Array, Float, Key
 
 from cascade.diffusion.process import Prediction, Schedule, alpha_sigma, corrupt, expand, to_x0
@@ -67,38 +78,104 @@ class Loss:
         return jnp.exp(on_x0 - _log_ratio(logsnr, kind))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LearnedVariance:
+    """The hybrid loss of a network that predicts gamma of equation (3): plain + weight * bound.
+
+    steps: T, of the chain whose bound it is, and which training times are rounded up to.
+    weight: of the whole bound, in bits a coordinate, summed over T steps. With .001 and 1000 steps
+        (Nichol & Dhariwal 2021, sec. 3.2) a step's own term has weight 1: DeepFloyd IF's
+        "rescaled" loss.
+    """
+
+    steps: int = 1000
+    weight: float = 0.001
+
+    def __post_init__(self):
+        if self.steps < 2:
+            raise ValueError(f"LearnedVariance.steps must be at least 2, got {self.steps}")
+        if self.weight <= 0:
+            raise ValueError(f"LearnedVariance.weight must be positive, got {self.weight}")
+
+
 def denoising_loss(
-    predict: Callable[[Float[Array, " b *d"], Float[Array, " b"]], Float[Array, " b *d"]],
+    predict: Callable[[Float[Array, " b *d"], Float[Array, " b"]], Any],
     x0: Float[Array, " b *d"],
     *,
     kind: Prediction,
     schedule: Schedule,
     loss: Loss,
+    variance: LearnedVariance | None = None,
     key: Key[Array, ""],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean weighted error of `predict` on a batch, at times stratified over it.
 
-    predict(x_t, logsnr) returns a prediction of the `kind` named, in any float dtype. The error is
-    taken in that space, against a target made from x0 and eps, so nothing is divided by a
-    vanishing alpha or sigma whatever space the loss is stated in.
+    predict(x_t, logsnr) returns a prediction of the `kind` named, in any float dtype; with a
+    `variance`, that and the gamma of equation (3), of equal shapes. The error is taken in the
+    network's space, against a target made from x0 and eps, so nothing is divided by a vanishing
+    alpha or sigma whatever space the loss is stated in.
 
     Returns the scalar to differentiate, and metrics: "loss", and "x0_mse", the unweighted error
     of x0_hat clipped to the range of the batch (unclipped, an eps network's error near t=1 is
-    multiplied by up to exp(20) and drowns the rest).
+    multiplied by up to exp(20) and drowns the rest); with a `variance`, "vb", the mean term of the
+    bound in bits a coordinate.
     """
     k_time, k_noise = jax.random.split(key)
     x0 = x0.astype(jnp.float32)
-    logsnr = schedule.logsnr(stratified_times(k_time, x0.shape[0]))
+    t = stratified_times(k_time, x0.shape[0])
+    if variance is not None:
+        t = jnp.maximum(jnp.ceil(t * variance.steps), 1) / variance.steps
+    logsnr = schedule.logsnr(t)
     eps = jax.random.normal(k_noise, x0.shape)
     x_t = corrupt(x0, eps, logsnr)
-    prediction = predict(x_t, logsnr).astype(jnp.float32)
+    prediction, gamma = predict(x_t, logsnr), None
+    if variance is not None:
+        prediction, gamma = prediction
+    prediction = prediction.astype(jnp.float32)
 
     error = _mean_square(prediction - _target(kind, x0, eps, logsnr))
     value = jnp.mean(loss.weight(logsnr, kind) * error)
-    bound = jnp.max(jnp.abs(x0))
-    x0_hat = jnp.clip(to_x0(prediction, kind, x_t, logsnr), -bound, bound)
-    x0_mse = jnp.mean(_mean_square(x0_hat - x0))
-    return value, {"loss": value, "x0_mse": jax.lax.stop_gradient(x0_mse)}
+    x0_hat = jax.lax.stop_gradient(to_x0(prediction, kind, x_t, logsnr))
+    metrics = {}
+    if variance is not None:
+        vb = jnp.mean(bound(gamma, x0_hat, x0, t, schedule, variance.steps))
+        value += variance.weight * variance.steps * vb
+        metrics["vb"] = vb
+    largest = jnp.max(jnp.abs(x0))
+    x0_mse = jnp.mean(_mean_square(jnp.clip(x0_hat, -largest, largest) - x0))
+    return value, {"loss": value, "x0_mse": x0_mse, **metrics}
+
+
+def bound(
+    gamma: Float[Array, " b *d"],
+    x0_hat: Float[Array, " b *d"],
+    x0: Float[Array, " b *d"],
+    t: Float[Array, " b"],
+    schedule: Schedule,
+    steps: int,
+) -> Float[Array, " b"]:
+    """Equation (3) at the times t = 1/steps, 2/steps, ... 1, in bits a coordinate.
+
+    At t = 1/steps it is -log2 of what the step gives to the level of x0, one of 256 from -1 to 1,
+    with x0_hat for its mean. No variance given x0 exists there, x_0 being x0: the lower bound is
+    that of the step before (Nichol & Dhariwal 2021, as published with the paper). Pass x0_hat
+    without its gradient, as they do: the bound is a noisy teacher of means.
+    """
+    gamma = gamma.astype(jnp.float32)
+    s, second = jnp.maximum(t - 1 / steps, 0), jnp.full_like(t, 2 / steps)
+    logsnr_t, logsnr_s, logsnr_2 = (expand(schedule.logsnr(u), x0) for u in (t, s, second))
+    # log sigma^2 = -softplus(logsnr), to full relative precision where sigma is almost 1.
+    log_sigma2_t, log_sigma2_s = -jax.nn.softplus(logsnr_t), -jax.nn.softplus(logsnr_s)
+
+    k = gamma * (log_sigma2_t - log_sigma2_s)
+    gained = -jnp.exp(logsnr_s) * jnp.expm1(logsnr_t - logsnr_s)
+    kl = (jnp.expm1(-k) + k + gained * jnp.exp(-k) * jnp.square(x0_hat - x0)) / 2
+
+    # At the first step upper = sigma_t^2, and lower = (1 - SNR_2 / SNR_t) sigma_t^2.
+    ratio = jnp.minimum(logsnr_2 - logsnr_t, -1e-6)
+    log_variance = log_sigma2_t + (1 - gamma) * jnp.log(-jnp.expm1(ratio))
+    nats = jnp.where(expand(t, x0) < 1.5 / steps, -_log_likelihood(x0, x0_hat, log_variance), kl)
+    return jnp.mean(nats, axis=tuple(range(1, x0.ndim))) / jnp.log(2.0)
 
 
 def stratified_times(key: Key[Array, ""], b: int) -> Float[Array, " b"]:
@@ -139,6 +216,19 @@ def _target(
         case "v":
             alpha, sigma = alpha_sigma(expand(logsnr, x0))
             return alpha * eps - sigma * x0
+
+
+def _log_likelihood(
+    x0: Float[Array, " b *d"], mean: Float[Array, " b *d"], log_variance: Float[Array, " b *d"]
+) -> Float[Array, " b *d"]:
+    """log of what N(mean, variance) gives to the level of x0, the outermost two reaching on."""
+    scale, half = jnp.exp(-log_variance / 2), 1 / 255
+    below, above = (x0 - half - mean) * scale, (x0 + half - mean) * scale
+    # Where both are far above 0 their difference is taken on the other, precise side.
+    flip = x0 > mean
+    low, high = jnp.where(flip, -above, below), jnp.where(flip, -below, above)
+    inside = jnp.log(jnp.maximum(ndtr(high) - ndtr(low), 1e-12))
+    return jnp.where(x0 < -0.999, log_ndtr(above), jnp.where(x0 > 0.999, log_ndtr(-below), inside))
 
 
 def _mean_square(x: Float[Array, " b *d"]) -> Float[Array, " b"]:

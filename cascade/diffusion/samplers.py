@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from cascade.diffusion.denoise import Denoiser
+from cascade.diffusion.denoise import Denoiser, WithVariance
 from cascade.diffusion.process import Schedule, alpha_sigma, eps_from_x0, expand
 
 AfterStep = Callable[
@@ -156,22 +156,30 @@ class Ancestral(Step):
     gamma: 0 is the posterior variance given x0 (the least; exact for a single point), 1 that of
         the forward process (the most; exact for data of unit variance). Imagen uses this sampler
         and does not state its gamma; .3 is that of Video Diffusion Models (Ho et al. 2022).
-    Saharia et al. 2022, App. A.
+        "learned" takes it, for every coordinate, from a denoiser `WithVariance`.
+    Saharia et al. 2022, App. A; Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15.
     """
 
-    gamma: float = 0.3
+    gamma: float | Literal["learned"] = 0.3
 
     def __post_init__(self):
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"Ancestral.gamma must be in [0, 1], got {self.gamma}")
+        if self.gamma != "learned" and not (
+            isinstance(self.gamma, int | float) and 0 <= self.gamma <= 1
+        ):
+            raise ValueError(f'Ancestral.gamma must be in [0, 1], or "learned"; got {self.gamma}')
 
     def __call__(self, denoiser, x_t, leg, memory):
         alpha_t, sigma_t = alpha_sigma(expand(leg.logsnr_t, x_t))
         alpha_s, sigma_s = alpha_sigma(expand(leg.logsnr_s, x_t))
-        x0_hat = denoiser(x_t, leg.logsnr_t)
+        if self.gamma != "learned":
+            x0_hat, gamma = denoiser(x_t, leg.logsnr_t), self.gamma
+        elif isinstance(denoiser, WithVariance):
+            x0_hat, gamma = denoiser.estimate(x_t, leg.logsnr_t)
+        else:
+            raise ValueError('Ancestral(gamma="learned") needs a denoiser WithVariance, got none')
         r, rest = _share_kept(leg, x_t)
         mean = r * (alpha_s / alpha_t) * x_t + rest * alpha_s * x0_hat
-        deviation = jnp.sqrt(rest) * sigma_s ** (1 - self.gamma) * sigma_t**self.gamma
+        deviation = jnp.sqrt(rest) * sigma_s ** (1 - gamma) * sigma_t**gamma
         return mean + deviation * _normal(leg.keys, x_t.shape[1:]), x0_hat, memory
 
 

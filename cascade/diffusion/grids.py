@@ -1,0 +1,214 @@
+"""Grids: which times a sampler of n steps visits, [n + 1] from noise (1) down to clean (0).
+
+A denoiser is evaluated at all of them but the last. Where the steps should be short depends on the
+schedule and the sampler: near the clean end for detail, near the noisy end for layout, or evenly
+in log-SNR, in which high-order solvers have their error terms.
+
+    times = Karras()(32, schedule)
+
+Those whose first time is below 1 still start from pure noise; the trace of the picture that x_t
+would hold there must be negligible.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cascade.diffusion.process import Schedule
+from cascade.diffusion.samplers import time_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Subclasses are the grids: (steps, schedule) -> decreasing times [steps + 1], the last 0."""
+
+    def check(self, steps: int) -> None:
+        """Raise ValueError unless the grid can have so many steps."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+
+    def __call__(self, steps: int, schedule: Schedule) -> Float[Array, " times"]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Grid):
+    """Equal steps of time (Saharia et al. 2022, App. A). Begins at 1, "trailing" in the terms of
+    Lin et al. 2023, as a ZeroTerminal schedule requires."""
+
+    def __call__(self, steps, schedule):
+        return time_grid(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadratic(Grid):
+    """Square roots of time in equal steps: short ones near the clean end (Song et al. 2021, DDIM,
+    App. D.2)."""
+
+    def __call__(self, steps, schedule):
+        return time_grid(steps) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenLogSNR(Grid):
+    """Equal steps of log-SNR from `first` to `last`, then 0 (Lu et al. 2022, "DPM-Solver").
+
+    first, last: full log-SNRs, kept within the schedule's range. The ends of a cosine, 20 and -20,
+    would spend most steps where nothing happens; the defaults are those of Karras et al. 2022,
+    sigma / alpha from 80 to .002.
+    """
+
+    first: float = -8.76
+    last: float = 12.43
+
+    def __post_init__(self):
+        if not self.first < self.last:
+            raise ValueError(f"EvenLogSNR.first must be below last={self.last}, got {self.first}")
+
+    def __call__(self, steps, schedule):
+        return _with_end(jnp.linspace(*_within(schedule, self.first, self.last), steps), schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Karras(Grid):
+    """sigma / alpha to the power 1 / rho in equal steps, then 0.
+
+    first, last: values of sigma / alpha, kept within the schedule's range. Karras et al. 2022
+    ("EDM"), eq. 5.
+    """
+
+    first: float = 80.0
+    last: float = 0.002
+    rho: float = 7.0
+
+    def __post_init__(self):
+        if not 0 < self.last < self.first:
+            raise ValueError(f"Karras.first must be above last={self.last} > 0, got {self.first}")
+        if self.rho <= 0:
+            raise ValueError(f"Karras.rho must be positive, got {self.rho}")
+
+    def __call__(self, steps, schedule):
+        ends = _within(schedule, -2 * math.log(self.first), -2 * math.log(self.last))
+        first, last = (jnp.exp(-logsnr / 2) ** (1 / self.rho) for logsnr in ends)
+        noise = jnp.linspace(first, last, steps) ** self.rho
+        return _with_end(-2 * jnp.log(noise), schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnTable(Grid):
+    """Equal steps over the entries of a table, entry i standing at t = (i + 1) / entries, then 0.
+
+    For networks that were trained at these times alone (`process.Discrete`).
+    spacing: "trailing" begins at the last entry, "leading" ends at the first one, and so begins
+        short of the noisiest: at 990 of 1000 in 100 steps. Lin et al. 2023 ("Common Diffusion Noise
+        Schedules and Sample Steps are Flawed"), table 2.
+    """
+
+    spacing: Literal["leading", "trailing"] = "trailing"
+    entries: int = 1000
+
+    def __post_init__(self):
+        if self.spacing not in ("leading", "trailing"):
+            raise ValueError(f'OnTable.spacing: "leading" or "trailing", got {self.spacing!r}')
+
+    def check(self, steps):
+        if not 1 <= steps <= self.entries:
+            raise ValueError(f"steps must be in 1..{self.entries}, the grid's entries; got {steps}")
+
+    def __call__(self, steps, schedule):
+        self.check(steps)
+        if self.spacing == "leading":
+            chosen = np.arange(steps)[::-1] * (self.entries // steps)
+        else:
+            chosen = np.rint(self.entries * (1 - np.arange(steps) / steps)).astype(int) - 1
+        return _at_entries(chosen, self.entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Respaced(Grid):
+    """A chain of 1000 steps thinned to the named list of its entries, as DeepFloyd IF samples.
+
+    The table is cut into equal sections, the first at the clean end, and each is given its own
+    number of entries, spread over the section with both its ends (Nichol & Dhariwal 2021, "Improved
+    DDPM", as published with the paper). fast27 is that of GLIDE (Nichol et al. 2022). It says
+    itself how many `steps` there are.
+    """
+
+    name: Literal[
+        "fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100"
+    ]
+
+    def __post_init__(self):
+        if self.name not in SECTIONS:
+            raise ValueError(f"Respaced.name: one of {', '.join(SECTIONS)}; got {self.name!r}")
+
+    @property
+    def steps(self) -> int:
+        return sum(SECTIONS[self.name])
+
+    @property
+    def entries(self) -> list[int]:
+        """Of a table of 1000, the noisiest first."""
+        counts = SECTIONS[self.name]
+        sizes = [1000 // len(counts) + (i < 1000 % len(counts)) for i in range(len(counts))]
+        chosen, start = [], 0
+        for size, count in zip(sizes, counts, strict=True):
+            stride = (size - 1) / (count - 1) if count > 1 else 1.0
+            at = 0.0
+            for _ in range(count):  # summed, not multiplied: some entries hang on the last bit
+                chosen.append(start + round(at))
+                at += stride
+            start += size
+        return chosen[::-1]
+
+    def check(self, steps):
+        if steps != self.steps:
+            raise ValueError(f"steps must be {self.steps} on the grid {self.name}, got {steps}")
+
+    def __call__(self, steps, schedule):
+        self.check(steps)
+        return _at_entries(np.array(self.entries), 1000)
+
+
+SECTIONS = {
+    "fast27": (10, 10, 3, 2, 2),
+    "smart27": (7, 4, 2, 1, 2, 4, 7),
+    "smart50": (10, 6, 4, 3, 2, 2, 3, 4, 6, 10),
+    "smart100": (1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 13),
+    "smart185": (1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20),
+    "super27": (1, 1, 1, 1, 1, 1, 1, 2, 5, 13),
+    "super40": (2, 2, 2, 2, 2, 2, 3, 4, 6, 15),
+    "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
+}
+"""How many entries each section of a `Respaced` table keeps, from the clean end on."""
+
+
+def _at_entries(chosen: np.ndarray, entries: int) -> Float[Array, " times"]:
+    return jnp.asarray(np.append((chosen + 1) / entries, 0.0), jnp.float32)
+
+
+def _within(schedule: Schedule, first: float, last: float) -> tuple[Array, Array]:
+    """The two log-SNRs, kept within the schedule's range."""
+    noisiest, cleanest = schedule.logsnr(jnp.array([1.0, 0.0]))
+    return jnp.maximum(first, noisiest), jnp.minimum(last, cleanest)
+
+
+def _with_end(logsnr: Float[Array, " n"], schedule: Schedule) -> Float[Array, " times"]:
+    """The times at which the schedule has these log-SNRs, by bisection, and 0 after them."""
+
+    def halve(_, ends):
+        clean, noise = ends
+        middle = (clean + noise) / 2
+        noisier = schedule.logsnr(middle) < logsnr
+        return jnp.where(noisier, clean, middle), jnp.where(noisier, middle, noise)
+
+    ends = (jnp.zeros_like(logsnr), jnp.ones_like(logsnr))
+    times = jax.lax.fori_loop(0, 40, halve, ends)[1]
+    return jnp.append(times, 0.0)
