@@ -6,7 +6,6 @@ What diffusers computes is in fixtures/deepfloyd (see make_deepfloyd.py); test_p
 import functools
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from fixtures.random_weights import random_tensors
 
 from cascade.errors import UserError
 from cascade.models import Conditioning, IFUNetConfig, Network
@@ -23,9 +23,6 @@ from cascade.sharding import MeshConfig, make_mesh, shardings
 from cascade.text import folder as t5_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
-sys.path.append(str(FIXTURES))
-from random_weights import random_tensors  # noqa: E402
-
 UNETS = json.loads((FIXTURES / "deepfloyd" / "unets.json").read_text())
 PUBLISHED = json.loads(
     gzip.decompress((FIXTURES / "deepfloyd" / "published_shapes.json.gz").read_bytes())

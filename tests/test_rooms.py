@@ -19,7 +19,18 @@ BELOW = {
     "data": {"errors", "images", "text", "config", "checkpoint"},
     "pretrained": {"config", "errors", "models"},
     "stage": {"diffusion", "images", "models"},
-    "runner": {"stage", "text", "images", "checkpoint", "config", "errors", "models", "pretrained"},
+    "deepfloyd": {"config", "diffusion", "errors", "models", "pretrained", "stage"},
+    "runner": {
+        "deepfloyd",
+        "stage",
+        "text",
+        "images",
+        "checkpoint",
+        "config",
+        "errors",
+        "models",
+        "pretrained",
+    },
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
         *("data", "stage", "sharding", "checkpoint", "config"),
@@ -28,7 +39,17 @@ BELOW = {
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
     "testing": {"diffusion", "models", "stage", "text", "runner"},
 }
-DOORS = {"cli", "evaluate", "sample", "export", "bench", "train_command", "__init__", "__main__"}
+DOORS = {
+    "cli",
+    "convert",
+    "evaluate",
+    "sample",
+    "export",
+    "bench",
+    "train_command",
+    "__init__",
+    "__main__",
+}
 
 
 def imports_of_ours(file: Path) -> set[str]:

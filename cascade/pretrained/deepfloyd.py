@@ -7,6 +7,7 @@ its last part: `conv1.kernel` is `conv1.weight` with its axes in another order, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -56,9 +57,14 @@ def read_unet(
     abstract = Network(config).abstract()
     target = weights.as_target(abstract, lambda _: jnp.dtype(dtype), shardings)
     origins = unet_origins(target)
-    with weights.opened(folder, STEM, what="U-Net", convert=CONVERT) as opened:
-        weights.fit(opened.name, opened.shapes, origins, target)
-        return config, weights.read(opened, origins, target)
+    with opened(folder) as found:
+        weights.fit(found.name, found.shapes, origins, target)
+        return config, weights.read(found, origins, target)
+
+
+def opened(folder: Path) -> contextlib.AbstractContextManager[weights.Weights]:
+    """The tensors of a `unet/` folder."""
+    return weights.opened(folder, STEM, what="U-Net", convert=CONVERT)
 
 
 def unet_origins(target: Any) -> dict[str, Origin]:

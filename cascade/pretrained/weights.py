@@ -80,6 +80,11 @@ class Weights:
         tensor, index = key
         return self._file[tensor].get_slice(tensor)[index]
 
+    def whole(self, origin: Origin, shape: tuple[int, ...]) -> np.ndarray:
+        """The parameter of that shape, in the dtype of its first tensor."""
+        dtype = DTYPES[self.dtype(origin.names[0])]
+        return _part(self, origin, dtype, (slice(None),) * len(shape))
+
     def dtype(self, tensor: str) -> str:
         """In safetensors' spelling: F32, F16, BF16."""
         return self._file[tensor].get_slice(tensor).get_dtype()
@@ -154,7 +159,7 @@ def read(weights: Weights, origins: Mapping[str, Origin], target: Any) -> Any:
     """
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        part = functools.partial(_part, weights, origins[_name(path)], leaf.dtype)
+        part: Any = functools.partial(_part, weights, origins[_name(path)], leaf.dtype)
         if leaf.sharding is None:
             return jax.device_put(part((slice(None),) * len(leaf.shape)))
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
@@ -189,7 +194,7 @@ def write(
             for name, entry in header.items():
                 if name != "__metadata__":
                     value = np.ascontiguousarray(read(name), DTYPES[entry["dtype"]])
-                    file.write(value.reshape(-1).view(np.uint8))
+                    value.reshape(-1).view(np.uint8).tofile(file)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -235,6 +240,7 @@ def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
         raise UserError(f"{name}: no such folder")
     if (single := folder / f"{stem}.safetensors").is_file():
         return [single]
+    incomplete = []
     for index in [
         *folder.glob(f"{stem}.safetensors.index.json"),
         *sorted(folder.glob(f"{stem}*safetensors*index*.json")),
@@ -243,11 +249,12 @@ def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{name}: {index.name} is not an index of safetensors shards") from None
-        if missing := [s for s in shards if not (folder / s).is_file()]:
-            raise UserError(
-                f"{name}: {missing[0]}, which {index.name} lists, is missing; download it again"
-            )
-        return [folder / s for s in shards]
+        missing = [s for s in shards if not (folder / s).is_file()]
+        if not missing:
+            return [folder / s for s in shards]
+        incomplete.append(f"{missing[0]}, which {index.name} lists, is missing")
+    if incomplete:
+        raise UserError(f"{name}: {'; '.join(incomplete)}; download it again")
     variants = sorted(folder.glob(f"{stem}*.safetensors"))
     if shards := [v.name for v in variants if re.search(r"-\d+-of-\d+", v.name)]:
         raise UserError(

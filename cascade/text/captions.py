@@ -37,9 +37,7 @@ def clean(text: str) -> str:
     Needs ftfy and bs4. The order of the rules matters, and some undo each other's purpose; they
     are here to be the same, not to be good.
     """
-    import bs4
-    import ftfy
-
+    bs4, ftfy = (importlib.import_module(name) for name in NEEDED)
     text = urllib.parse.unquote_plus(str(text)).strip().lower()
     text = _apply(_ADDRESSES, text)
     with warnings.catch_warnings():
@@ -52,6 +50,8 @@ def clean(text: str) -> str:
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _apply(_WORDS, text).strip()
 
+
+NEEDED = ("bs4", "ftfy")
 
 Rules = tuple[tuple[str, str], ...]
 """(regular expression, what replaces each match), in order."""
@@ -124,7 +124,7 @@ def _apply(rules: Rules, text: str) -> str:
 
 @functools.cache
 def _can_clean() -> bool:
-    missing = [name for name in ("bs4", "ftfy") if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         warnings.warn(
             "captions are only lower-cased: to clean them as DeepFloyd IF does takes "

@@ -37,26 +37,28 @@ def read_folder(
     shardings: parameters as ShapeDtypeStructs -> the placement of each; None is the default device.
     Raises UserError when a file or tensor is missing, damaged, left over or of another shape.
     """
-    if not folder.is_dir():
-        raise UserError(f"text encoder {folder}: no such folder")
-    if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
-        folder = folder / "text_encoder"
-    config_file, vocabulary = folder / "config.json", folder / "spiece.model"
-    if not vocabulary.is_file():
-        beside = folder.parent / "tokenizer" / vocabulary.name
-        vocabulary = beside if beside.is_file() else vocabulary
-    for file in (config_file, vocabulary):
-        if not file.is_file():
-            raise UserError(
-                f"text encoder {folder}: {file.name} is missing; a T5 folder holds config.json, "
-                "spiece.model and model.safetensors"
-            )
-    try:
-        fields = json.loads(config_file.read_text())
-        config = dataclasses.replace(T5Config.from_hf_dict(fields), compute_dtype=compute_dtype)
-    except (AttributeError, TypeError, ValueError) as e:
-        raise UserError(f"text encoder {config_file}: {e}") from None
+    folder, config_file, vocabulary = _places(folder)
+    config = dataclasses.replace(_read_config(config_file), compute_dtype=compute_dtype)
     return config, _read_parameters(folder, config, shardings), vocabulary.read_bytes()
+
+
+def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
+    """What read_folder reads of `source`, as a T5 folder of its own, tensor by tensor.
+
+    dtype: of the tensors there, in safetensors' spelling; None is that of each.
+    """
+    source, config_file, vocabulary = _places(source)
+    config = _read_config(config_file)
+    with weights.opened(source, "model", what="text encoder", convert=CONVERT) as opened:
+        names = [n for o in check(opened.name, opened.shapes, config).values() for n in o.names]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "spiece.model").write_bytes(vocabulary.read_bytes())
+        (folder / "config.json").write_text(json.dumps(config.to_hf_dict(), indent=2) + "\n")
+        weights.write(
+            folder / "model.safetensors",
+            [(name, opened.shapes[name], dtype or opened.dtype(name)) for name in names],
+            lambda name: opened[name, (slice(None),) * len(opened.shapes[name])],
+        )
 
 
 def write_folder(
@@ -139,6 +141,32 @@ def check(name: str, shapes: Mapping[str, Sequence[int]], config: T5Config) -> d
     found = origins(config, either)
     weights.fit(name, shapes, found, target(config), ignored=IGNORED)
     return found
+
+
+def _places(folder: Path) -> tuple[Path, Path, Path]:
+    """The folder of the weights, its config.json, and the spiece.model."""
+    if not folder.is_dir():
+        raise UserError(f"text encoder {folder}: no such folder")
+    if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
+        folder = folder / "text_encoder"
+    config_file, vocabulary = folder / "config.json", folder / "spiece.model"
+    if not vocabulary.is_file():
+        beside = folder.parent / "tokenizer" / vocabulary.name
+        vocabulary = beside if beside.is_file() else vocabulary
+    for file in (config_file, vocabulary):
+        if not file.is_file():
+            raise UserError(
+                f"text encoder {folder}: {file.name} is missing; a T5 folder holds config.json, "
+                "spiece.model and model.safetensors"
+            )
+    return folder, config_file, vocabulary
+
+
+def _read_config(file: Path) -> T5Config:
+    try:
+        return T5Config.from_hf_dict(json.loads(file.read_text()))
+    except (AttributeError, TypeError, ValueError) as e:
+        raise UserError(f"text encoder {file}: {e}") from None
 
 
 def _read_parameters(
