@@ -91,6 +91,9 @@ class StageConfig:
 
     resolution, lowres_resolution: sides of the square pictures drawn and conditioned on, in pixels
     (lowres_resolution None: a base stage). prediction: what the network's output means.
+    residual: in super-resolution, the network predicts what x0 adds to the upsampled low-resolution
+    picture (compare Li et al. 2021, "SRDiff", which diffuses that difference itself); an untrained
+    stage then draws the enlargement, not nothing. For prediction="x0".
     variance: if the network also predicts the variance of each step, by as many output channels
     more, how that is trained. condition_dropout: share of training examples whose text is replaced
     by the null condition.
@@ -102,6 +105,7 @@ class StageConfig:
     network: UNetConfig | EfficientUNetConfig | IFUNetConfig
     schedule: Schedule = field(default_factory=process.Cosine)
     prediction: process.Prediction = "v"
+    residual: bool = False
     loss: loss.Loss = field(default_factory=loss.Loss)
     variance: loss.LearnedVariance | None = None
     condition_dropout: float = 0.1
@@ -130,6 +134,11 @@ class StageConfig:
             raise ValueError(
                 "StageConfig.schedule must be Discrete with an IFUNetConfig, whose time is the "
                 f"entry of a table, got {self.schedule}"
+            )
+        if self.residual and (low is None or self.prediction != "x0"):
+            raise ValueError(
+                "StageConfig.residual is for super-resolution stages with prediction='x0', got "
+                f"lowres_resolution={low} and prediction={self.prediction!r}"
             )
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(
@@ -204,8 +213,8 @@ class Stage:
             cond = self._with_lowres(cond, lowres, level, draw, x0.shape[1:3])
 
         def predict(x_t, logsnr):
-            output = self.network(params, x_t, self._time(logsnr), cond, k_dropout)
-            return output if config.variance is None else _split_variance(output)
+            prediction, gamma = self._predict(params, x_t, logsnr, cond, k_dropout)
+            return prediction if gamma is None else (prediction, gamma)
 
         return loss.denoising_loss(
             predict,
@@ -243,10 +252,8 @@ class Stage:
 
         def estimate(x_t, logsnr, cond):
             """-> (x0, gamma), gamma None unless it was learned."""
-            output, gamma = self.network(params, x_t, self._time(logsnr), cond), None
-            if learned:
-                output, gamma = _split_variance(output)
-            return process.to_x0(output, self.config.prediction, x_t, logsnr), gamma
+            prediction, gamma = self._predict(params, x_t, logsnr, cond)
+            return process.to_x0(prediction, self.config.prediction, x_t, logsnr), gamma
 
         def guided(x_t, logsnr):
             both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, negative or cond.null())
@@ -307,6 +314,18 @@ class Stage:
             keys,
             scalars,
         )
+
+    def _predict(self, params, x_t, logsnr, cond, key=None):
+        """-> (prediction in the space of config.prediction, gamma), gamma None unless learned."""
+        prediction, gamma = self.network(params, x_t, self._time(logsnr), cond, key), None
+        if self.config.variance is not None:
+            prediction, gamma = _split_variance(prediction)
+        if self.config.residual:
+            # alpha times a picture alpha x + sigma eps: for pixels of variance 1, the best guess
+            # of x without its neighbours.
+            alpha = jnp.cos(cond.lowres_time * (jnp.pi / 2000))
+            prediction += alpha[:, None, None, None] * cond.lowres
+        return prediction, gamma
 
     def _time(self, logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
         """What the network is told of log-SNR."""

@@ -111,6 +111,30 @@ def test_without_augmentation_the_network_sees_the_upsampled_picture_itself(monk
     )  # the schedule's clean end: sigma 5e-5
 
 
+def test_an_untrained_residual_stage_draws_the_enlargement_itself():
+    config = dataclasses.replace(
+        testing.super_resolution_stage(), prediction="x0", residual=True, schedule=process.Cosine()
+    )
+    stage, low = Stage(config), images.to_float(batch_of(2, 16, 8)["lowres"])
+    settings = dataclasses.replace(config.sampling, threshold=NONE, aug_level=0.0)
+    options = {"lowres": low, "settings": settings}
+    drawn = stage.sample(stage.init(jax.random.key(0)), conditioning(2), keys(0, 1), **options)
+    assert np.allclose(drawn, images.upsample(low, (16, 16)), atol=1e-3)
+
+
+def test_a_residual_network_is_told_to_add_what_the_enlargement_lacks(monkeypatch):
+    """The loss vanishes for the network that returns x0 minus alpha times the noisy enlargement."""
+    config = dataclasses.replace(testing.super_resolution_stage(), prediction="x0", residual=True)
+    stage, batch = Stage(config), batch_of(4, 16, 8)
+
+    def oracle(params, x, time, cond, key=None):
+        alpha = np.cos(np.pi / 2 * np.asarray(cond.lowres_time) / 1000)[:, None, None, None]
+        return images.to_float(batch["image"]) - alpha * cond.lowres
+
+    monkeypatch.setattr(stage, "network", oracle)
+    assert stage.loss({}, batch, jax.random.key(0))[0] < 1e-9
+
+
 def test_guidance_in_one_pass_equals_two_passes():
     stage = Stage(testing.base_stage())
     params = testing.lively(stage)
@@ -243,6 +267,7 @@ def test_augmentation_at_sampling_is_drawn_once_and_its_level_matters(monkeypatc
         ({"lowres_resolution": None}, "super-resolution needs both"),
         ({"condition_dropout": 1.0}, "condition_dropout"),
         ({"prediction": "eps", "schedule": ZERO_TERMINAL}, "says nothing of x0"),
+        ({"prediction": "v", "residual": True}, "prediction='x0'"),
         ({"variance": LearnedVariance()}, "out_channels must be 6 with learned variance, got 3"),
         (
             {"sampling": Sampling(sampler=Ancestral(gamma="learned"))},
