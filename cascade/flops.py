@@ -96,4 +96,4 @@ def _products(
 ) -> int:
     """Pairs of output place and kernel place, along one axis, that meet an element of the input."""
     places = (o * stride + k * kernel_gap - low for o in range(out) for k in range(kernel))
-    return sum(0 <= place < size * gap for place in places)
+    return sum(0 <= place < size * gap and place % gap == 0 for place in places)

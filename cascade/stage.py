@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from cascade import images
 from cascade.diffusion import denoise, grids, loss, process, samplers
-from cascade.models import Conditioning, EfficientUNetConfig, Network, UNetConfig
+from cascade.models import Conditioning, EfficientUNetConfig, IFUNetConfig, Network, UNetConfig
 
 Schedule = (
     process.Cosine
@@ -48,10 +48,13 @@ class Augmentation:
     The picture is corrupted by the forward process at its own resolution, before upsampling, with
     the schedule's log-SNR at a level in [0, max_level]; the level is drawn per example in training
     (uniformly) and fixed in sampling, and the network is told.
+    after_upsampling: DeepFloyd IF enlarges the picture first, bilinearly and corner on corner
+    (`images.upsample_corners`), and corrupts it at full resolution.
     """
 
-    schedule: process.Cosine = field(default_factory=process.Cosine)
+    schedule: process.Cosine | process.Discrete = field(default_factory=process.Cosine)
     max_level: float = 1.0
+    after_upsampling: bool = False
 
     def __post_init__(self):
         if not 0 <= self.max_level <= 1:
@@ -99,7 +102,7 @@ class StageConfig:
     name: str
     resolution: int
     lowres_resolution: int | None = None
-    network: UNetConfig | EfficientUNetConfig
+    network: UNetConfig | EfficientUNetConfig | IFUNetConfig
     schedule: Schedule = field(default_factory=process.Cosine)
     prediction: process.Prediction = "v"
     residual: bool = False
@@ -125,6 +128,12 @@ class StageConfig:
             raise ValueError(
                 'StageConfig.prediction must be "v" or "x0" with a ZeroTerminal schedule, got '
                 '"eps": at its end the input is noise alone, and to predict that says nothing of x0'
+            )
+        on_table = isinstance(self.schedule, process.Discrete)
+        if isinstance(self.network, IFUNetConfig) and not on_table:
+            raise ValueError(
+                "StageConfig.schedule must be Discrete with an IFUNetConfig, whose time is the "
+                f"entry of a table, got {self.schedule}"
             )
         if self.residual and (low is None or self.prediction != "x0"):
             raise ValueError(
@@ -152,7 +161,8 @@ class StageConfig:
                 'Sampling.sampler Ancestral(gamma="learned") needs a network that has learned the '
                 f"variance, which {self.name} has not: give gamma a number in [0, 1]"
             )
-        if not asked and self.variance is not None:
+        # Whoever loads IF's weights had no say in what they learned, and may take a faster sampler.
+        if not asked and self.variance is not None and not isinstance(self.network, IFUNetConfig):
             raise ValueError(
                 f"{self.name} has learned the variance of its steps, for which Sampling.sampler "
                 f'{settings.sampler} has no use: choose Ancestral(gamma="learned")'
@@ -196,8 +206,11 @@ class Stage:
         if config.lowres_resolution is not None:
             level = config.augmentation.max_level * jax.random.uniform(k_level, x0.shape[:1])
             lowres = images.to_float(batch["lowres"])
-            noise = jax.random.normal(k_augment, lowres.shape)
-            cond = self._with_lowres(cond, lowres, level, noise, x0.shape[1:3])
+
+            def draw(shape):
+                return jax.random.normal(k_augment, (len(lowres), *shape))
+
+            cond = self._with_lowres(cond, lowres, level, draw, x0.shape[1:3])
 
         def predict(x_t, logsnr):
             prediction, gamma = self._predict(params, x_t, logsnr, cond, k_dropout)
@@ -224,11 +237,18 @@ class Stage:
     ) -> denoise.Denoiser:
         """(x_t, logsnr) -> x0, guided in one batched pass of the network, then thresholded.
 
-        negative: what guidance moves away from; None means the null condition.
+        negative: what guidance moves away from; None means the null condition, which DeepFloyd IF
+        does not have: it takes the embedding of "".
         guidance: the Python number 1.0 runs the conditional half alone.
         A network that has learned the variance makes it a `denoise.WithVariance`.
         """
         learned = self.config.variance is not None
+        plain = isinstance(guidance, (int, float)) and guidance == 1
+        if negative is None and not plain and isinstance(self.config.network, IFUNetConfig):
+            raise ValueError(
+                f'stage {self.config.name}: guidance needs `negative`, the embedding of "" unless '
+                "it is a text; DeepFloyd IF knows no other way to have no text"
+            )
 
         def estimate(x_t, logsnr, cond):
             """-> (x0, gamma), gamma None unless it was learned."""
@@ -246,7 +266,6 @@ class Stage:
                 : len(x_t)
             ]
 
-        plain = isinstance(guidance, (int, float)) and guidance == 1
         chosen = functools.partial(estimate, cond=cond) if plain else guided
         return denoise.thresholded(
             denoise.WithVariance(chosen) if learned else lambda *at: chosen(*at)[0], threshold
@@ -298,7 +317,7 @@ class Stage:
 
     def _predict(self, params, x_t, logsnr, cond, key=None):
         """-> (prediction in the space of config.prediction, gamma), gamma None unless learned."""
-        prediction, gamma = self.network(params, x_t, time_of(logsnr), cond, key), None
+        prediction, gamma = self.network(params, x_t, self._time(logsnr), cond, key), None
         if self.config.variance is not None:
             prediction, gamma = _split_variance(prediction)
         if self.config.residual:
@@ -308,12 +327,24 @@ class Stage:
             prediction += alpha[:, None, None, None] * cond.lowres
         return prediction, gamma
 
-    def _with_lowres(self, cond, lowres, level, noise, size) -> Conditioning:
-        logsnr = self.config.augmentation.schedule.logsnr(level)
-        lowres = process.corrupt(lowres, noise, logsnr)
-        return dataclasses.replace(
-            cond, lowres=images.upsample(lowres, size), lowres_time=time_of(logsnr)
-        )
+    def _time(self, logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
+        """What the network is told of log-SNR."""
+        schedule = self.config.schedule
+        if isinstance(self.config.network, IFUNetConfig) and isinstance(schedule, process.Discrete):
+            return schedule.entry(logsnr)
+        return time_of(logsnr)
+
+    def _with_lowres(self, cond, lowres, level, draw, size) -> Conditioning:
+        """draw: shape [h, w, c] -> that much noise for each picture."""
+        augmentation = self.config.augmentation
+        logsnr = augmentation.schedule.logsnr(level)
+        if augmentation.after_upsampling:
+            lowres = images.upsample_corners(lowres, size)
+            lowres = process.corrupt(lowres, draw(lowres.shape[1:]), logsnr)
+        else:
+            lowres = process.corrupt(lowres, draw(lowres.shape[1:]), logsnr)
+            lowres = images.upsample(lowres, size)
+        return dataclasses.replace(cond, lowres=lowres, lowres_time=self._time(logsnr))
 
 
 def time_of(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -350,9 +381,9 @@ def _sample(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
     if lowres is not None:
-        noise = samplers.initial_noise(k_augment, lowres.shape[1:])
         level = jnp.broadcast_to(scalars["aug_level"], (b,))
-        cond = stage._with_lowres(cond, lowres, level, noise, size)
+        draw = functools.partial(samplers.initial_noise, k_augment)
+        cond = stage._with_lowres(cond, lowres, level, draw, size)
         if negative is not None:
             negative = dataclasses.replace(
                 negative, lowres=cond.lowres, lowres_time=cond.lowres_time

@@ -20,9 +20,20 @@ BELOW = {
     "models": {"errors"},
     "text": {"errors", "models", "pretrained"},
     "data": {"errors", "images", "text", "config", "checkpoint"},
-    "pretrained": {"errors"},
+    "pretrained": {"config", "errors", "models"},
     "stage": {"diffusion", "images", "models"},
-    "runner": {"stage", "text", "images", "checkpoint", "config", "errors", "models", "pretrained"},
+    "deepfloyd": {"config", "diffusion", "errors", "models", "pretrained", "stage"},
+    "runner": {
+        "deepfloyd",
+        "stage",
+        "text",
+        "images",
+        "checkpoint",
+        "config",
+        "errors",
+        "models",
+        "pretrained",
+    },
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
         *("data", "stage", "sharding", "checkpoint", "config"),
@@ -33,6 +44,7 @@ BELOW = {
 }
 DOORS = {
     "cli",
+    "convert",
     "evaluate",
     "sample",
     "export",
