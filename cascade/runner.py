@@ -29,7 +29,7 @@ from cascade.config import from_json, read_json, to_json
 from cascade.errors import UserError
 from cascade.models import Conditioning
 from cascade.stage import Sampling, Stage, StageConfig
-from cascade.text import T5Encoder, TextEmbedding, TextEncoder
+from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, TextEmbedding, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,12 @@ class Cascade:
             stages.append((stage, load_safetensors(where / "model.safetensors", stage.abstract())))
             digest.update((where / "model.safetensors").read_bytes())
         own = described.get("text_encoder") or str(folder / "text_encoder")
-        encoder = T5Encoder.load(text_encoder or own)
+        tokens = described.get("text_tokens", DEFAULT_MAX_TOKENS)
+        if not isinstance(tokens, int) or tokens < 1:
+            raise UserError(
+                f"{folder / 'config.json'}: text_tokens must be 1 or more, got {tokens}"
+            )
+        encoder = T5Encoder.load(text_encoder or own, tokens)
         for stage, _ in stages:
             if stage.config.network.text_width not in (0, encoder.width):
                 raise UserError(

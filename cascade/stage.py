@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,14 @@ Schedule = (
     | process.Discrete
     | process.ZeroTerminal
 )
-Sampler = samplers.Ancestral | samplers.DDIM | samplers.DPMSolverPP2M | samplers.Heun
+Sampler = (
+    samplers.Ancestral
+    | samplers.DDIM
+    | samplers.DPMSolverPP2M
+    | samplers.DPMSolverPP2MSDE
+    | samplers.Heun
+)
+GuidancePlan = denoise.Constant | denoise.Interval | denoise.Oscillating | denoise.PerStep
 Grid = (
     grids.Uniform
     | grids.Quadratic
@@ -45,13 +52,17 @@ Grid = (
 class Augmentation:
     """Noise conditioning augmentation of low-resolution pictures (Saharia et al. 2022, sec. 2.4).
 
-    The picture is corrupted by the forward process at its own resolution, before upsampling, with
-    the schedule's log-SNR at a level in [0, max_level]; the level is drawn per example in training
-    (uniformly) and fixed in sampling, and the network is told.
+    The picture is corrupted by the forward process with the schedule's log-SNR at a level in
+    [0, max_level]; the level is drawn per example in training (uniformly) and fixed in sampling,
+    the noise drawn once a picture, and the network is told.
+    upsampled: add the noise after upsampling (DeepFloyd IF) instead of to the picture at its own
+        resolution. The same level is then far weaker, since noise of large pixels averages out: 4x
+        in sigma, 2.77 in log-SNR, for a factor of 4.
     """
 
     schedule: process.Cosine = field(default_factory=process.Cosine)
     max_level: float = 1.0
+    upsampled: bool = False
 
     def __post_init__(self):
         if not 0 <= self.max_level <= 1:
@@ -62,13 +73,17 @@ class Augmentation:
 class Sampling:
     """How pictures are drawn from a stage unless the caller says otherwise.
 
-    guidance: weight w of classifier-free guidance; 1 means none. grid: the times of the steps.
+    grid: the times of the steps. guidance: weight w of classifier-free guidance; 1 means none.
+    guidance_plan: how the weight changes over the steps. guidance_rescale: phi of
+    `denoise.rescale`, 0 for not at all.
     aug_level: in [0, 1], of the low-resolution picture; only a super-resolution stage has one.
     """
 
     steps: int = 32
     grid: Grid = field(default_factory=grids.Uniform)
     guidance: float = 4.0
+    guidance_plan: GuidancePlan = field(default_factory=denoise.Constant)
+    guidance_rescale: float = 0.0
     sampler: Sampler = field(default_factory=samplers.DPMSolverPP2M)
     threshold: denoise.Threshold = field(default_factory=denoise.Threshold)
     aug_level: float = 0.0
@@ -78,8 +93,20 @@ class Sampling:
             self.grid.check(self.steps)
         except ValueError as e:
             raise ValueError(f"Sampling.{e}") from None
-        if not 0 <= self.aug_level <= 1:
-            raise ValueError(f"Sampling.aug_level must be in [0, 1], got {self.aug_level}")
+        for name in ("aug_level", "guidance_rescale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Sampling.{name} must be in [0, 1], got {getattr(self, name)}")
+        plan = self.guidance_plan
+        if isinstance(plan, denoise.PerStep) and len(plan.factors) != self.steps:
+            raise ValueError(
+                f"Sampling.guidance_plan must have a factor for each of {self.steps} steps, "
+                f"got {len(plan.factors)}"
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs the unconditional half of the network's batch."""
+        return self.guidance != 1 or isinstance(self.guidance_plan, denoise.PerStep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +214,11 @@ class Stage:
         if config.lowres_resolution is not None:
             level = config.augmentation.max_level * jax.random.uniform(k_level, x0.shape[:1])
             lowres = images.to_float(batch["lowres"])
-            noise = jax.random.normal(k_augment, lowres.shape)
-            cond = self._with_lowres(cond, lowres, level, noise, x0.shape[1:3])
+
+            def draw(shape):
+                return jax.random.normal(k_augment, (len(x0), *shape))
+
+            cond = self._with_lowres(cond, lowres, level, draw, x0.shape[1:3])
 
         def predict(x_t, logsnr):
             output = self.network(params, x_t, time_of(logsnr), cond, k_dropout)
@@ -209,40 +239,46 @@ class Stage:
         params: Any,
         cond: Conditioning,
         *,
-        guidance: float | Float[Array, ""] = 1.0,
+        guidance: denoise.Weight | Callable[[Float[Array, " b"]], Float[Array, " b"]] = 1.0,
+        rescale: float = 0.0,
         threshold: denoise.Threshold,
         negative: Conditioning | None = None,
     ) -> denoise.Denoiser:
         """(x_t, logsnr) -> x0, guided in one batched pass of the network, then thresholded.
 
         negative: what guidance moves away from; None means the null condition.
-        guidance: the Python number 1.0 runs the conditional half alone.
+        guidance: a weight, or the weight as a function of the log-SNR; the Python number 1.0 runs
+        the conditional half alone. rescale: phi of `denoise.rescale`.
         A network that has learned the variance makes it a `denoise.WithVariance`.
         """
-        learned = self.config.variance is not None
+        kind, learned = self.config.prediction, self.config.variance is not None
 
-        def estimate(x_t, logsnr, cond):
-            """-> (x0, gamma), gamma None unless it was learned."""
-            output, gamma = self.network(params, x_t, time_of(logsnr), cond), None
-            if learned:
-                output, gamma = _split_variance(output)
-            return process.to_x0(output, self.config.prediction, x_t, logsnr), gamma
+        def predict(x_t, logsnr, cond):
+            """-> (prediction, gamma), gamma None unless it was learned."""
+            output = self.network(params, x_t, time_of(logsnr), cond)
+            return _split_variance(output) if learned else (output, None)
+
+        def conditional(x_t, logsnr):
+            prediction, gamma = predict(x_t, logsnr, cond)
+            return process.to_x0(prediction, kind, x_t, logsnr), gamma
 
         def guided(x_t, logsnr):
             both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, negative or cond.null())
-            x0, gamma = estimate(
-                jnp.concatenate([x_t, x_t]), jnp.concatenate([logsnr, logsnr]), both
-            )
-            x0_cond, x0_uncond = jnp.split(x0, 2)
+            twice = jnp.concatenate([x_t, x_t]), jnp.concatenate([logsnr, logsnr])
+            prediction, gamma = predict(*twice, both)
+            towards, away = jnp.split(prediction, 2)
+            w = guidance(logsnr) if callable(guidance) else guidance
+            mixed = denoise.guide(towards, away, w)
+            if rescale > 0:
+                mixed = denoise.rescale(mixed, towards, rescale)
             # Guidance is for the mean: the variance is that of the conditional half.
-            return denoise.guide(x0_cond, x0_uncond, guidance), gamma if gamma is None else gamma[
-                : len(x_t)
-            ]
+            gamma = None if gamma is None else gamma[: len(x_t)]
+            return process.to_x0(mixed, kind, x_t, logsnr), gamma
 
         plain = isinstance(guidance, (int, float)) and guidance == 1
-        chosen = functools.partial(estimate, cond=cond) if plain else guided
+        estimate = conditional if plain else guided
         return denoise.thresholded(
-            denoise.WithVariance(chosen) if learned else lambda *at: chosen(*at)[0], threshold
+            denoise.WithVariance(estimate) if learned else lambda *at: estimate(*at)[0], threshold
         )
 
     def sample(
@@ -269,32 +305,26 @@ class Stage:
                 f"stage {self.config.name}: lowres pictures must be given exactly when "
                 f"it has a lowres_resolution ({self.config.lowres_resolution})"
             )
+        # Compiled for everything but these two numbers.
         scalars = {
             "guidance": jnp.float32(settings.guidance),
             "aug_level": jnp.float32(settings.aug_level),
         }
-        return _sample(
-            self.config,
-            size,
-            settings.steps,
-            settings.grid,
-            settings.sampler,
-            settings.threshold,
-            settings.guidance != 1,
-            params,
-            cond,
-            negative,
-            lowres,
-            keys,
-            scalars,
+        settings = dataclasses.replace(
+            settings, guidance=0.0 if settings.guided else 1.0, aug_level=0.0
         )
+        return _sample(self.config, size, settings, params, cond, negative, lowres, keys, scalars)
 
-    def _with_lowres(self, cond, lowres, level, noise, size) -> Conditioning:
-        logsnr = self.config.augmentation.schedule.logsnr(level)
-        lowres = process.corrupt(lowres, noise, logsnr)
-        return dataclasses.replace(
-            cond, lowres=images.upsample(lowres, size), lowres_time=time_of(logsnr)
-        )
+    def _with_lowres(self, cond, lowres, level, draw, size) -> Conditioning:
+        """draw: a picture's shape -> noise of it, [b, *shape]."""
+        augmentation = self.config.augmentation
+        logsnr = augmentation.schedule.logsnr(level)
+        if augmentation.upsampled:
+            lowres = images.upsample(lowres, size)
+        lowres = process.corrupt(lowres, draw(lowres.shape[1:]), logsnr)
+        if not augmentation.upsampled:
+            lowres = images.upsample(lowres, size)
+        return dataclasses.replace(cond, lowres=lowres, lowres_time=time_of(logsnr))
 
 
 def time_of(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -309,47 +339,40 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
     return prediction, (variance + 1) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _sample(
-    config,
-    size,
-    steps,
-    grid,
-    sampler,
-    threshold,
-    guided,
-    params,
-    cond,
-    negative,
-    lowres,
-    keys,
-    scalars,
-):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(config, size, settings, params, cond, negative, lowres, keys, scalars):
     stage = Stage(config)
     b, size = keys.shape[0], (size, size)
     k_noise, k_steps, k_augment = jnp.moveaxis(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
     if lowres is not None:
-        noise = samplers.initial_noise(k_augment, lowres.shape[1:])
+        draw = functools.partial(samplers.initial_noise, k_augment)
         level = jnp.broadcast_to(scalars["aug_level"], (b,))
-        cond = stage._with_lowres(cond, lowres, level, noise, size)
+        cond = stage._with_lowres(cond, lowres, level, draw, size)
         if negative is not None:
             negative = dataclasses.replace(
                 negative, lowres=cond.lowres, lowres_time=cond.lowres_time
             )
+    times = settings.grid(settings.steps, config.schedule)
+    starts = config.schedule.logsnr(times[:-1])
+
+    def weight(logsnr):
+        return settings.guidance_plan(scalars["guidance"], logsnr, starts)
+
     denoiser = stage.denoiser(
         params,
         cond,
-        guidance=scalars["guidance"] if guided else 1.0,
-        threshold=threshold,
+        guidance=weight if settings.guided else 1.0,
+        rescale=settings.guidance_rescale,
+        threshold=settings.threshold,
         negative=negative,
     )
     return samplers.sample(
         denoiser,
         samplers.initial_noise(k_noise, (*size, 3)),
         schedule=config.schedule,
-        times=grid(steps, config.schedule),
-        step=sampler,
+        times=times,
+        step=settings.sampler,
         keys=k_steps,
     )

@@ -14,10 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5EncoderModel
 from cascade.text.folder import read_folder, write_folder
-from cascade.text.tokenizer import Tokenizer, Tokens
+from cascade.text.tokenizer import DEFAULT_MAX_TOKENS, Tokenizer, Tokens
 
 SHIPPED = {"scenes": Path(__file__).parents[1] / "pretrained" / "scenes" / "text_encoder"}
-DEFAULT_MAX_TOKENS = 128
 
 
 @jax.tree_util.register_dataclass
@@ -67,19 +66,18 @@ class T5Encoder:
     def load(
         cls,
         name_or_dir: str | Path,
-        max_tokens: int | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         *,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> "T5Encoder":
         """The shipped encoder ("scenes"), a local folder, or a Hugging Face name, in this order.
 
-        max_tokens: the length that prompts are padded or cut to; None means the config's
-        n_positions, but at most 128. Raises UserError saying what is missing and what to do.
+        max_tokens: the length that prompts are padded or cut to, or the config's n_positions if
+        that is less. Raises UserError saying what is missing and what to do.
         """
         config, params, spiece = read_folder(_resolve(name_or_dir), compute_dtype=compute_dtype)
-        if max_tokens is None:
-            max_tokens = min(config.n_positions, DEFAULT_MAX_TOKENS)
-        return cls(config, jax.tree.map(jnp.asarray, params), Tokenizer(spiece, max_tokens))
+        tokenizer = Tokenizer(spiece, min(max_tokens, config.n_positions))
+        return cls(config, jax.tree.map(jnp.asarray, params), tokenizer)
 
     def save(self, folder: Path) -> None:
         """Write the encoder as a folder that `load` reads, in float16."""

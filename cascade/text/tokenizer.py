@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 
 PAD_ID = 0
 EOS_ID = 1
+DEFAULT_MAX_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
