@@ -92,7 +92,7 @@ def export(
         "format": "cascade",
         "version": 1,
         "stages": names,
-        "text_tokens": tokens.pop(),
+        "max_tokens": tokens.pop(),
         "trained": {},
     }
     if words := known_words([run.data for run, _, _ in runs]):

@@ -58,6 +58,25 @@ def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "s s 3"]:
     return np.asarray(resized)
 
 
+def upsample_corners(x: Float[Any, "b h w c"], size: tuple[int, int]) -> Any:
+    """Bilinear enlargement that leaves the corner pixels where they are: -> [b, *size, c].
+
+    Pixel i of the result lies at i (h - 1) / (size - 1), "align_corners" in PyTorch's terms. For
+    weights trained on such pictures (DeepFloyd IF); jax.image.resize aligns edges instead.
+    """
+    import jax.numpy as jnp
+
+    for axis, n in ((1, size[0]), (2, size[1])):
+        m = x.shape[axis]
+        # In float32, as the reference has it: its neighbours differ from exact ones at few pixels.
+        at = np.arange(n, dtype=np.float32) * np.float32((m - 1) / max(n - 1, 1))
+        low = np.minimum(at.astype(int), m - 1)
+        share = (at - low).reshape((n,) + (1,) * (x.ndim - axis - 1))
+        below = jnp.take(x, low, axis)
+        x = below + share * (jnp.take(x, np.minimum(low + 1, m - 1), axis) - below)
+    return x
+
+
 def grid(
     images: Sequence[Any] | np.ndarray, columns: int | None = None, gap: int = 2
 ) -> np.ndarray:

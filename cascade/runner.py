@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,14 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cascade import images, pretrained
+from cascade import deepfloyd, images, pretrained
 from cascade.checkpoint import load_safetensors
 from cascade.config import from_json, read_json, to_json
 from cascade.errors import UserError
-from cascade.models import Conditioning
+from cascade.models import Conditioning, IFUNetConfig
 from cascade.stage import Sampling, Stage, StageConfig
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, TextEmbedding, TextEncoder
+from cascade.text.captions import Captions
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,23 @@ class Cascade:
 
     @classmethod
     def load(
-        cls, name_or_dir: str | Path = "scenes", *, text_encoder: str | None = None
+        cls,
+        name_or_dir: str | Path = "scenes",
+        *,
+        text_encoder: str | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> Cascade:
-        """The cascade that ships (`scenes`), or one from a folder that `cascade export` wrote.
+        """The cascade that ships (`scenes`), one from a folder that `cascade export` or `cascade
+        convert` wrote, or DeepFloyd IF in diffusers' layout: its stages' folders, or their names
+        on the Hugging Face hub, with a comma between them.
 
-        text_encoder: name or folder of another encoder of the same width. Runs no code from the
-        folder. Raises UserError that says what is missing or damaged.
+        text_encoder: name or folder of another encoder of the same width. dtype: of DeepFloyd IF's
+        weights and what it and its text encoder compute in. Runs no code from the folder. Raises
+        UserError that says what is missing or damaged.
         """
+        names = str(name_or_dir).split(",")
+        if deepfloyd.is_pipeline(names[0]):
+            return cls._of_pipelines(names, text_encoder, dtype)
         folder = pretrained.find(name_or_dir)
         described = read_json(folder / "config.json")
         if not isinstance(described, dict) or described.get("format") != "cascade":
@@ -107,22 +118,25 @@ class Cascade:
             config = from_json(
                 StageConfig, read_json(where / "config.json"), f"{where}/config.json"
             )
-            stage = Stage(config)
-            stages.append((stage, load_safetensors(where / "model.safetensors", stage.abstract())))
-            digest.update((where / "model.safetensors").read_bytes())
+            file = where / "model.safetensors"
+            if isinstance(config.network, IFUNetConfig):
+                config = deepfloyd.computing_in(config, dtype)
+                stages.append((Stage(config), deepfloyd.read_converted(where, config)))
+            else:
+                stage = Stage(config)
+                stages.append((stage, load_safetensors(file, stage.abstract())))
+            _update(digest, file)
         own = described.get("text_encoder") or str(folder / "text_encoder")
-        tokens = described.get("text_tokens", DEFAULT_MAX_TOKENS)
+        tokens = described.get("max_tokens", DEFAULT_MAX_TOKENS)
         if not isinstance(tokens, int) or tokens < 1:
-            raise UserError(
-                f"{folder / 'config.json'}: text_tokens must be 1 or more, got {tokens}"
-            )
-        encoder = T5Encoder.load(text_encoder or own, tokens)
-        for stage, _ in stages:
-            if stage.config.network.text_width not in (0, encoder.width):
-                raise UserError(
-                    f"text encoder {text_encoder}: its embeddings are {encoder.width} wide, stage "
-                    f"{stage.config.name} was trained on {stage.config.network.text_width}"
-                )
+            raise UserError(f"{folder / 'config.json'}: max_tokens must be 1 or more, got {tokens}")
+        encoder = T5Encoder.load(
+            text_encoder or own,
+            tokens,
+            captions=from_json(Captions, described.get("captions", "verbatim"), "captions"),
+            compute_dtype=dtype,
+        )
+        _check_widths(stages, encoder, text_encoder)
         return cls(
             [(stage, jax.tree.map(jnp.asarray, params)) for stage, params in stages],
             encoder,
@@ -130,6 +144,24 @@ class Cascade:
             digest=digest.hexdigest(),
             known_words=described.get("known_words", ()),
         )
+
+    @classmethod
+    def _of_pipelines(cls, names: Sequence[str], text_encoder: str | None, dtype: Any) -> Cascade:
+        stages, digest = [], hashlib.sha256()
+        pipelines = deepfloyd.pipelines(names)
+        for pipeline in pipelines:
+            config = deepfloyd.computing_in(pipeline.config, dtype)
+            stages.append((Stage(config), pipeline.params(dtype)))
+            for file in pipeline.files:
+                _update(digest, file)
+        encoder = T5Encoder.load(
+            text_encoder or pipelines[0].folder,
+            deepfloyd.MAX_TOKENS,
+            captions=deepfloyd.CAPTIONS,
+            compute_dtype=dtype,
+        )
+        _check_widths(stages, encoder, text_encoder)
+        return cls(stages, encoder, name=",".join(names), digest=digest.hexdigest())
 
     @property
     def settings(self) -> list[Sampling]:
@@ -171,7 +203,10 @@ class Cascade:
         if seed < 0 or seed + num > 2**32:
             raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
         batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 8)
-        text, unguided = self.encoder(prompts), self.encoder([negative]) if negative else None
+        # DeepFloyd IF has no null condition: without text it is told "".
+        told = any(isinstance(s.config.network, IFUNetConfig) for s, _ in stages)
+        text = self.encoder(prompts)
+        unguided = self.encoder([negative or ""]) if negative or told else None
         jobs = [(p, seed + k) for p in range(len(prompts)) for k in range(num)]
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -257,6 +292,24 @@ def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list
         dataclasses.replace(s, **{k: v[i] for k, v in options.items()})
         for i, s in enumerate(settings)
     ]
+
+
+def _check_widths(
+    stages: Sequence[tuple[Stage, Any]], encoder: T5Encoder, text_encoder: str | None
+) -> None:
+    for stage, _ in stages:
+        if stage.config.network.text_width not in (0, encoder.width):
+            raise UserError(
+                f"text encoder {text_encoder}: its embeddings are {encoder.width} wide, stage "
+                f"{stage.config.name} was trained on {stage.config.network.text_width}"
+            )
+
+
+def _update(digest: Any, file: Path) -> None:
+    """With the bytes of a file that may be larger than memory."""
+    with open(file, "rb") as opened:
+        while block := opened.read(2**24):
+            digest.update(block)
 
 
 def _rows(text: TextEmbedding, rows: np.ndarray) -> Conditioning:

@@ -38,7 +38,10 @@ class Options:
     prompts: Path | None = None
     """A UTF-8 text file with one prompt a line, drawn after those given as words."""
     model: str = "scenes"
-    """A model that ships (scenes), or a folder that `cascade export` wrote."""
+    """A model that ships (scenes), a folder that `cascade export` or `cascade convert` wrote, or
+    the folders (or Hugging Face names) of DeepFloyd IF's stages, with a comma between them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of DeepFloyd IF's weights and of what it and the text encoder compute in."""
     out: Path = Path("samples")
     """The folder to write into; made if it is missing."""
     seed: int = 0
@@ -95,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         import numpy as np
 
         lowres = np.asarray(load_image(options.lowres))
-    cascade = Cascade.load(options.model, text_encoder=options.text_encoder)
+    cascade = Cascade.load(options.model, text_encoder=options.text_encoder, dtype=options.dtype)
     stages = cascade.select(
         until=options.until, lowres=None if lowres is None else lowres.shape[:2]
     )

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from cascade import images
 from cascade.diffusion import denoise, grids, loss, process, samplers
-from cascade.models import Conditioning, EfficientUNetConfig, Network, UNetConfig
+from cascade.models import Conditioning, EfficientUNetConfig, IFUNetConfig, Network, UNetConfig
 
 Schedule = (
     process.Cosine
@@ -52,17 +52,17 @@ Grid = (
 class Augmentation:
     """Noise conditioning augmentation of low-resolution pictures (Saharia et al. 2022, sec. 2.4).
 
-    The picture is corrupted by the forward process with the schedule's log-SNR at a level in
-    [0, max_level]; the level is drawn per example in training (uniformly) and fixed in sampling,
-    the noise drawn once a picture, and the network is told.
-    upsampled: add the noise after upsampling (DeepFloyd IF) instead of to the picture at its own
-        resolution. The same level is then far weaker, since noise of large pixels averages out: 4x
-        in sigma, 2.77 in log-SNR, for a factor of 4.
+    The picture is corrupted by the forward process at its own resolution, before upsampling, with
+    the schedule's log-SNR at a level in [0, max_level]; the level is drawn per example in training
+    (uniformly) and fixed in sampling, the noise drawn once a picture, and the network is told.
+    after_upsampling: DeepFloyd IF enlarges the picture first, bilinearly and corner on corner
+    (`images.upsample_corners`), and corrupts it at full resolution. The same level is then far
+    weaker, since noise of single pixels averages out: 4x in sigma, 2.77 in log-SNR, for a factor 4.
     """
 
-    schedule: process.Cosine = field(default_factory=process.Cosine)
+    schedule: process.Cosine | process.Discrete = field(default_factory=process.Cosine)
     max_level: float = 1.0
-    upsampled: bool = False
+    after_upsampling: bool = False
 
     def __post_init__(self):
         if not 0 <= self.max_level <= 1:
@@ -115,6 +115,9 @@ class StageConfig:
 
     resolution, lowres_resolution: sides of the square pictures drawn and conditioned on, in pixels
     (lowres_resolution None: a base stage). prediction: what the network's output means.
+    residual: in super-resolution, the network predicts what x0 adds to the upsampled low-resolution
+    picture (compare Li et al. 2021, "SRDiff", which diffuses that difference itself); an untrained
+    stage then draws the enlargement, not nothing. For prediction="x0".
     variance: if the network also predicts the variance of each step, by as many output channels
     more, how that is trained. condition_dropout: share of training examples whose text is replaced
     by the null condition.
@@ -123,9 +126,10 @@ class StageConfig:
     name: str
     resolution: int
     lowres_resolution: int | None = None
-    network: UNetConfig | EfficientUNetConfig
+    network: UNetConfig | EfficientUNetConfig | IFUNetConfig
     schedule: Schedule = field(default_factory=process.Cosine)
     prediction: process.Prediction = "v"
+    residual: bool = False
     loss: loss.Loss = field(default_factory=loss.Loss)
     variance: loss.LearnedVariance | None = None
     condition_dropout: float = 0.1
@@ -149,6 +153,17 @@ class StageConfig:
                 'StageConfig.prediction must be "v" or "x0" with a ZeroTerminal schedule, got '
                 '"eps": at its end the input is noise alone, and to predict that says nothing of x0'
             )
+        on_table = isinstance(self.schedule, process.Discrete)
+        if isinstance(self.network, IFUNetConfig) and not on_table:
+            raise ValueError(
+                "StageConfig.schedule must be Discrete with an IFUNetConfig, whose time is the "
+                f"entry of a table, got {self.schedule}"
+            )
+        if self.residual and (low is None or self.prediction != "x0"):
+            raise ValueError(
+                "StageConfig.residual is for super-resolution stages with prediction='x0', got "
+                f"lowres_resolution={low} and prediction={self.prediction!r}"
+            )
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(
                 f"StageConfig.condition_dropout must be in [0, 1), got {self.condition_dropout}"
@@ -170,7 +185,8 @@ class StageConfig:
                 'Sampling.sampler Ancestral(gamma="learned") needs a network that has learned the '
                 f"variance, which {self.name} has not: give gamma a number in [0, 1]"
             )
-        if not asked and self.variance is not None:
+        # Whoever loads IF's weights had no say in what they learned, and may take a faster sampler.
+        if not asked and self.variance is not None and not isinstance(self.network, IFUNetConfig):
             raise ValueError(
                 f"{self.name} has learned the variance of its steps, for which Sampling.sampler "
                 f'{settings.sampler} has no use: choose Ancestral(gamma="learned")'
@@ -216,13 +232,13 @@ class Stage:
             lowres = images.to_float(batch["lowres"])
 
             def draw(shape):
-                return jax.random.normal(k_augment, (len(x0), *shape))
+                return jax.random.normal(k_augment, (len(lowres), *shape))
 
             cond = self._with_lowres(cond, lowres, level, draw, x0.shape[1:3])
 
         def predict(x_t, logsnr):
-            output = self.network(params, x_t, time_of(logsnr), cond, k_dropout)
-            return output if config.variance is None else _split_variance(output)
+            prediction, gamma = self._predict(params, x_t, logsnr, cond, k_dropout)
+            return prediction if gamma is None else (prediction, gamma)
 
         return loss.denoising_loss(
             predict,
@@ -246,26 +262,28 @@ class Stage:
     ) -> denoise.Denoiser:
         """(x_t, logsnr) -> x0, guided in one batched pass of the network, then thresholded.
 
-        negative: what guidance moves away from; None means the null condition.
+        negative: what guidance moves away from; None means the null condition, which DeepFloyd IF
+        does not have: it takes the embedding of "".
         guidance: a weight, or the weight as a function of the log-SNR; the Python number 1.0 runs
         the conditional half alone. rescale: phi of `denoise.rescale`.
         A network that has learned the variance makes it a `denoise.WithVariance`.
         """
         kind, learned = self.config.prediction, self.config.variance is not None
-
-        def predict(x_t, logsnr, cond):
-            """-> (prediction, gamma), gamma None unless it was learned."""
-            output = self.network(params, x_t, time_of(logsnr), cond)
-            return _split_variance(output) if learned else (output, None)
+        plain = isinstance(guidance, (int, float)) and guidance == 1
+        if negative is None and not plain and isinstance(self.config.network, IFUNetConfig):
+            raise ValueError(
+                f'stage {self.config.name}: guidance needs `negative`, the embedding of "" unless '
+                "it is a text; DeepFloyd IF knows no other way to have no text"
+            )
 
         def conditional(x_t, logsnr):
-            prediction, gamma = predict(x_t, logsnr, cond)
+            prediction, gamma = self._predict(params, x_t, logsnr, cond)
             return process.to_x0(prediction, kind, x_t, logsnr), gamma
 
         def guided(x_t, logsnr):
             both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, negative or cond.null())
             twice = jnp.concatenate([x_t, x_t]), jnp.concatenate([logsnr, logsnr])
-            prediction, gamma = predict(*twice, both)
+            prediction, gamma = self._predict(params, *twice, both)
             towards, away = jnp.split(prediction, 2)
             w = guidance(logsnr) if callable(guidance) else guidance
             mixed = denoise.guide(towards, away, w)
@@ -275,7 +293,6 @@ class Stage:
             gamma = None if gamma is None else gamma[: len(x_t)]
             return process.to_x0(mixed, kind, x_t, logsnr), gamma
 
-        plain = isinstance(guidance, (int, float)) and guidance == 1
         estimate = conditional if plain else guided
         return denoise.thresholded(
             denoise.WithVariance(estimate) if learned else lambda *at: estimate(*at)[0], threshold
@@ -315,16 +332,36 @@ class Stage:
         )
         return _sample(self.config, size, settings, params, cond, negative, lowres, keys, scalars)
 
+    def _predict(self, params, x_t, logsnr, cond, key=None):
+        """-> (prediction in the space of config.prediction, gamma), gamma None unless learned."""
+        prediction, gamma = self.network(params, x_t, self._time(logsnr), cond, key), None
+        if self.config.variance is not None:
+            prediction, gamma = _split_variance(prediction)
+        if self.config.residual:
+            # alpha times a picture alpha x + sigma eps: for pixels of variance 1, the best guess
+            # of x without its neighbours.
+            alpha = jnp.cos(cond.lowres_time * (jnp.pi / 2000))
+            prediction += alpha[:, None, None, None] * cond.lowres
+        return prediction, gamma
+
+    def _time(self, logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
+        """What the network is told of log-SNR."""
+        schedule = self.config.schedule
+        if isinstance(self.config.network, IFUNetConfig) and isinstance(schedule, process.Discrete):
+            return schedule.entry(logsnr)
+        return time_of(logsnr)
+
     def _with_lowres(self, cond, lowres, level, draw, size) -> Conditioning:
-        """draw: a picture's shape -> noise of it, [b, *shape]."""
+        """draw: shape [h, w, c] -> that much noise for each picture."""
         augmentation = self.config.augmentation
         logsnr = augmentation.schedule.logsnr(level)
-        if augmentation.upsampled:
+        if augmentation.after_upsampling:
+            lowres = images.upsample_corners(lowres, size)
+            lowres = process.corrupt(lowres, draw(lowres.shape[1:]), logsnr)
+        else:
+            lowres = process.corrupt(lowres, draw(lowres.shape[1:]), logsnr)
             lowres = images.upsample(lowres, size)
-        lowres = process.corrupt(lowres, draw(lowres.shape[1:]), logsnr)
-        if not augmentation.upsampled:
-            lowres = images.upsample(lowres, size)
-        return dataclasses.replace(cond, lowres=lowres, lowres_time=time_of(logsnr))
+        return dataclasses.replace(cond, lowres=lowres, lowres_time=self._time(logsnr))
 
 
 def time_of(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -347,8 +384,8 @@ def _sample(config, size, settings, params, cond, negative, lowres, keys, scalar
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
     if lowres is not None:
-        draw = functools.partial(samplers.initial_noise, k_augment)
         level = jnp.broadcast_to(scalars["aug_level"], (b,))
+        draw = functools.partial(samplers.initial_noise, k_augment)
         cond = stage._with_lowres(cond, lowres, level, draw, size)
         if negative is not None:
             negative = dataclasses.replace(

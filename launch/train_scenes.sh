@@ -9,13 +9,24 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:-runs/scenes}
 
+train() { # NAME [WORDS]: the config and the run of that name
+    cascade train "configs/scenes/$1.py" --workdir "$runs/$1" \
+        --text-encoder "$runs/text_encoder/text_encoder" "${@:2}"
+}
+
 cascade train configs/scenes/text_encoder.py --workdir "$runs/text_encoder"
-for stage in base64 sr256 sr1024; do
-    cascade train "configs/scenes/$stage.py" --workdir "$runs/$stage" \
-        --text-encoder "$runs/text_encoder/text_encoder"
-done
+train base64_closeup
+if [ ! -e "$runs/closeup_model" ]; then
+    cascade export "$runs/base64_closeup" "$runs/closeup_model"
+fi
+train base64 --init "$runs/closeup_model"
+train sr256
+train sr1024
 if [ ! -e "$runs/model" ]; then
     cascade export "$runs/base64" "$runs/sr256" "$runs/sr1024" "$runs/model" --dtype float16
 fi
 cascade sample "a small red circle above a big blue square on gray" \
     --model "$runs/model" --out "$runs/samples"
+if [ ! -e "$runs/report" ]; then
+    cascade eval scenes --model "$runs/model" --set all --prompts 100 --out "$runs/report"
+fi

@@ -188,6 +188,29 @@ def test_lowres_is_the_block_mean_of_the_crop_and_a_crop_of_the_whole_lowres(cro
     assert len(corners) > 2 if crop == 16 else len(corners) == 1
 
 
+def test_a_closeup_is_a_window_of_the_scene_with_all_of_its_object():
+    near = open_source(ScenesData(max_objects=1, closeup=2), 32)
+    whole = open_source(ScenesData(max_objects=1), 64)
+    corners = set()
+    for index in range(12):
+        image, scene = near[index]["image"], whole[index]["image"]
+        assert image.shape == (32, 32, 3) and near[index]["caption"] == whole[index]["caption"]
+        found = [
+            (y, x)
+            for y, x in np.ndindex(33, 33)
+            if np.array_equal(scene[y : y + 32, x : x + 32], image)
+        ]
+        assert found
+        corners.update(found[:1])
+        y, x = found[0]
+        rest = np.full((64, 64), True)
+        rest[y : y + 32, x : x + 32] = False
+        assert (scene[rest] == scene[rest][0]).all()  # background alone
+    assert len(corners) > 6
+    with pytest.raises(ValueError, match="closeup must be 1 or"):
+        ScenesData(closeup=2)
+
+
 @pytest.mark.parametrize("degradation", [Blur(share=1.0), BSR(light=False)])
 def test_a_degradation_spoils_lowres_alone_and_anew_every_epoch(degradation):
     options = {"resolution": 32, "lowres_resolution": 8, "batch_size": 1}

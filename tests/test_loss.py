@@ -19,6 +19,7 @@ KINDS = ["eps", "x0", "v"]
 LOSSES = [Loss(space=kind) for kind in KINDS] + [
     Loss(weighting="min_snr"),
     Loss(weighting="truncated_snr"),
+    Loss(weighting="debiased"),
 ]
 
 
@@ -33,6 +34,8 @@ def weight_on_x0(loss, snr):
             return np.minimum(snr, loss.gamma)
         case "truncated_snr":
             return np.maximum(snr, 1)
+        case "debiased":
+            return np.sqrt(snr)
     return {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1}[loss.space]
 
 

@@ -8,6 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cascade"
 BELOW = {
     "errors": set(),
+    "chips": set(),
+    "flops": set(),
+    "plan_hlo": set(),
     "images": {"errors"},
     "config": {"errors"},
     "sharding": {"errors"},
@@ -17,9 +20,20 @@ BELOW = {
     "models": {"errors"},
     "text": {"errors", "models", "pretrained"},
     "data": {"errors", "images", "text", "config", "checkpoint"},
-    "pretrained": {"errors"},
+    "pretrained": {"config", "errors", "models"},
     "stage": {"diffusion", "images", "models"},
-    "runner": {"stage", "text", "images", "checkpoint", "config", "errors", "models", "pretrained"},
+    "deepfloyd": {"config", "diffusion", "errors", "models", "pretrained", "stage"},
+    "runner": {
+        "deepfloyd",
+        "stage",
+        "text",
+        "images",
+        "checkpoint",
+        "config",
+        "errors",
+        "models",
+        "pretrained",
+    },
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
         *("data", "stage", "sharding", "checkpoint", "config"),
@@ -28,7 +42,18 @@ BELOW = {
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
     "testing": {"diffusion", "models", "stage", "text", "runner"},
 }
-DOORS = {"cli", "evaluate", "sample", "export", "bench", "train_command", "__init__", "__main__"}
+DOORS = {
+    "cli",
+    "convert",
+    "evaluate",
+    "sample",
+    "export",
+    "bench",
+    "plan",
+    "train_command",
+    "__init__",
+    "__main__",
+}
 
 
 def imports_of_ours(file: Path) -> set[str]:

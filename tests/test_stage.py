@@ -117,7 +117,7 @@ def test_noise_after_upsampling_is_independent_from_pixel_to_pixel(monkeypatch):
     batch = batch_of(128, 16, 8) | {"lowres": jnp.full((128, 8, 8, 3), 255, jnp.uint8)}
     shared = {}
     for upsampled in (False, True):
-        augmentation = Augmentation(upsampled=upsampled)
+        augmentation = Augmentation(after_upsampling=upsampled)
         stage, seen = Stage(dataclasses.replace(config, augmentation=augmentation)), {}
 
         def spy(params, x, time, cond, key=None, seen=seen):
@@ -134,6 +134,30 @@ def test_noise_after_upsampling_is_independent_from_pixel_to_pixel(monkeypatch):
             # the deviation at each pixel is what the level says, example by example
             np.testing.assert_allclose(noise.std((1, 2, 3)), 1, atol=0.12)
     assert shared[False] > 0.5 and abs(shared[True]) < 0.02, shared
+
+
+def test_an_untrained_residual_stage_draws_the_enlargement_itself():
+    config = dataclasses.replace(
+        testing.super_resolution_stage(), prediction="x0", residual=True, schedule=process.Cosine()
+    )
+    stage, low = Stage(config), images.to_float(batch_of(2, 16, 8)["lowres"])
+    settings = dataclasses.replace(config.sampling, threshold=NONE, aug_level=0.0)
+    options = {"lowres": low, "settings": settings}
+    drawn = stage.sample(stage.init(jax.random.key(0)), conditioning(2), keys(0, 1), **options)
+    assert np.allclose(drawn, images.upsample(low, (16, 16)), atol=1e-3)
+
+
+def test_a_residual_network_is_told_to_add_what_the_enlargement_lacks(monkeypatch):
+    """The loss vanishes for the network that returns x0 minus alpha times the noisy enlargement."""
+    config = dataclasses.replace(testing.super_resolution_stage(), prediction="x0", residual=True)
+    stage, batch = Stage(config), batch_of(4, 16, 8)
+
+    def oracle(params, x, time, cond, key=None):
+        alpha = np.cos(np.pi / 2 * np.asarray(cond.lowres_time) / 1000)[:, None, None, None]
+        return images.to_float(batch["image"]) - alpha * cond.lowres
+
+    monkeypatch.setattr(stage, "network", oracle)
+    assert stage.loss({}, batch, jax.random.key(0))[0] < 1e-9
 
 
 def test_guidance_in_one_pass_equals_two_passes():
@@ -276,6 +300,7 @@ def test_augmentation_at_sampling_is_drawn_once_and_its_level_matters(monkeypatc
         ({"lowres_resolution": None}, "super-resolution needs both"),
         ({"condition_dropout": 1.0}, "condition_dropout"),
         ({"prediction": "eps", "schedule": ZERO_TERMINAL}, "says nothing of x0"),
+        ({"prediction": "v", "residual": True}, "prediction='x0'"),
         ({"variance": LearnedVariance()}, "out_channels must be 6 with learned variance, got 3"),
         (
             {"sampling": Sampling(sampler=Ancestral(gamma="learned"))},

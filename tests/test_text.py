@@ -13,7 +13,8 @@ import safetensors.numpy
 from cascade.data.scenes.captions import VOCABULARY, caption_at
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config
-from cascade.text import T5Encoder, Tokenizer
+from cascade.text import T5Encoder, Tokenizer, captions
+from cascade.text.captions import prepared
 from cascade.text.encoder import SHIPPED
 from cascade.text.folder import read_folder, write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID
@@ -88,6 +89,50 @@ def test_a_tokenizer_pickles_for_data_workers(tokenizer):
     np.testing.assert_array_equal(copy(["a star"]).ids, tokenizer(["a star"]).ids)
 
 
+CLEANED = json.loads((FIXTURE.parent / "deepfloyd" / "captions.json").read_text())
+
+
+def test_captions_are_cleaned_as_deepfloyd_if_cleans_them():
+    pytest.importorskip("ftfy")
+    pytest.importorskip("bs4")
+    assert [prepared(text, "clean") for text in CLEANED["texts"]] == CLEANED["clean"]
+
+
+def test_captions_that_are_not_cleaned_are_lower_case_or_verbatim(monkeypatch):
+    assert [prepared(text, "lower") for text in CLEANED["texts"]] == CLEANED["lower"]
+    assert [prepared(text, "verbatim") for text in CLEANED["texts"]] == CLEANED["texts"]
+    captions._can_clean.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"only lower-cased.*bs4 and ftfy; pip install"):
+        assert prepared("  <b>A Cat</b> ", "clean") == "<b>a cat</b>"
+    captions._can_clean.cache_clear()
+
+
+def test_the_tokenizer_prepares_captions_and_pickles_with_its_rule():
+    model = (FIXTURE / "spiece.model").read_bytes()
+    plain, lower = Tokenizer(model, 77), pickle.loads(pickle.dumps(Tokenizer(model, 77, "lower")))
+    assert (lower([" A Red STAR"]).ids == plain(["a red star"]).ids).all()
+    assert (plain([" A Red STAR"]).ids != plain(["a red star"]).ids).any()
+    assert lower([""]).ids.tolist() == [[EOS_ID] + [PAD_ID] * 76]
+
+
+@pytest.mark.parametrize("given", ["", "text_encoder"])
+def test_a_diffusers_pipeline_gives_its_text_encoder(tmp_path, given):
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "text_encoder" / name).write_bytes((FIXTURE / name).read_bytes())
+    spiece = tmp_path / "tokenizer" / "spiece.model"
+    spiece.write_bytes((FIXTURE / "spiece.model").read_bytes())
+    config, params, found = read_folder(tmp_path / given)
+    expected = read_folder(FIXTURE)
+    assert (config, found) == (expected[0], expected[2])
+    jax.tree.map(np.testing.assert_array_equal, params, expected[1])
+    spiece.unlink()
+    with pytest.raises(UserError, match=r"spiece.model is missing"):
+        read_folder(tmp_path / given)
+
+
 def test_tokenizing_needs_no_jax():
     code = "import sys, cascade.text.tokenizer; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -137,10 +182,13 @@ def test_every_missing_or_misshapen_tensor_is_named(folder):
     del tensors["encoder.block.1.layer.0.SelfAttention.k.weight"]
     tensors["encoder.final_layer_norm.weight"] = np.ones(7, np.float32)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    tensors["encoder.block.3.layer.0.SelfAttention.k.weight"] = np.ones(7, np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError) as e:
         T5Encoder.load(folder)
     assert "block.1.layer.0.SelfAttention.k.weight is missing" in str(e.value)
     assert "final_layer_norm.weight is [7], config.json asks for [16]" in str(e.value)
+    assert "block.3.layer.0.SelfAttention.k.weight is left over" in str(e.value)
 
 
 def test_pickles_are_refused_with_the_way_out(folder):
@@ -162,6 +210,9 @@ def test_damaged_files_are_one_line(folder):
         T5Encoder.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
+        T5Encoder.load(folder)
+    (folder / "config.json").write_text('{"model_type": "clip_text_model"}')
+    with pytest.raises(UserError, match="config.json: model_type must be 't5', got 'clip_text"):
         T5Encoder.load(folder)
 
 

@@ -7,6 +7,7 @@ Sources are small, pickle, and hold no open file, so that data workers can have 
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from cascade import images
 from cascade.data.scenes.captions import VOCABULARY, caption_at
 from cascade.data.scenes.render import render
-from cascade.data.scenes.spec import SPLITS, Split
+from cascade.data.scenes.spec import SPLITS, Object, Split, generator
 from cascade.errors import UserError
 
 
@@ -30,12 +31,16 @@ class ScenesData:
     every scene, "long" has three or four objects always. (seed, split) names an endless list of
     scenes, of which the first `size` are the dataset.
     max_objects: leave out scenes of more, for a curriculum that begins with easy ones.
+    closeup: show only the square of 1 / closeup of the scene's side that lies around its one object
+    (max_objects=1), somewhere; at the same size in pixels a closeup is a smaller picture, which
+    trains as much on shapes for less.
     """
 
     split: Split = "train"
     seed: int = 0
     size: int = 1_000_000_000
     max_objects: int = 4
+    closeup: int = 1
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -51,6 +56,11 @@ class ScenesData:
             raise ValueError(
                 f"ScenesData.max_objects of split {self.split!r} must lie in {fewest}..4, "
                 f"got {self.max_objects}"
+            )
+        if not 1 <= self.closeup <= 2 or self.closeup > 1 and self.max_objects > 1:
+            raise ValueError(
+                "ScenesData.closeup must be 1 or, with max_objects=1, 2 (the largest object fills "
+                f"most of it), got {self.closeup} with max_objects={self.max_objects}"
             )
 
 
@@ -139,7 +149,23 @@ class _ScenesSource(Source):
     def window(self, index: int, y: int, x: int, size: int) -> Example:
         config = self.config
         scene, caption = caption_at(config.seed, index, config.split, config.max_objects)
-        return {"image": render(scene, self.resolution, (y, x, size)), "caption": caption.text}
+        side = self.resolution * config.closeup
+        if config.closeup > 1:
+            rng = generator(config.seed, index, config.split, purpose=2)
+            corner_y, corner_x = _around(scene.objects[0], side, self.resolution, rng)
+            y, x = y + corner_y, x + corner_x
+        return {"image": render(scene, side, (y, x, size)), "caption": caption.text}
+
+
+def _around(item: Object, side: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """The corner (y, x) of a random window of `size` pixels, in a picture of `side`, that holds
+    all of the object."""
+    corner = []
+    for centre in (item.y, item.x):
+        low = max(0, math.ceil((centre + item.radius) * side) - size)
+        high = min(side - size, math.floor((centre - item.radius) * side))
+        corner.append(low + int(rng.random() * (high - low + 1)))
+    return corner[0], corner[1]
 
 
 class _FolderSource(Source):

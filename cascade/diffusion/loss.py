@@ -11,6 +11,7 @@ so every loss of this file is a weight on the x0 error (SNR = exp(logsnr)):
          plain, in v      SNR + 1             Salimans & Ho 2022
          min_snr          min(SNR, gamma)     Hang et al. 2023, gamma = 5
          truncated_snr    max(SNR, 1)         Salimans & Ho 2022, sec. 4
+         debiased         sqrt(SNR)           Yu et al. 2023 (arXiv:2310.08442)
 
 A network that also predicts the variance of its steps (Nichol & Dhariwal 2021, "Improved DDPM",
 eq. 15 and 16) is trained on the bound of a chain of T steps besides. The step from t to s = t - 1/T
@@ -41,19 +42,20 @@ from cascade.diffusion.process import Prediction, Schedule, alpha_sigma, corrupt
 class Loss:
     """Which weight of equation (2) the error carries.
 
-    space: where the plain mean squared error is taken; the other two weightings are the same in
+    space: where the plain mean squared error is taken; the other weightings are the same in
         every space, and do not read it.
     gamma: the cap of min_snr, an SNR (not a log-SNR).
     """
 
     space: Prediction = "v"
-    weighting: Literal["plain", "min_snr", "truncated_snr"] = "plain"
+    weighting: Literal["plain", "min_snr", "truncated_snr", "debiased"] = "plain"
     gamma: float = 5.0
 
     def __post_init__(self):
-        if self.weighting not in ("plain", "min_snr", "truncated_snr"):
+        if self.weighting not in ("plain", "min_snr", "truncated_snr", "debiased"):
             raise ValueError(
-                f'Loss.weighting: "plain", "min_snr" or "truncated_snr", got {self.weighting!r}'
+                'Loss.weighting: "plain", "min_snr", "truncated_snr" or "debiased", '
+                f"got {self.weighting!r}"
             )
         if self.gamma <= 0:
             raise ValueError(f"Loss.gamma must be positive (an SNR), got {self.gamma}")
@@ -63,9 +65,10 @@ class Loss:
 
         It is bounded where the loss suits the network: a weight in the network's own space is 1,
         v networks and min_snr stay below max(1, gamma) throughout. It is not for an x0 network
-        with the eps, v or truncated_snr loss (SNR as t -> 0) nor for an eps network with the x0,
-        v or truncated_snr loss (1/SNR as t -> 1): there the range of the schedule is the only
-        bound, exp(20) by default, so narrow logsnr_min and logsnr_max.
+        with the eps, v, truncated_snr or debiased loss (SNR as t -> 0, or its root) nor for an eps
+        network with the x0, v, truncated_snr or debiased loss (1/SNR as t -> 1, or its root): there
+        the range of the schedule is the only bound, exp(20) by default, so narrow logsnr_min and
+        logsnr_max.
         """
         match self.weighting:
             case "plain":
@@ -74,6 +77,8 @@ class Loss:
                 on_x0 = jnp.minimum(logsnr, jnp.log(self.gamma))
             case "truncated_snr":
                 on_x0 = jnp.maximum(logsnr, 0.0)
+            case "debiased":
+                on_x0 = logsnr / 2
         # A difference of logarithms: SNR / SNR is exactly 1, and exp(20) never meets exp(-20).
         return jnp.exp(on_x0 - _log_ratio(logsnr, kind))
 

@@ -194,6 +194,13 @@ class Discrete:
             t.astype(jnp.float32) * self.steps, np.arange(self.steps + 1.0), self._table()
         )
 
+    def entry(self, logsnr: Float[Array, " *b"]) -> Float[Array, " *b"]:
+        """log-SNR -> the nearest entry of the table, 0..steps - 1: the time that a network trained
+        on it is told."""
+        table = self._table()
+        t = jnp.interp(-logsnr.astype(jnp.float32), -table, np.arange(self.steps + 1.0))
+        return jnp.clip(jnp.round(t) - 1, 0, self.steps - 1)
+
     def _table(self) -> np.ndarray:
         """log-SNR at t = 0, 1 / steps, ... 1, computed in float64."""
         if self.betas == "linear":

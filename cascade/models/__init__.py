@@ -7,11 +7,13 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cascade.models.conditioning import Conditioning
 from cascade.models.efficient_unet import EfficientLevel, EfficientUNet, EfficientUNetConfig
+from cascade.models.if_unet import IFLevel, IFUNet, IFUNetConfig
 from cascade.models.unet import Level, UNet, UNetConfig
 
 __all__ = [
@@ -19,6 +21,9 @@ __all__ = [
     "EfficientLevel",
     "EfficientUNet",
     "EfficientUNetConfig",
+    "IFLevel",
+    "IFUNet",
+    "IFUNetConfig",
     "Level",
     "Network",
     "UNet",
@@ -36,9 +41,9 @@ class Network:
     [blocks, 3, 3, in, out], since equal blocks are stacked along a leading axis ("rest", "blocks").
     """
 
-    def __init__(self, config: UNetConfig | EfficientUNetConfig):
+    def __init__(self, config: UNetConfig | EfficientUNetConfig | IFUNetConfig):
         self.config = config
-        self._graphdef, state = nnx.split(nnx.eval_shape(lambda: self._module(nnx.Rngs(0))))
+        self._graphdef, state = nnx.split(nnx.eval_shape(lambda: self._module(_OneKey())))
         self._paths = [path for path, _ in nnx.to_flat_state(state)]
         self._abstract = state
 
@@ -62,10 +67,25 @@ class Network:
         state = nnx.from_flat_state((path, _at(params, path)) for path in self._paths)
         return nnx.merge(self._graphdef, state)(x, time, cond, key)
 
-    def _module(self, rngs: nnx.Rngs) -> UNet | EfficientUNet:
-        if isinstance(self.config, UNetConfig):
-            return UNet(self.config, rngs)
-        return EfficientUNet(self.config, rngs)
+    def _module(self, rngs: nnx.Rngs) -> UNet | EfficientUNet | IFUNet:
+        match self.config:
+            case UNetConfig():
+                return UNet(self.config, rngs)
+            case EfficientUNetConfig():
+                return EfficientUNet(self.config, rngs)
+            case IFUNetConfig():
+                return IFUNet(self.config, rngs)
+
+
+class _OneKey(nnx.Rngs):
+    """For shapes alone: nnx.Rngs counts its keys, which in a trace costs the square of their number
+    (10 seconds for DeepFloyd IF)."""
+
+    def __init__(self):
+        super().__init__()
+
+    def params(self) -> Key[Array, ""]:
+        return jax.random.key(0)
 
 
 def _named(state: Any) -> Params:

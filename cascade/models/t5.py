@@ -70,8 +70,10 @@ class T5Config:
     def from_hf_dict(cls, fields: Mapping[str, Any]) -> "T5Config":
         """From the contents of a Hugging Face config.json; fields that we do not have are ignored.
 
-        Raises ValueError naming a missing size or a feed-forward other than T5 v1.1's.
+        Raises ValueError naming a missing size, or what is not of a T5 v1.1.
         """
+        if (kind := fields.get("model_type", "t5")) != "t5":
+            raise ValueError(f"model_type must be 't5', got {kind!r}: the config of another model")
         known = {f.name for f in dataclasses.fields(cls)} - {"compute_dtype"}
         # Absent means the original T5's relu there, not our default.
         given: dict[str, Any] = {"feed_forward_proj": "relu"}

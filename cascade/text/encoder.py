@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5EncoderModel
+from cascade.text.captions import Captions
 from cascade.text.folder import read_folder, write_folder
 from cascade.text.tokenizer import DEFAULT_MAX_TOKENS, Tokenizer, Tokens
 
@@ -53,7 +54,15 @@ class TextEncoder(Protocol):
 
 
 class T5Encoder:
-    """Frozen: no training mode; its parameters belong in no optimizer and no checkpoint."""
+    """T5 v1.1's encoder, usable alone: texts in, an embedding for each of their tokens out.
+
+    >>> encoder = T5Encoder.load("scenes")  # or a folder, or "google/t5-v1_1-xl"
+    >>> embedding = encoder(["a red circle", "two stars"])
+    >>> embedding.values.shape, embedding.mask.sum(1)  # [b, max_tokens, width]; tokens + 1
+    ((2, 64, 128), Array([4, 3], dtype=int32))
+
+    Frozen: no training mode; its parameters belong in no optimizer and no checkpoint.
+    """
 
     def __init__(self, config: T5Config, params: dict, tokenizer: Tokenizer):
         """params: nested dict of T5EncoderModel's arrays."""
@@ -68,16 +77,28 @@ class T5Encoder:
         name_or_dir: str | Path,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         *,
+        captions: Captions = "verbatim",
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        shardings: Callable[[Any], Any] | None = None,
     ) -> "T5Encoder":
         """The shipped encoder ("scenes"), a local folder, or a Hugging Face name, in this order.
 
+        A folder is that of any google/t5-v1_1-* (the decoder of a full checkpoint is not read), or
+        a DeepFloyd IF pipeline, or the text_encoder/ of one. Weights in safetensors, whole, in
+        shards or as a variant (fp16); parameters are float32, or with compute_dtype bfloat16 the
+        matrices of the layers are bfloat16.
+
         max_tokens: the length that prompts are padded or cut to, or the config's n_positions if
-        that is less. Raises UserError saying what is missing and what to do.
+        that is less. captions: what is done to a prompt first; DeepFloyd IF takes max_tokens=77,
+        captions="clean". shardings: parameters as ShapeDtypeStructs -> where each is put, such as
+        `functools.partial(cascade.sharding.shardings, mesh=mesh)`; None is the default device.
+        Raises UserError saying what is missing and what to do.
         """
-        config, params, spiece = read_folder(_resolve(name_or_dir), compute_dtype=compute_dtype)
-        tokenizer = Tokenizer(spiece, min(max_tokens, config.n_positions))
-        return cls(config, jax.tree.map(jnp.asarray, params), tokenizer)
+        config, params, spiece = read_folder(
+            _resolve(name_or_dir), compute_dtype=compute_dtype, shardings=shardings
+        )
+        max_tokens = min(max_tokens, config.n_positions)
+        return cls(config, params, Tokenizer(spiece, max_tokens, captions))
 
     def save(self, folder: Path) -> None:
         """Write the encoder as a folder that `load` reads, in float16."""

@@ -12,6 +12,8 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int
 
+from cascade.text.captions import Captions, prepared
+
 PAD_ID = 0
 EOS_ID = 1
 DEFAULT_MAX_TOKENS = 128
@@ -31,10 +33,14 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """model: bytes of a spiece.model. max_tokens: length of every row, end of sequence included."""
+    """model: bytes of a spiece.model. max_tokens: length of every row, end of sequence included.
+
+    captions: what is done to a text first; DeepFloyd IF was trained on "clean" ones of 77 tokens.
+    """
 
     model: bytes = dataclasses.field(repr=False)
     max_tokens: int
+    captions: Captions = "verbatim"
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -63,14 +69,14 @@ class Tokenizer:
 
     def pieces(self, text: str) -> list[int]:
         """Ids of one text: all of them, without end of sequence."""
-        return self._processor.encode(" ".join(text.split()))
+        return self._processor.encode(" ".join(prepared(text, self.captions).split()))
 
     @functools.cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "max_tokens": self.max_tokens}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]):
         self.__dict__.update(state)

@@ -9,7 +9,7 @@ from cascade.data import ScenesData
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
-from cascade.stage import Sampling, StageConfig
+from cascade.stage import Augmentation, Sampling, StageConfig
 from cascade.train import Optimizer, TrainConfig
 
 
@@ -32,7 +32,9 @@ def config() -> TrainConfig:
             ),
             schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(1024, reference=64)),
             prediction="x0",
+            residual=True,
             loss=Loss(space="v"),
+            augmentation=Augmentation(max_level=0.3),
             sampling=Sampling(steps=4, guidance=1.0, aug_level=0.05),
         ),
         data=ScenesData(split="train"),

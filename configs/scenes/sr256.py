@@ -7,7 +7,7 @@ from cascade.data import ScenesData
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
-from cascade.stage import Sampling, StageConfig
+from cascade.stage import Augmentation, Sampling, StageConfig
 from cascade.train import Optimizer, TrainConfig
 
 
@@ -31,7 +31,9 @@ def config() -> TrainConfig:
             ),
             schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(256, reference=64)),
             prediction="x0",
+            residual=True,
             loss=Loss(space="v"),
+            augmentation=Augmentation(max_level=0.3),
             sampling=Sampling(steps=8, guidance=1.0, aug_level=0.1),
         ),
         data=ScenesData(split="train"),

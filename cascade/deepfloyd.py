@@ -1,0 +1,285 @@
+"""DeepFloyd IF as stages of a cascade: its published pipelines, in diffusers' layout.
+
+A pipeline's folder holds model_index.json, `unet/`, `scheduler/`, in stage II
+`image_noising_scheduler/`, and in stage I `tokenizer/` and `text_encoder/`, the T5 of all stages.
+What the configs say decides what a stage is; watermarker and safety checker are not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from cascade.config import read_json
+from cascade.diffusion import denoise, grids, loss, process, samplers
+from cascade.errors import UserError
+from cascade.models import Network
+from cascade.pretrained import deepfloyd, weights
+from cascade.stage import Augmentation, Sampling, StageConfig
+
+Dtype = Literal["float32", "bfloat16"]
+MAX_TOKENS = 77
+CAPTIONS = "clean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """One published stage on disk. config: of our stage. folder: with model_index.json."""
+
+    folder: Path
+    config: StageConfig
+
+    def params(
+        self, dtype: Dtype = "float32", shardings: Callable[[Any], Any] | None = None
+    ) -> dict[str, Any]:
+        """The U-Net's parameters, each read straight onto its devices; see `read_unet`."""
+        return deepfloyd.read_unet(self.folder / "unet", dtype=dtype, shardings=shardings)[1]
+
+    @property
+    def files(self) -> list[Path]:
+        """The weights."""
+        return sorted((self.folder / "unet").glob("*.safetensors"))
+
+    def write(self, folder: Path, dtype: str | None = None) -> None:
+        """The weights as our model.safetensors, tensor by tensor; dtype None is that of each."""
+        target = Network(self.config.network).abstract()
+        origins = deepfloyd.unet_origins(target)
+        leaves = dict(weights.leaves(target))
+        with deepfloyd.opened(self.folder / "unet") as opened:
+            weights.fit(opened.name, opened.shapes, origins, target)
+            paths = {path.replace("/", "."): path for path in origins}
+            tensors = [
+                (name, leaves[path].shape, dtype or opened.dtype(origins[path].names[0]))
+                for name, path in paths.items()
+            ]
+            weights.write(
+                folder / "model.safetensors",
+                tensors,
+                lambda name: opened.whole(origins[paths[name]], leaves[paths[name]].shape),
+            )
+
+
+def read_converted(folder: Path, config: StageConfig) -> dict[str, Any]:
+    """The parameters of a stage that `cascade convert` wrote, in the dtype it computes in."""
+    dtype = jnp.dtype(config.network.compute_dtype)
+    target = weights.as_target(Network(config.network).abstract(), lambda _: dtype)
+    origins = weights.own_origins(target)
+    with weights.opened(folder, "model", what="stage", convert="`cascade convert`") as opened:
+        weights.fit(opened.name, opened.shapes, origins, target)
+        return weights.read(opened, origins, target)
+
+
+def computing_in(config: StageConfig, dtype: Dtype) -> StageConfig:
+    network = dataclasses.replace(config.network, compute_dtype=dtype)
+    return dataclasses.replace(config, network=network)
+
+
+def is_pipeline(name: str | Path) -> bool:
+    """Whether a model of that name is one of diffusers' pipelines, here or on the hub."""
+    folder = Path(name).expanduser()
+    return (folder / "model_index.json").is_file() or (
+        not folder.exists() and str(name).startswith("DeepFloyd/")
+    )
+
+
+def pipelines(names: Sequence[str | Path]) -> list[Pipeline]:
+    """The stages of these folders or hub names, which are stage I and II or one of them.
+
+    Raises UserError naming the file and the field that is not of DeepFloyd IF.
+    """
+    found: list[Pipeline] = []
+    for name in names:
+        folder = locate(name)
+        lowres = found[-1].config.resolution if found else None
+        found.append(Pipeline(folder=folder, config=stage_config(folder, lowres)))
+    return found
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of a pipeline: that one, or what the Hugging Face hub has under this name.
+
+    Raises UserError with what to do about a missing folder, network, licence or token.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(
+                f"model {name}: holds no model_index.json; give the folder of a diffusers pipeline"
+            )
+        return folder
+    if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise UserError(f"model {name}: no such folder")
+    return _downloaded(str(name))
+
+
+def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageConfig:
+    """The stage that a pipeline's config files describe; no weights are read.
+
+    lowres_resolution: of the stage before; None is a quarter of a super-resolution stage's own.
+    Settings without a place in the files are the pipelines' defaults: 100 steps with guidance 7 in
+    stage I, 50 steps with guidance 4 and noise level 250 of 1000 in stage II.
+    """
+    index = folder / "model_index.json"
+    kinds = ("IFPipeline", "IFSuperResolutionPipeline")
+    if (kind := read_json(index).get("_class_name")) not in kinds:
+        raise UserError(f"{index}: _class_name must be {' or '.join(kinds)}, got {kind!r}")
+    network = deepfloyd.read_unet_config(folder / "unet")
+    side = read_json(folder / "unet" / "config.json").get("sample_size")
+    if not isinstance(side, int) or side % network.side_multiple:
+        raise UserError(
+            f"{folder / 'unet' / 'config.json'}: sample_size must be a multiple of "
+            f"{network.side_multiple}, got {side!r}"
+        )
+    if network.lowres != (kind == kinds[1]):
+        raise UserError(f"{index}: a {kind} does not go with the U-Net beside it")
+    scheduler = _scheduler(folder / "scheduler" / "scheduler_config.json")
+    lowres, sampling = (
+        {},
+        Sampling(
+            steps=100,
+            grid=scheduler.grid,
+            guidance=7.0,
+            sampler=scheduler.sampler,
+            threshold=scheduler.threshold,
+        ),
+    )
+    if network.lowres:
+        noising = _scheduler(folder / "image_noising_scheduler" / "scheduler_config.json")
+        # Noise level 250 is entry 250 of the table.
+        sampling = dataclasses.replace(sampling, steps=50, guidance=4.0, aug_level=0.251)
+        lowres = {
+            "lowres_resolution": lowres_resolution or side // 4,
+            "augmentation": Augmentation(schedule=noising.schedule, after_upsampling=True),
+        }
+    try:
+        return StageConfig(
+            name=f"if{side}",
+            resolution=side,
+            network=network,
+            schedule=scheduler.schedule,
+            prediction=scheduler.prediction,
+            variance=loss.LearnedVariance() if network.learned_variance else None,
+            sampling=sampling,
+            **lowres,
+        )
+    except ValueError as e:
+        raise UserError(f"{folder}: {e}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scheduler:
+    schedule: process.Discrete
+    prediction: process.Prediction
+    sampler: samplers.Ancestral
+    threshold: denoise.Threshold
+    grid: grids.OnTable
+
+
+# Of DDPMScheduler, for fields that a scheduler_config.json lacks.
+_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "rescale_betas_zero_snr": False,
+}
+
+
+def _scheduler(file: Path) -> _Scheduler:
+    fields = read_json(file)
+    given = {**_DEFAULTS, **{k: v for k, v in fields.items() if not k.startswith("_")}}
+
+    def one_of(field: str, known: dict[Any, Any]) -> Any:
+        if given[field] not in known:
+            names = " or ".join(map(repr, known))
+            raise UserError(f"{file}: {field} must be {names}, got {given[field]!r}")
+        return known[given[field]]
+
+    if (name := fields.get("_class_name", "DDPMScheduler")) != "DDPMScheduler":
+        raise UserError(f"{file}: _class_name must be 'DDPMScheduler', got {name!r}")
+    betas = one_of("beta_schedule", {"squaredcos_cap_v2": "cosine", "linear": "linear"})
+    if betas == "linear":
+        one_of("beta_start", {0.0001: None}), one_of("beta_end", {0.02: None})
+    for field in ("trained_betas", "rescale_betas_zero_snr", "steps_offset"):
+        one_of(field, {_DEFAULTS[field]: None})
+    steps = given["num_train_timesteps"]
+    if given["thresholding"]:
+        ratio, largest = given["dynamic_thresholding_ratio"], float(given["sample_max_value"])
+        make = dict(kind="dynamic", percentile=ratio, cap=largest)
+    else:
+        one_of("clip_sample_range", {1.0: None})
+        make = dict(kind="static" if given["clip_sample"] else "none")
+    try:
+        return _Scheduler(
+            schedule=process.Discrete(betas=betas, steps=steps),
+            prediction=one_of(
+                "prediction_type", {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+            ),
+            sampler=samplers.Ancestral(
+                gamma=one_of("variance_type", {"learned_range": "learned", "fixed_small": 0.0})
+            ),
+            threshold=denoise.Threshold(**make),
+            grid=grids.OnTable(
+                spacing=one_of("timestep_spacing", {"leading": "leading", "trailing": "trailing"}),
+                entries=steps,
+            ),
+        )
+    except UserError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{file}: {e}") from None
+
+
+_WANTED = [
+    *("model_index.json", "*/config.json", "*/scheduler_config.json", "tokenizer/spiece.model"),
+    *("unet/*fp16*", "text_encoder/*fp16*"),
+]
+
+
+def _downloaded(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    wanted = (
+        f"a local folder with what https://huggingface.co/{name} holds (model_index.json, unet/, "
+        "scheduler/; text_encoder/ and tokenizer/ in stage I)"
+    )
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=_WANTED, ignore_patterns=["*.bin"]
+            )
+        )
+    except errors.GatedRepoError:
+        raise UserError(
+            f"model {name}: its licence must be accepted first: log in at "
+            f"https://huggingface.co/{name}, accept it, make a token and run `hf auth login` (or "
+            f"set HF_TOKEN); or give {wanted}"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"model {name}: the Hugging Face hub has none of this name, or hides it from those "
+            "without its licence: check the spelling, run `hf auth login` (or set HF_TOKEN); or "
+            f"give {wanted}"
+        ) from None
+    except Exception as e:  # the client lets several libraries' network errors through
+        raise UserError(
+            f"model {name}: no folder of this name here, and the Hugging Face hub cannot be "
+            f"reached ({type(e).__name__}); give {wanted}"
+        ) from None
