@@ -142,7 +142,7 @@ def open_topology(name: str) -> Topology:
 def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
     """The figures of one optimizer step, text embeddings given; see `_figures` for their names."""
     stage, optimizer = Stage(config.stage), train.make_optimizer(config)
-    state, batch = _state_of(stage, optimizer), batch_of(config, tokens)
+    state, batch = _state_of(config, stage, optimizer), batch_of(config, tokens)
     step = train.make_train_step(config, stage, optimizer)
     executed = flops.count(step, state, batch)
     model = executed
@@ -432,15 +432,18 @@ def _candidates(config: TrainConfig, topology: Topology, tokens: int) -> Iterato
                 config.stage, network=dataclasses.replace(network, remat=remat)
             ),
         )
-        state = _state_of(Stage(candidate.stage), train.make_optimizer(candidate))
+        state = _state_of(candidate, Stage(candidate.stage), train.make_optimizer(candidate))
         mesh = _mesh(candidate, dataclasses.replace(topology, devices=None))
         rough = _from_shapes(candidate, topology, mesh, state, batch_of(candidate, tokens))
         if rough["fits"]:
             yield candidate
 
 
-def _state_of(stage: Stage, optimizer: Any) -> Any:
-    return jax.eval_shape(lambda: train.init_state(optimizer, stage.init(jax.random.key(0))))
+def _state_of(config: TrainConfig, stage: Stage, optimizer: Any) -> Any:
+    def init(key):
+        return train.init_state(optimizer, stage.init(key), config.ema_profiles)
+
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def _mesh(config: TrainConfig, topology: Topology) -> Any:
