@@ -3,6 +3,7 @@
 What diffusers computes is in fixtures/deepfloyd (see make_deepfloyd.py); test_parity.py asks it.
 """
 
+import dataclasses
 import functools
 import gzip
 import json
@@ -83,7 +84,8 @@ def test_the_unet_equals_the_reference_implementation(name, tmp_path):
     write_unet(tmp_path, name)
     expected = np.array(UNETS[name]["output"]).transpose(0, 2, 3, 1)
     output = run(*deepfloyd.read_unet(tmp_path), name)
-    assert relative_error(output, expected) < 1e-5
+    # An epsilon of 1e-6 in the norms, or sqrt(2) for IF's 1 / .7071, would be 4e-6 and 8e-6 off.
+    assert relative_error(output, expected) < 2e-6
 
 
 @pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith("IF")])
@@ -367,6 +369,7 @@ def test_two_pipelines_meet_and_hold_the_published_settings(tmp_path):
     assert (two.sampling.steps, two.sampling.guidance) == (50, 4.0)
     assert [s.sampling.threshold.cap for s in (one, two)] == [1.5, 1.0]
     assert one.sampling.sampler == samplers.Ancestral(gamma="learned")
+    one.check(dataclasses.replace(one.sampling, sampler=samplers.DDIM()))  # it may be hurried
     times = one.sampling.grid(100, one.schedule)
     assert np.asarray(one.schedule.entry(one.schedule.logsnr(times[:-1]))).tolist() == list(
         range(990, -1, -10)
