@@ -205,6 +205,14 @@ def test_half_a_download_is_one_line_that_names_the_file(tmp_path):
         deepfloyd.read_unet(tmp_path)
 
 
+def test_quantized_weights_are_refused(tmp_path):
+    tensors = write_unet(tmp_path)
+    tensors["conv_in.weight"] = tensors["conv_in.weight"].astype(np.int8)
+    safetensors.numpy.save_file(tensors, tmp_path / f"{NAME}.safetensors")
+    with pytest.raises(UserError, match="conv_in.weight is stored as I8; weights must be F32"):
+        deepfloyd.read_unet(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
