@@ -20,6 +20,7 @@ VERBS = {
     "convert": ("cascade.convert", "public weights (DeepFloyd IF) to a model folder"),
     "eval": ("cascade.evaluate", "measure a model: facts right, super-resolution, sweeps"),
     "data": ("cascade.data.commands", "make or inspect a dataset"),
+    "plan": ("cascade.plan", "what a run needs on a TPU slice or GPUs that are not here"),
     "bench": ("cascade.bench", "measure this machine: time to a picture, training speed"),
 }
 

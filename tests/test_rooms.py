@@ -8,6 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cascade"
 BELOW = {
     "errors": set(),
+    "chips": set(),
+    "flops": set(),
+    "plan_hlo": set(),
     "images": {"errors"},
     "config": {"errors"},
     "sharding": {"errors"},
@@ -46,6 +49,7 @@ DOORS = {
     "sample",
     "export",
     "bench",
+    "plan",
     "train_command",
     "__init__",
     "__main__",

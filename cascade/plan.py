@@ -1,0 +1,520 @@
+"""`cascade plan CONFIG --topology v5e:16x16`: what a run would need on machines that are not here.
+
+For TPUs the real step is compiled ahead of time for the topology, on any host: XLA then says how
+much memory a chip needs, and its optimized program what a chip reads, writes and sends (plan_hlo).
+Work is counted from the traced program (flops). What a chip can do is a table (chips). From these
+follows a bound: a step takes at least as long as the slowest of the three takes alone,
+
+    time = max(FLOPs / peak, HBM bytes / HBM bandwidth, bytes sent / interconnect)
+
+reached if all else hides behind it. GPUs have no compiler for absent machines; for them, memory and
+traffic are estimated from shapes (`_from_shapes`), and the plan says what that leaves out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cascade import config as configs
+from cascade import flops, plan_hlo, sharding, train
+from cascade.chips import CHIPS, Chip, chip_named
+from cascade.errors import UserError
+from cascade.models import Conditioning
+from cascade.stage import Stage
+from cascade.train import TrainConfig
+
+PAPER_STEPS = 2_500_000
+SUGGESTIONS = 6
+
+USAGE = """usage: cascade plan CONFIG --topology CHIP:SHAPE [--FIELD VALUE ...]
+
+What a training run would need on accelerators that are not here: a table on stderr, and all
+figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, which takes minutes.
+
+  CONFIG               a config file of `cascade train`
+  --topology NAME      chips along each axis of a TPU slice, such as v4:2x2x4, v5e:16x16, v5p:4x4x4,
+                       v6e:16x16 (needs pip install 'cascade-diffusion[plan]'), or a number of
+                       GPUs: a100:N, h100:N, h200:N
+  --sample             the sampling of a batch instead of a training step
+  --sample-batch N     pictures drawn together (default: one for each part of the batch)
+  --tokens N           length of the text (default 128)
+  --suggest            try meshes, remat and microbatches, and name the fastest that fits
+  --FIELD VALUE        override a field of the config: --mesh.fsdp 16, --batch-size 2048"""
+
+Figures = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    path, words = argv[0], list(argv[1:])
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--topology")
+    own.add_argument("--sample", action="store_true")
+    own.add_argument("--sample-batch", type=int)
+    own.add_argument("--tokens", type=int, default=128)
+    own.add_argument("--suggest", action="store_true")
+    try:
+        options, rest = own.parse_known_args(words)
+    except argparse.ArgumentError as e:
+        raise UserError(f"cascade plan: {e}") from None
+    if options.topology is None:
+        raise UserError("--topology is missing, such as v5e:16x16; see cascade plan --help")
+    if options.tokens < 1:
+        raise UserError(f"--tokens must be positive, got {options.tokens}")
+    if (options.sample_batch is not None) > options.sample or (options.sample_batch or 1) < 1:
+        raise UserError("--sample-batch must be positive, and goes with --sample")
+    if options.suggest and options.sample:
+        raise UserError("--suggest is for training: leave out --sample, or --suggest")
+    default = configs.load(path)
+    if not isinstance(default, TrainConfig):
+        raise UserError(f"config {path}: config() must return a TrainConfig")
+    config = configs.parse(TrainConfig, rest, default=default, prog=f"cascade plan {path}")
+    jax.config.update("jax_platforms", "cpu")  # nothing runs; other platforms take long to start
+    topology = open_topology(options.topology)
+    if options.suggest:
+        figures = suggest(config, topology, tokens=options.tokens)
+    elif options.sample:
+        figures = plan_sampling(
+            config, topology, tokens=options.tokens, batch_size=options.sample_batch
+        )
+    else:
+        figures = plan_training(config, topology, tokens=options.tokens)
+    print(table(figures), file=sys.stderr)
+    print(json.dumps(figures, indent=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """chip: what it is made of. devices: TPUs that can be compiled for; None for GPUs."""
+
+    name: str
+    chip: Chip
+    count: int
+    devices: Sequence[Any] | None
+
+
+def open_topology(name: str) -> Topology:
+    """`v5e:16x16` or `h100:8`. Raises UserError for what is unknown or cannot be compiled for."""
+    kind, _, shape = name.partition(":")
+    chip = chip_named(kind)
+    known = ", ".join(c.name for c in CHIPS)
+    if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise UserError(
+            f"--topology {name}: must be CHIP:SHAPE with a CHIP of {known}, such as v5e:16x16 or "
+            "h100:8"
+        )
+    count = math.prod(map(int, shape.split("x")))
+    if not chip.kind.startswith("TPU"):
+        return Topology(name, chip, count, None)
+    # Without it, libtpu asks Google's metadata server which machine this is, and waits.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    try:
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(
+            "planning for TPUs needs libtpu: pip install 'cascade-diffusion[plan]'"
+        ) from None
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as e:  # jax raises several kinds
+        raise UserError(f"--topology {name}: {str(e).splitlines()[0]}") from None
+    return Topology(name, chip, len(devices), devices)
+
+
+def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
+    """The figures of one optimizer step, text embeddings given; see `_figures` for their names."""
+    stage, optimizer = Stage(config.stage), train.make_optimizer(config)
+    state, batch = _state_of(stage, optimizer), batch_of(config, tokens)
+    step = train.make_train_step(config, stage, optimizer)
+    executed = flops.count(step, state, batch)
+    model = executed
+    if config.stage.network.remat:
+        plain = dataclasses.replace(
+            config,
+            stage=dataclasses.replace(
+                config.stage, network=dataclasses.replace(config.stage.network, remat=False)
+            ),
+        )
+        model = flops.count(
+            train.make_train_step(plain, Stage(plain.stage), optimizer), state, batch
+        )
+    mesh = _mesh(config, topology)
+    train._check_batch(config, mesh)
+    if topology.devices is None:
+        measured = _from_shapes(config, topology, mesh, state, batch)
+    else:
+        placement = sharding.shardings(state, mesh)
+        jitted = jax.jit(
+            step,
+            in_shardings=(placement, sharding.batch_sharding(mesh)),
+            out_shardings=(placement, sharding.replicated(mesh)),
+            donate_argnums=0,
+        )
+        measured = _compiled(jitted, (state, batch), topology)
+    figures = _figures(
+        config,
+        topology,
+        mesh,
+        state["ema"],
+        measured,
+        model=model,
+        executed=executed,
+        images=config.batch_size,
+    )
+    if (seconds := figures["bound_seconds"]) is not None:
+        figures |= {
+            "paper_steps": PAPER_STEPS,
+            "paper_days": seconds * PAPER_STEPS / 86400,
+            "paper_chip_hours": seconds * PAPER_STEPS * topology.count / 3600,
+        }
+    return figures
+
+
+def plan_sampling(
+    config: TrainConfig, topology: Topology, *, tokens: int, batch_size: int | None = None
+) -> Figures:
+    """The figures of drawing one batch with the config's sampling settings, all steps of it."""
+    if topology.devices is None:
+        raise UserError("--sample needs a compiler, and GPUs have none for absent machines")
+    stage, settings = Stage(config.stage), config.stage.sampling
+    mesh = _mesh(config, topology)
+    b = batch_size or _batch_parts(mesh)
+    params = stage.abstract()
+    shapes = batch_of(config, tokens, b)
+    inputs = {
+        "text": shapes["text"],
+        "text_mask": shapes["text_mask"],
+        "keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
+    }
+    if (low := config.stage.lowres_resolution) is not None:
+        inputs["lowres"] = jax.ShapeDtypeStruct((b, low, low, 3), jnp.float32)
+
+    def draw(params, inputs):
+        cond = Conditioning(text=inputs["text"], text_mask=inputs["text_mask"])
+        return stage.sample(
+            params, cond, inputs["keys"], settings=settings, lowres=inputs.get("lowres")
+        )
+
+    work = flops.count(draw, params, inputs)
+    rows = sharding.batch_sharding(mesh)
+    jitted = jax.jit(
+        draw, in_shardings=(sharding.shardings(params, mesh), rows), out_shardings=rows
+    )
+    measured = _compiled(jitted, (params, inputs), topology)
+    return _figures(config, topology, mesh, params, measured, model=work, executed=work, images=b)
+
+
+def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
+    """The figures of the fastest of some settings that fit, with all that were tried.
+
+    Meshes with fsdp over 1, some or all chips, without and with remat, in 1, 2, 4 ... microbatches.
+    Compiling takes minutes, so memory estimated from shapes chooses whom to try: the settings
+    that recompute and split least come first, and of those that seem to fit, at most six are tried.
+    """
+    tried: list[Figures] = []
+    best: Figures | None = None
+    for candidate in itertools.islice(_candidates(config, topology, tokens), SUGGESTIONS):
+        settings = {
+            "mesh.fsdp": candidate.mesh.fsdp,
+            "remat": candidate.stage.network.remat,
+            "microbatches": candidate.microbatches,
+        }
+        print(f"trying {settings} ...", file=sys.stderr)
+        figures = plan_training(candidate, topology, tokens=tokens)
+        figures["settings"] = settings
+        tried.append({k: figures[k] for k in ("settings", "fits", "peak_bytes", "bound_seconds")})
+        faster = best is None or figures["bound_seconds"] < best["bound_seconds"]
+        if figures["fits"] is not False and faster:
+            best = figures
+    if best is None:
+        raise UserError(
+            f"nothing that was tried fits {topology.name}: {json.dumps(tried)}; take more chips, a "
+            "smaller batch_size, or a smaller network"
+        )
+    return best | {"tried": tried}
+
+
+def batch_of(config: TrainConfig, tokens: int, batch_size: int | None = None) -> dict[str, Any]:
+    """The shapes of a batch, as `Stage.loss` takes it."""
+    stage, b = config.stage, batch_size or config.batch_size
+    side = config.crop or stage.resolution
+    width = stage.network.text_width or 1
+    batch = {
+        "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
+        "text": jax.ShapeDtypeStruct((b, tokens, width), jnp.float32),
+        "text_mask": jax.ShapeDtypeStruct((b, tokens), jnp.bool_),
+    }
+    if stage.lowres_resolution is not None:
+        low = side * stage.lowres_resolution // stage.resolution
+        batch["lowres"] = jax.ShapeDtypeStruct((b, low, low, 3), jnp.uint8)
+    return batch
+
+
+def table(figures: Figures) -> str:
+    """The figures for people."""
+
+    def size(value: float | None) -> str:
+        return "unknown" if value is None else f"{value / 2**30:#.3g} GiB"
+
+    def seconds(value: float | None) -> str:
+        return "unknown" if value is None else f"{value * 1e3:#.3g} ms"
+
+    f = figures
+    rows = [
+        ("topology", f"{f['topology']}, {f['chips']} chips"),
+        ("mesh", " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items())),
+        ("parameters", f"{f['parameters'] / 1e6:.1f} M"),
+        ("arguments, each chip", size(f["argument_bytes"])),
+        ("temporaries", size(f["temporary_bytes"])),
+        ("peak", f"{size(f['peak_bytes'])} of {size(f['hbm_bytes'])}"),
+        ("fits", {True: "yes", False: "NO", None: "unknown"}[f["fits"]]),
+        ("FLOPs, all chips", f"{f['flops']:.4g} ({f['model_flops']:.4g} without recomputation)"),
+        ("HBM traffic", size(f["hbm_traffic_bytes"])),
+        *(
+            (kind, f"{c['count'] or '?'} times, {size(c['sent_bytes'])} sent")
+            for kind, c in f["collectives"].items()
+        ),
+        ("time of compute", seconds(f["compute_seconds"])),
+        ("time of memory", seconds(f["memory_seconds"])),
+        ("time of interconnect", seconds(f["interconnect_seconds"])),
+        ("bound", f"{seconds(f['bound_seconds'])}, by {f['bound_by']}"),
+    ]
+    if f["bound_seconds"] is not None:
+        rows += [
+            ("images/s at the bound", f"{f['images_per_second']:.1f}"),
+            ("MFU at the bound", f"{f['mfu']:.1%}"),
+        ]
+    if "paper_days" in f:
+        rows.append(
+            (
+                "2.5M steps",
+                f"{f['paper_days']:.3g} days, {f['paper_chip_hours']:.4g} chip-hours at least",
+            )
+        )
+    if "settings" in f:
+        rows.append(("settings", ", ".join(f"{k}={v}" for k, v in f["settings"].items())))
+    if f["compile_seconds"] is not None:
+        rows.append(("compiled in", f"{f['compile_seconds']:.0f} s"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(lines + [f"not known: {note}" for note in f["unknown"]])
+
+
+def _compiled(jitted: Any, shapes: tuple[Any, ...], topology: Topology) -> Figures:
+    """What XLA says of one chip: memory, traffic and collectives of the program for it."""
+    lowered = jitted.lower(*shapes)
+    start = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        return _too_large(str(e)) | {"compile_seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    memory, moved = program.memory_analysis(), plan_hlo.traffic(program.as_text())
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    peak = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.generated_code_size_in_bytes
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": peak,
+        "fits": peak <= topology.chip.hbm,
+        "hbm_traffic_bytes": moved.hbm_bytes,
+        "collectives": {
+            kind: {"count": moved.counts[kind], "sent_bytes": moved.sent_bytes[kind]}
+            for kind in moved.counts
+        },
+        "compile_seconds": seconds,
+        "unknown": [],
+    }
+
+
+def _too_large(message: str) -> Figures:
+    """A program that needs more memory than a chip has is refused; the refusal says how much."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    if used is None:
+        raise UserError(f"the compiler refused the program: {message.splitlines()[0]}")
+    return {
+        "argument_bytes": None,
+        "temporary_bytes": None,
+        "peak_bytes": float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))),
+        "fits": False,
+        "hbm_traffic_bytes": None,
+        "collectives": {},
+        "unknown": ["traffic and collectives of a program that does not fit"],
+    }
+
+
+def _from_shapes(
+    config: TrainConfig, topology: Topology, mesh: Any, state: Any, batch: Any
+) -> Figures:
+    """What shapes alone say of a step.
+
+    Memory: state and batch as sharded, gradients like parameters, and what the backward pass of
+    one microbatch keeps. Traffic: state read and written, the kept written and read. Collectives:
+    for the fsdp axis, parameters gathered forward and backward and gradients scattered, for every
+    microbatch; for the data axis, gradients summed.
+    """
+    data, fsdp, parts = mesh.shape["data"], mesh.shape["fsdp"], _batch_parts(mesh)
+    held = _bytes_each(state, sharding.shardings(state, mesh))
+    params = state["train"]["params"]
+    gradients = _bytes_each(params, sharding.shardings(params, mesh))
+    kept = _kept_bytes(config, params, batch, parts)
+    arguments = held + _size(batch) / parts
+    whole, n = _size(params), config.microbatches
+    collectives = {}
+    if fsdp > 1:
+        gathered = whole * (fsdp - 1) / fsdp
+        collectives["all-gather"] = {"count": None, "sent_bytes": 2 * n * gathered}
+        collectives["reduce-scatter"] = {"count": None, "sent_bytes": n * gathered}
+    if data > 1:
+        summed = 2 * gradients * (data - 1) / data
+        collectives["all-reduce"] = {"count": None, "sent_bytes": summed}
+    peak = arguments + gradients + kept
+    return {
+        "argument_bytes": arguments,
+        "temporary_bytes": gradients + kept,
+        "peak_bytes": peak,
+        "fits": peak <= topology.chip.hbm,
+        "hbm_traffic_bytes": 2 * held + 2 * gradients + 2 * n * kept,
+        "collectives": collectives,
+        "compile_seconds": None,
+        "unknown": [
+            "memory of the compiler's temporaries and of the allocator, so leave a tenth free",
+            "traffic inside the forward and backward pass: the time of memory is a lower bound",
+            "the network between servers: the time of interconnect takes all links for NVLink",
+        ],
+    }
+
+
+def _kept_bytes(config: TrainConfig, params: Any, batch: Any, parts: int) -> float:
+    """Bytes that the forward pass of one device's share of a microbatch keeps for the backward."""
+    share = config.batch_size // config.microbatches // parts
+    stage = Stage(config.stage)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((share, *x.shape[1:]), x.dtype), batch)
+
+    def residuals(params, batch, key):
+        return jax.vjp(lambda p: stage.loss(p, batch, key)[0], params)[1]
+
+    kept = jax.eval_shape(residuals, params, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    return max(0.0, _size(kept) - _size(params))
+
+
+def _candidates(config: TrainConfig, topology: Topology, tokens: int) -> Iterator[TrainConfig]:
+    """Settings that seem to fit, from the cheapest: few microbatches, no remat, little sharding."""
+    network, count = config.stage.network, topology.count
+    policies = typing.get_args(typing.get_type_hints(type(network))["remat"]) or (False, True)
+    splits = [2**i for i in range(10) if not config.batch_size % (2**i * count)]
+    widths = dict.fromkeys([*(4**i for i in range(8) if count % 4**i == 0), count])
+    for n, remat, fsdp in itertools.product(splits, policies, widths):
+        candidate = dataclasses.replace(
+            config,
+            microbatches=n,
+            mesh=sharding.MeshConfig(fsdp=fsdp),
+            stage=dataclasses.replace(
+                config.stage, network=dataclasses.replace(network, remat=remat)
+            ),
+        )
+        state = _state_of(Stage(candidate.stage), train.make_optimizer(candidate))
+        mesh = _mesh(candidate, dataclasses.replace(topology, devices=None))
+        rough = _from_shapes(candidate, topology, mesh, state, batch_of(candidate, tokens))
+        if rough["fits"]:
+            yield candidate
+
+
+def _state_of(stage: Stage, optimizer: Any) -> Any:
+    return jax.eval_shape(lambda: train.init_state(optimizer, stage.init(jax.random.key(0))))
+
+
+def _mesh(config: TrainConfig, topology: Topology) -> Any:
+    """A mesh of the topology's devices; without devices, an AbstractMesh of the same shape."""
+    if topology.devices is not None:
+        return sharding.make_mesh(config.mesh, topology.devices)
+    sizes = dataclasses.asdict(config.mesh)
+    known = math.prod(n for n in sizes.values() if n != -1)
+    sizes = {axis: topology.count // known if n == -1 else n for axis, n in sizes.items()}
+    if math.prod(sizes.values()) != topology.count:
+        raise UserError(
+            f"mesh {sizes} does not make {topology.count} devices; change --mesh.data or "
+            "--mesh.fsdp"
+        )
+    types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), types)
+
+
+def _batch_parts(mesh: Any) -> int:
+    return math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+
+
+def _figures(
+    config: TrainConfig,
+    topology: Topology,
+    mesh: Any,
+    params: Any,
+    measured: Figures,
+    *,
+    model: float,
+    executed: float,
+    images: int,
+) -> Figures:
+    """All figures, by name. Bytes and seconds are of one chip, FLOPs of all chips together.
+
+    model_flops: without recomputation, of which `mfu` is the share of the peak at the bound.
+    """
+    chip, n = topology.chip, topology.count
+    traffic = measured["hbm_traffic_bytes"]
+    sent = sum(c["sent_bytes"] for c in measured["collectives"].values())
+    times = {
+        "compute": executed / n / chip.flops,
+        "memory": None if traffic is None else traffic / chip.hbm_bandwidth,
+        "interconnect": None if traffic is None else sent / chip.interconnect,
+    }
+    known = {name: t for name, t in times.items() if t is not None}
+    by = max(known, key=lambda name: known[name])
+    bound = known[by]
+    return {
+        "stage": config.stage.name,
+        "topology": topology.name,
+        "chips": n,
+        "mesh": dict(mesh.shape),
+        "batch": images,
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
+        **measured,
+        "hbm_bytes": chip.hbm,
+        "flops": executed,
+        "model_flops": model,
+        **{f"{name}_seconds": t for name, t in times.items()},
+        "bound_seconds": bound,
+        "bound_by": by,
+        "images_per_second": images / bound,
+        "mfu": model / n / chip.flops / bound,
+    }
+
+
+def _bytes_each(tree: Any, placement: Any) -> float:
+    """Of one device's part."""
+    parts = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, placement
+    )
+    return float(sum(jax.tree.leaves(parts)))
+
+
+def _size(tree: Any) -> float:
+    return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
