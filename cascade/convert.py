@@ -31,7 +31,8 @@ class DeepFloydOptions:
     stage2: str | None = None
     """A folder, or a name such as DeepFloyd/IF-II-L-v1.0: 64 to 256 px."""
     text_encoder: str | None = None
-    """A folder with T5 v1.1's encoder and spiece.model; default is that of stage I."""
+    """A folder, or a name on the Hugging Face hub, with T5 v1.1's encoder and spiece.model; default
+    is that of stage I."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What weights are stored as; default is what they are stored as now."""
 
@@ -51,14 +52,14 @@ def convert_deepfloyd(options: DeepFloydOptions) -> dict:
     from cascade import deepfloyd
     from cascade.checkpoint import WholeFolder, write_json
     from cascade.text import folder as t5
+    from cascade.text.encoder import locate
 
     names = [name for name in (options.stage1, options.stage2) if name is not None]
     if not names:
         raise UserError(f"nothing to convert: {USAGE}")
     pipelines = deepfloyd.pipelines(names)
     spelled = {None: None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[options.dtype]
-    encoder = options.text_encoder
-    encoder = pipelines[0].folder if encoder is None else Path(encoder).expanduser()
+    encoder = locate(options.text_encoder or pipelines[0].folder)
     report = {
         "format": "cascade",
         "version": 1,

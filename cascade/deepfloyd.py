@@ -8,6 +8,7 @@ What the configs say decides what a stage is; watermarker and safety checker are
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -221,10 +222,11 @@ def _scheduler(file: Path) -> _Scheduler:
     steps = given["num_train_timesteps"]
     if given["thresholding"]:
         ratio, largest = given["dynamic_thresholding_ratio"], float(given["sample_max_value"])
-        make = dict(kind="dynamic", percentile=ratio, cap=largest)
+        threshold = functools.partial(denoise.Threshold, percentile=ratio, cap=largest)
     else:
         one_of("clip_sample_range", {1.0: None})
-        make = dict(kind="static" if given["clip_sample"] else "none")
+        kind = "static" if given["clip_sample"] else "none"
+        threshold = functools.partial(denoise.Threshold, kind=kind)
     try:
         return _Scheduler(
             schedule=process.Discrete(betas=betas, steps=steps),
@@ -234,7 +236,7 @@ def _scheduler(file: Path) -> _Scheduler:
             sampler=samplers.Ancestral(
                 gamma=one_of("variance_type", {"learned_range": "learned", "fixed_small": 0.0})
             ),
-            threshold=denoise.Threshold(**make),
+            threshold=threshold(),
             grid=grids.OnTable(
                 spacing=one_of("timestep_spacing", {"leading": "leading", "trailing": "trailing"}),
                 entries=steps,

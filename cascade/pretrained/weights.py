@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -86,8 +87,13 @@ class Weights:
         return _part(self, origin, dtype, (slice(None),) * len(shape))
 
     def dtype(self, tensor: str) -> str:
-        """In safetensors' spelling: F32, F16, BF16."""
-        return self._file[tensor].get_slice(tensor).get_dtype()
+        """In safetensors' spelling: one of DTYPES, or UserError."""
+        dtype = self._file[tensor].get_slice(tensor).get_dtype()
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{self.name}: {tensor} is stored as {dtype}; weights must be {', '.join(DTYPES)}"
+            )
+        return dtype
 
 
 @contextlib.contextmanager
@@ -155,8 +161,10 @@ def read(weights: Weights, origins: Mapping[str, Origin], target: Any) -> Any:
     """target, nested dicts of ShapeDtypeStructs -> the same of arrays, of its dtypes.
 
     Where a struct has a sharding the array has it, otherwise it is on the default device. Call
-    `fit` first.
+    `fit` first. Raises UserError for tensors that are not floats.
     """
+    for name in itertools.chain.from_iterable(origin.names for origin in origins.values()):
+        weights.dtype(name)
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         part: Any = functools.partial(_part, weights, origins[_name(path)], leaf.dtype)

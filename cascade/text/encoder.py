@@ -95,7 +95,7 @@ class T5Encoder:
         Raises UserError saying what is missing and what to do.
         """
         config, params, spiece = read_folder(
-            _resolve(name_or_dir), compute_dtype=compute_dtype, shardings=shardings
+            locate(name_or_dir), compute_dtype=compute_dtype, shardings=shardings
         )
         max_tokens = min(max_tokens, config.n_positions)
         return cls(config, params, Tokenizer(spiece, max_tokens, captions))
@@ -147,7 +147,8 @@ def is_hub_name(name: str) -> bool:
     return name not in SHIPPED and not Path(name).expanduser().is_dir()
 
 
-def _resolve(name_or_dir: str | Path) -> Path:
+def locate(name_or_dir: str | Path) -> Path:
+    """The folder that `T5Encoder.load` reads, downloaded from the hub if it has to be."""
     name = str(name_or_dir)
     if name in SHIPPED:
         return SHIPPED[name]
@@ -162,6 +163,8 @@ def _downloaded(name: str) -> Path:
     import huggingface_hub
 
     wanted = ["config.json", "spiece.model", "model*.safetensors", "model*safetensors*.json"]
+    # of a DeepFloyd IF pipeline
+    wanted += ["tokenizer/spiece.model", "text_encoder/*.json", "text_encoder/*fp16*.safetensors"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # the client lets several libraries' network errors through
