@@ -323,9 +323,9 @@ def _compiled(jitted: Any, shapes: tuple[Any, ...], topology: Topology) -> Figur
     peak = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.generated_code_size_in_bytes
     return {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": peak,
+        "argument_bytes": float(memory.argument_size_in_bytes),
+        "temporary_bytes": float(memory.temp_size_in_bytes),
+        "peak_bytes": float(peak),
         "fits": peak <= topology.chip.hbm,
         "hbm_traffic_bytes": moved.hbm_bytes,
         "collectives": {

@@ -26,6 +26,16 @@ def config_of(remat=False, **changes):
     return TrainConfig(**{"stage": stage, "images": 64, "batch_size": 16, **changes})
 
 
+def config_file(folder):
+    """config_of() as a file."""
+    file = folder / "config.py"
+    file.write_text(
+        "from cascade import testing\nfrom cascade.train import TrainConfig\ndef config():\n"
+        "    return TrainConfig(stage=testing.base_stage(), images=64, batch_size=16)\n"
+    )
+    return str(file)
+
+
 def parameters():
     leaves = jax.tree.leaves(Stage(testing.base_stage()).abstract())
     return sum(math.prod(leaf.shape) for leaf in leaves)
@@ -115,29 +125,27 @@ def test_the_slowest_of_three_binds(slow, by):
 
 
 def test_suggest_names_settings_that_fit_where_the_configs_do_not():
-    config = config_of(batch_size=4)
-    plain = plan_training(config, gpus(4), tokens=TOKENS)
-    state = plain["argument_bytes"] + 4 * parameters()
-    tight = gpus(4, hbm=0.5 * state)
+    config, plain = config_of(), planned(16)
+    tight = gpus(16, hbm=0.5 * (plain["argument_bytes"] + 4 * parameters()))
     got = suggest(config, tight, tokens=TOKENS)
     assert plain["peak_bytes"] > tight.chip.hbm
-    assert got["fits"] is True and got["settings"]["mesh.fsdp"] == 4
+    assert got["fits"] is True and got["settings"]["mesh.fsdp"] in (4, 16)
     assert got["bound_seconds"] == min(t["bound_seconds"] for t in got["tried"])
     with pytest.raises(UserError, match="nothing that was tried fits"):
-        suggest(config, gpus(4, hbm=1e3), tokens=TOKENS)
+        suggest(config, gpus(16, hbm=1e3), tokens=TOKENS)
 
 
 # Compiled: simulated devices stand for those of a TPU slice
 
 
 def test_a_compiled_step_has_the_arguments_of_its_shards_and_its_collectives():
-    config = config_of(mesh=MeshConfig(fsdp=8))
-    topology = Topology("simulated", chip_named("v5e"), 8, jax.devices())
-    got, shapes = plan_training(config, topology, tokens=TOKENS), planned(fsdp=8)
+    config = config_of(mesh=MeshConfig(fsdp=2))
+    topology = Topology("simulated", chip_named("v5e"), 2, jax.devices()[:2])
+    got, shapes = plan_training(config, topology, tokens=TOKENS), planned(2, fsdp=2)
     assert math.isclose(got["argument_bytes"], shapes["argument_bytes"], rel_tol=0.01)
     assert got["temporary_bytes"] > 0 and got["fits"] is True and got["unknown"] == []
     sent = sum(c["sent_bytes"] for c in got["collectives"].values())
-    assert sent > 4 * parameters() / 4
+    assert sent > 4 * parameters() / 2
     assert got["hbm_traffic_bytes"] > 2 * shapes["argument_bytes"]
     assert got["flops"] == shapes["flops"]
     assert "interconnect" in plan.table(got)
@@ -169,12 +177,8 @@ def test_a_program_that_the_compiler_finds_too_large_does_not_fit():
 
 def test_a_step_compiles_for_a_tpu_slice_without_a_tpu(capsys, tmp_path):
     pytest.importorskip("libtpu")
-    (tmp_path / "config.py").write_text(
-        "from cascade import testing\nfrom cascade.train import TrainConfig\ndef config():\n"
-        "    return TrainConfig(stage=testing.base_stage(), images=64, batch_size=16)\n"
-    )
     words = ["--topology", "v5e:2x2", "--tokens", str(TOKENS), "--mesh.fsdp", "4"]
-    main(["plan", str(tmp_path / "config.py"), *words])
+    main(["plan", config_file(tmp_path), *words])
     got = json.loads(capsys.readouterr().out)
     assert (got["chips"], got["mesh"]) == (4, {"data": 1, "fsdp": 4})
     assert got["fits"] is True and got["hbm_traffic_bytes"] > 0 and got["collectives"]
@@ -209,8 +213,9 @@ def test_mistakes_are_one_line(words, message, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_the_command_prints_a_table_and_json(capsys):
-    run("--topology", "a100:8", "--mesh.fsdp", "8")
+def test_the_command_prints_a_table_and_json(capsys, tmp_path):
+    words = ("--topology", "a100:8", "--mesh.fsdp", "8", "--tokens", str(TOKENS))
+    main(["plan", config_file(tmp_path), *words])
     out, err = capsys.readouterr()
     got = json.loads(out)
     assert got["mesh"] == {"data": 1, "fsdp": 8} and got["chips"] == 8
