@@ -21,7 +21,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from cascade.diffusion.process import Prediction, Schedule, alpha_sigma, corrupt, expand, to_x0
 
@@ -75,12 +75,13 @@ def denoising_loss(
     schedule: Schedule,
     loss: Loss,
     key: Key[Array, ""],
+    part: Part | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean weighted error of `predict` on a batch, at times stratified over it.
 
     predict(x_t, logsnr) returns a prediction of the `kind` named, in any float dtype. The error is
     taken in that space, against a target made from x0 and eps, so nothing is divided by a
-    vanishing alpha or sigma whatever space the loss is stated in.
+    vanishing alpha or sigma whatever space the loss is stated in. part: of which x0 is, see `draw`.
 
     Returns the scalar to differentiate, and metrics: "loss", and "x0_mse", the unweighted error
     of x0_hat clipped to the range of the batch (unclipped, an eps network's error near t=1 is
@@ -88,8 +89,9 @@ def denoising_loss(
     """
     k_time, k_noise = jax.random.split(key)
     x0 = x0.astype(jnp.float32)
-    logsnr = schedule.logsnr(stratified_times(k_time, x0.shape[0]))
-    eps = jax.random.normal(k_noise, x0.shape)
+    t = draw(lambda shape: stratified_times(k_time, shape[0]), x0.shape[:1], part)
+    logsnr = schedule.logsnr(t)
+    eps = draw(lambda shape: jax.random.normal(k_noise, shape), x0.shape, part)
     x_t = corrupt(x0, eps, logsnr)
     prediction = predict(x_t, logsnr).astype(jnp.float32)
 
@@ -99,6 +101,24 @@ def denoising_loss(
     x0_hat = jnp.clip(to_x0(prediction, kind, x_t, logsnr), -bound, bound)
     x0_mse = jnp.mean(_mean_square(x0_hat - x0))
     return value, {"loss": value, "x0_mse": jax.lax.stop_gradient(x0_mse)}
+
+
+Part = tuple[Int[Array, ""], int]
+"""(i, n): rows i, i + n, i + 2n ... of a batch n times as large."""
+
+
+def draw(
+    sample: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...], part: Part | None
+) -> Array:
+    """sample(shape); for a part of a batch, its rows of what is drawn for the whole one.
+
+    So gradients accumulated over parts of a batch are those of the batch. Rows are dealt out and
+    not cut in pieces, because a batch lies in pieces on devices: each deals from its own.
+    """
+    if part is None:
+        return sample(shape)
+    i, n = part
+    return sample((n * shape[0], *shape[1:])).reshape(shape[0], n, *shape[1:])[:, i]
 
 
 def stratified_times(key: Key[Array, ""], b: int) -> Float[Array, " b"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from cascade.models.conditioning import Conditioning
 from cascade.models.efficient_unet import EfficientLevel, EfficientUNet, EfficientUNetConfig
+from cascade.models.layers import placing
 from cascade.models.unet import Level, UNet, UNetConfig
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Network",
     "UNet",
     "UNetConfig",
+    "placing",
 ]
 
 Params = dict[str, Any]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -70,16 +70,19 @@ class T5Encoder:
         max_tokens: int | None = None,
         *,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        place: Callable[[dict], dict] | None = None,
     ) -> "T5Encoder":
         """The shipped encoder ("scenes"), a local folder, or a Hugging Face name, in this order.
 
         max_tokens: the length that prompts are padded or cut to; None means the config's
-        n_positions, but at most 128. Raises UserError saying what is missing and what to do.
+        n_positions, but at most 128. place: NumPy parameters -> arrays on devices; None: all on
+        the first. Raises UserError saying what is missing and what to do.
         """
         config, params, spiece = read_folder(_resolve(name_or_dir), compute_dtype=compute_dtype)
         if max_tokens is None:
             max_tokens = min(config.n_positions, DEFAULT_MAX_TOKENS)
-        return cls(config, jax.tree.map(jnp.asarray, params), Tokenizer(spiece, max_tokens))
+        params = place(params) if place else jax.tree.map(jnp.asarray, params)
+        return cls(config, params, Tokenizer(spiece, max_tokens))
 
     def save(self, folder: Path) -> None:
         """Write the encoder as a folder that `load` reads, in float16."""
