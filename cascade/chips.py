@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GiB, GB, T = 2**30, 1e9, 1e12
+GiB, GB, T = 2.0**30, 1e9, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cascade"
 BELOW = {
     "errors": set(),
+    "chips": set(),
+    "flops": set(),
+    "xla_flags": set(),
+    "distributed": {"errors", "xla_flags"},
+    "training_log": {"chips", "errors"},
     "images": {"errors"},
     "config": {"errors"},
     "sharding": {"errors"},
@@ -23,7 +28,7 @@ BELOW = {
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
         *("data", "stage", "sharding", "checkpoint", "config"),
-        *("errors", "images", "models", "pretrained", "text"),
+        *("errors", "flops", "images", "models", "pretrained", "text", "training_log"),
     },
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
     "testing": {"diffusion", "models", "stage", "text", "runner"},
