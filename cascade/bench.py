@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade import config
+from cascade import config, xla_flags
 from cascade.errors import UserError
 
 PROMPT = "a small red circle above a big blue square on gray"
@@ -33,14 +34,119 @@ class SampleOptions:
     """What to draw."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Time the train step of a config on random pictures and text: no data, no text encoder.
+
+    The mesh is the config's, over all devices. MFU counts the FLOPs of matrix products and
+    convolutions, forward and backward, without what remat computes again.
+    """
+
+    config: Path
+    """A config file, as `cascade train` takes it."""
+    batch_size: int | None = None
+    """Pictures a step, instead of the config's."""
+    steps: int = 10
+    """Steps timed, after two that compile and warm up."""
+    tokens: int = 128
+    """Tokens of each text."""
+
+
+USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
+       cascade bench train --config FILE [--batch-size N] [--steps N] [--tokens N]"""
+
+
 def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]")
-        return
-    if argv[0] != "sample":
-        raise UserError(f"cascade bench {argv[0]}: only `cascade bench sample` exists")
-    options = config.parse(SampleOptions, argv[1:], prog="cascade bench sample")
-    print(json.dumps(bench_sample(options), indent=2))
+        print(USAGE)
+    elif argv[0] == "sample":
+        options = config.parse(SampleOptions, argv[1:], prog="cascade bench sample")
+        print(json.dumps(bench_sample(options), indent=2))
+    elif argv[0] == "train":
+        options = config.parse(TrainOptions, argv[1:], prog="cascade bench train")
+        xla_flags.apply(xla_flags.expected_backend(), os.environ)
+        print(json.dumps(bench_train(options), indent=2))
+    else:
+        raise UserError(f"cascade bench {argv[0]}: must be sample or train")
+
+
+def bench_train(options: TrainOptions) -> dict[str, Any]:
+    """Images a second and what follows from it, of the present machine."""
+    import jax
+
+    from cascade import flops, sharding, train
+    from cascade.chips import chip_of
+    from cascade.stage import Stage
+
+    settings = config.load(str(options.config))
+    if not isinstance(settings, train.TrainConfig):
+        raise UserError(f"config {options.config}: config() must return a TrainConfig")
+    if options.steps < 1:
+        raise UserError(f"--steps must be 1 or more, got {options.steps}")
+    try:
+        b = options.batch_size or settings.batch_size
+        settings = dataclasses.replace(settings, batch_size=b)
+    except ValueError as e:
+        raise UserError(f"--batch-size {options.batch_size}: {e}") from None
+    mesh = sharding.make_mesh(settings.mesh)
+    train.check_batch(settings, mesh)
+    stage, optimizer = Stage(settings.stage), train.make_optimizer(settings)
+    key = jax.random.key(0, impl="rbg")
+
+    def init(key):
+        return train.init_state(optimizer, stage.init(key))
+
+    placement = sharding.shardings(jax.eval_shape(init, key), mesh)
+    state = jax.jit(init, out_shardings=placement)(key)
+    batch = sharding.shard_batch(_random_batch(settings, options.tokens), mesh)
+    work = flops.count(train.make_plain_step(settings), state, batch)
+    step = jax.jit(
+        train.make_train_step(settings, stage, optimizer, mesh),
+        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        out_shardings=(placement, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(state["train"]["params"]))
+    start = time.perf_counter()
+    print("compiling ...", file=sys.stderr)
+    for _ in range(2):
+        state, metrics = jax.block_until_ready(step(state, batch))
+    warm = time.perf_counter()
+    for _ in range(options.steps):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    seconds = (time.perf_counter() - warm) / options.steps
+    device = jax.devices()[0]
+    chip, rate = chip_of(device.device_kind), work / seconds / jax.device_count()
+    return {
+        "stage": settings.stage.name,
+        "parameters": parameters,
+        "batch_size": b,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "images_per_second": round(b / seconds, 2),
+        "step_seconds": round(seconds, 4),
+        "first_two_steps_seconds": round(warm - start, 2),
+        "tflops_per_device": round(rate / 1e12, 4),
+        "mfu": round(rate / chip.flops, 4) if chip else None,
+        "peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def _random_batch(settings: Any, tokens: int) -> dict[str, Any]:
+    import numpy as np
+
+    stage, b, rng = settings.stage, settings.batch_size, np.random.default_rng(0)
+    side = settings.crop or stage.resolution
+    batch = {
+        "image": rng.integers(0, 256, (b, side, side, 3), np.uint8),
+        "text": rng.standard_normal((b, tokens, stage.network.text_width), np.float32),
+        "text_mask": np.ones((b, tokens), bool),
+    }
+    if stage.lowres_resolution is not None:
+        low = side * stage.lowres_resolution // stage.resolution
+        batch["lowres"] = rng.integers(0, 256, (b, low, low, 3), np.uint8)
+    return batch
 
 
 def bench_sample(options: SampleOptions) -> dict[str, Any]:

@@ -7,19 +7,23 @@ any mesh. An exported folder holds `config.json` and `model.safetensors`; readin
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -43,22 +47,26 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, *, train: Any, ema: Any, config: Any, data: Any) -> None:
-        """train, ema: pytrees of arrays. config, data: JSON values. Complete or not there."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                train=ocp.args.StandardSave(train),
-                ema=ocp.args.StandardSave(ema),
-                config=ocp.args.JsonSave(config),
-                data=ocp.args.JsonSave(data),
-            ),
+        """train, ema: pytrees of arrays. config, data: JSON values. Complete or not there.
+
+        UserError when this one, or the one before, which was still being written, cannot be
+        written; those before stay.
+        """
+        args = ocp.args.Composite(
+            train=ocp.args.StandardSave(train),
+            ema=ocp.args.StandardSave(ema),
+            config=ocp.args.JsonSave(config),
+            data=ocp.args.JsonSave(data),
         )
+        with self._unwritten_is_told():
+            self._manager.save(step, args=args)
 
     def restore(self, *, train: Any, ema: Any) -> tuple[int, Any, Any, Any]:
         """(step, train, ema, data) of the newest checkpoint that can be read.
 
         train, ema: pytrees of ShapeDtypeStructs with the shardings to restore onto. A damaged
-        checkpoint is passed over with a warning; UserError when none is left.
+        checkpoint is passed over with a warning, and renamed to STEP.damaged1, so that the run can
+        save that step again; UserError when none is left.
         """
         step, found = self._newest(
             ocp.args.Composite(
@@ -67,6 +75,12 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             )
         )
+        if damaged := [later for later in self.steps() if later > step]:
+            if jax.process_index() == 0:
+                for later in damaged:
+                    self._set_aside(later)
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
         return step, found["train"], found["ema"], found["data"]
 
     def restore_ema(self) -> tuple[int, dict[str, Any], Any]:
@@ -81,8 +95,28 @@ class Checkpoints:
         return self._newest(ocp.args.Composite(config=ocp.args.JsonRestore()))[1]["config"]
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
+        """Waits for the last save; UserError when it could not be written."""
+        with self._unwritten_is_told():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _unwritten_is_told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            if (reason := _of_the_system(e)) is None:
+                raise
+            kept = [p.name for p in self.directory.iterdir() if p.name.isdigit()]
+            raise UserError(
+                f"{self.directory}: a checkpoint could not be written ({reason}); complete ones "
+                f"stay (steps {', '.join(sorted(kept, key=int)) or 'none yet'}); make room, then "
+                "run the same command again"
+            ) from e
+
+    def _set_aside(self, step: int) -> None:
+        names = (self.directory / f"{step}.damaged{n}" for n in itertools.count(1))
+        (self.directory / str(step)).rename(next(p for p in names if not p.exists()))
 
     def _newest(self, args: ocp.args.Composite) -> tuple[int, Any]:
         reasons = []
@@ -190,6 +224,17 @@ class WholeFolder:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _of_the_system(error: BaseException | None) -> str | None:
+    """What the operating system said, if it caused this: TensorStore has it in its own text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        if found := re.search(r"\[OS error (\d+)", str(error)):
+            return os.strerror(int(found[1]))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class _quiet_orbax:

@@ -183,6 +183,7 @@ class Cascade:
         negative: str | None = None,
         settings: Sequence[Sampling] | None = None,
         batch_size: int | None = None,
+        share: tuple[int, int] = (0, 1),
         progress: Callable[[str, int], None] | None = None,
     ) -> Iterator[Picture]:
         """Draw `num` pictures of each prompt, prompts in order, with seeds seed .. seed + num - 1.
@@ -192,8 +193,9 @@ class Cascade:
         until: stop at the stage that draws this many pixels. lowres: start from this picture (its
         side chooses the stage) instead of from text alone. negative: what guidance moves away from.
         settings: one Sampling for each stage that draws (see `select`). batch_size: pictures drawn
-        together; None is 1 on a CPU and 8 elsewhere. progress: called with (stage's name, pictures)
-        after each stage of each batch.
+        together; None is `default_batch_size()`. share: (i, n) draws batches i, i + n, ... of all,
+        the pictures that `numbers` names, for process i of n. progress: called with (stage's name,
+        pictures) after each stage of each batch.
         """
         stages = self.select(until=until, lowres=None if lowres is None else lowres.shape[:2])
         settings = [s.config.sampling for s, _ in stages] if settings is None else list(settings)
@@ -202,13 +204,13 @@ class Cascade:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if seed < 0 or seed + num > 2**32:
             raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
-        batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 8)
+        batch_size = batch_size or default_batch_size()
         # DeepFloyd IF has no null condition: without text it is told "".
         told = any(isinstance(s.config.network, IFUNetConfig) for s, _ in stages)
         text = self.encoder(prompts)
         unguided = self.encoder([negative or ""]) if negative or told else None
         jobs = [(p, seed + k) for p in range(len(prompts)) for k in range(num)]
-        for start in range(0, len(jobs), batch_size):
+        for start in range(share[0] * batch_size, len(jobs), share[1] * batch_size):
             batch = jobs[start : start + batch_size]
             filled = batch + batch[-1:] * (batch_size - len(batch))
             rows = np.array([p for p, _ in filled])
@@ -284,6 +286,17 @@ class Cascade:
                 for (stage, _), s in zip(stages, settings, strict=True)
             },
         }
+
+
+def default_batch_size() -> int:
+    """Pictures drawn together: 1 on a CPU, 8 elsewhere."""
+    return 1 if jax.default_backend() == "cpu" else 8
+
+
+def numbers(total: int, batch_size: int, share: tuple[int, int]) -> list[int]:
+    """Which of `total` pictures, counted from 0, a share of `Cascade.draw` holds, in its order."""
+    starts = range(share[0] * batch_size, total, share[1] * batch_size)
+    return [k for start in starts for k in range(start, min(start + batch_size, total))]
 
 
 def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list[Sampling]:

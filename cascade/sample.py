@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cascade import config
+from cascade import config, distributed
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Options:
     OUT/0000.json (prompt, seed, every setting, versions, the model's hash), and OUT/grid.png when
     there are several; one line of JSON on stdout for each. A folder that has pictures already is
     continued. Lists such as --steps 24,8,4 go by stage, smallest first; one value is for all.
+    Several processes, started as `cascade train --help` says, share the pictures among them.
     """
 
     prompts_: Annotated[
@@ -90,25 +91,39 @@ def main(argv: Sequence[str]) -> None:
     folder = _output_folder(options.out)
     if options.compilation_cache:
         use_compilation_cache()
-    from cascade.images import grid, load_image, save_png
-    from cascade.runner import Cascade
+    with distributed.processes():
+        _sample(options, prompts, folder)
 
+
+def _sample(options: Options, prompts: list[str], folder: Path) -> None:
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from cascade.images import grid, load_image, save_png
+    from cascade.runner import Cascade, default_batch_size, numbers
+
+    share = (jax.process_index(), jax.process_count())
     lowres = None
     if options.lowres is not None:
-        import numpy as np
-
         lowres = np.asarray(load_image(options.lowres))
     cascade = Cascade.load(options.model, text_encoder=options.text_encoder, dtype=options.dtype)
     stages = cascade.select(
         until=options.until, lowres=None if lowres is None else lowres.shape[:2]
     )
     settings = override([s for s, _ in stages], options)
-    _warn(cascade, prompts)
-    number = _next_number(folder)
-    shown = []
+    if share[0] == 0:
+        _warn(cascade, prompts)
+    # All processes count on from what the first one saw before any of them wrote.
+    first = _next_number(folder)
+    if share[1] > 1:
+        first = int(multihost_utils.broadcast_one_to_all(np.int32(first)))
     total = len(prompts) * options.num
-    with _progress(total * len(stages)) as progress:
-        for picture in cascade.draw(
+    batch_size = options.batch_size or default_batch_size()
+    own = numbers(total, batch_size, share)
+    side = 0
+    with _progress(len(own) * len(stages), shown=share[0] == 0) as progress:
+        pictures = cascade.draw(
             prompts,
             seed=options.seed,
             num=options.num,
@@ -116,17 +131,20 @@ def main(argv: Sequence[str]) -> None:
             lowres=lowres,
             negative=options.negative,
             settings=settings,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
+            share=share,
             progress=progress,
-        ):
+        )
+        for number, picture in zip(own, pictures, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            line = _write(picture, folder, number, save_png)
+            line = _write(picture, folder, first + number, save_png)
             print(json.dumps(line), flush=True)
-            number += 1
-            shown.append(picture)
-    if total > 1:
-        side = min(256, max(shown[0].images))
-        save_png(folder / "grid.png", grid([p.images[_nearest(p, side)] for p in shown]))
+            side = _nearest(picture, min(256, max(picture.images)))
+    if share[1] > 1:
+        multihost_utils.sync_global_devices("pictures drawn")
+    if total > 1 and share[0] == 0:
+        drawn = [folder / f"{first + n:04d}_{side}.png" for n in range(total)]
+        save_png(folder / "grid.png", grid([np.asarray(load_image(file)) for file in drawn]))
 
 
 def use_compilation_cache() -> None:
@@ -335,10 +353,12 @@ def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
 class _progress:
     """A bar over (stage, picture) pairs, on stderr."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, shown: bool):
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, unit="stage", desc="drawing", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, unit="stage", desc="drawing", dynamic_ncols=True, disable=not shown
+        )
 
     def __enter__(self) -> Callable[[str, int], None]:
         def advance(stage: str, pictures: int) -> None:

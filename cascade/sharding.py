@@ -1,26 +1,54 @@
 """Where arrays live: the device mesh and the rules that place parameters and batches on it.
 
-The only file that names mesh axes. `data` replicates parameters and splits the batch; `fsdp`
-splits both. Networks know nothing of this: placement is a value outside of them, a list of
-(regular expression on the parameter's path, PartitionSpec), and where no rule speaks, the largest
-axis that the fsdp axis divides is split.
+The only file that names mesh axes:
+
+    data    replicates parameters and splits the batch
+    fsdp    splits both: a parameter is gathered where it is used, its gradient scattered again
+    tensor  splits the channels between two layers and leaves the batch whole
+
+Networks know nothing of this. Placement is a value outside of them: a list of (regular expression
+on the parameter's path, axes of its last dimensions), and where no rule speaks, the largest
+dimension that the fsdp axis divides is split. What networks say of an activation is its role;
+`activations` turns roles into constraints.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cascade.errors import UserError
 
-Rule = tuple[str, PartitionSpec]
+Rule = tuple[str, tuple[str | tuple[str, ...] | None, ...]]
+"""(regex searched in a path such as `levels/0/blocks/conv1/kernel`, mesh axes of the array's last
+dimensions): aligned at the end, since equal blocks are stacked along a leading one."""
+
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+
+# Pairs of layers (Shoeybi et al. 2019, Megatron-LM, sec. 3): the first makes a share of the
+# channels on each device of the tensor axis, which stay there through norms, activations and
+# attention heads; the second sums its share of the products over the axis.
+RULES: tuple[Rule, ...] = (
+    (r"residual/conv1/kernel$", ("fsdp", "tensor")),
+    (r"residual/conv2/kernel$", ("tensor", "fsdp")),
+    (r"attention/query/kernel$", ("fsdp", "tensor")),
+    # Keys beside values: halves of one matrix, of which every device needs a share of each.
+    (r"attention/(image|text)/kernel$", (("fsdp", "tensor"), None)),
+    (r"attention/out/kernel$", ("tensor", "fsdp")),
+    # T5
+    (r"attention/[qkv]/kernel$", ("fsdp", "tensor")),
+    (r"attention/o/kernel$", ("tensor", "fsdp")),
+    (r"feed_forward/wi_[01]/kernel$", ("fsdp", "tensor")),
+    (r"feed_forward/wo/kernel$", ("tensor", "fsdp")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,26 +57,42 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices of all processes. Raises UserError when the numbers do not fit."""
+    """A mesh over all devices of all processes. Raises UserError when the numbers do not fit.
+
+    Neighbours along tensor, then fsdp, are the closest. TPU slices, which only the data-centre
+    network connects, are laid along data.
+    """
     devices = jax.devices() if devices is None else devices
-    shape = [config.data, config.fsdp]
+    shape = [config.data, config.fsdp, config.tensor]
+    described = f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor}"
     if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
-        raise UserError(
-            f"mesh data={config.data} x fsdp={config.fsdp}: each must be positive, one may be -1"
-        )
+        raise UserError(f"{described}: each must be positive, one may be -1")
     known = int(np.prod([n for n in shape if n != -1]))
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
         raise UserError(
-            f"mesh data={config.data} x fsdp={config.fsdp} needs a multiple of {known} devices, "
-            f"found {len(devices)}; change mesh.data or mesh.fsdp"
+            f"{described} needs a multiple of {known} devices, found {len(devices)}; change "
+            "mesh.data, mesh.fsdp or mesh.tensor"
         )
+    slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
+    if len(slices) > 1:
+        if shape[0] % len(slices):
+            raise UserError(
+                f"{described}: mesh.data must be a multiple of the {len(slices)} TPU slices, "
+                f"got {shape[0]}"
+            )
+        within = (shape[0] // len(slices), *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (len(slices), 1, 1), devices, allow_split_physical_axes=True
+        )
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     # jax.make_mesh defaults to Explicit axes, under which nnx.Conv refuses a sharded kernel.
-    return jax.make_mesh(tuple(shape), BATCH_AXES, (AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -60,33 +104,105 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, ascending.
+
+    Not always in one piece (a TPU host's chips are a square of the pod), and processes along the
+    tensor axis hold the same ones.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[i] for i in held.values()]))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Each process's own rows (NumPy) -> global arrays of all rows."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """Each process's own rows (NumPy, those of `process_rows`) -> global arrays of all rows."""
+    sharding, parts = batch_sharding(mesh), batch_parts(mesh)
+    own = process_rows(mesh, parts)
+
+    def place(x: Any) -> jax.Array:
+        size = len(x) // len(own)
+
+        def part(index: tuple[slice, ...]) -> Any:
+            first = int(np.searchsorted(own, (index[0].start or 0) // size)) * size
+            return x[first : first + size]
+
+        return jax.make_array_from_callback((size * parts, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
     """The placement of each leaf of `tree` (arrays or ShapeDtypeStructs), as NamedShardings.
 
-    rules: (regex searched in the leaf's path, such as `levels/0/blocks/conv1/kernel`, spec); the
-    first that matches wins. Optimizer state and EMA have paths that end like their parameter's and
-    shapes equal to it, so the same call places them alike.
+    The first rule that matches wins; an axis that does not divide its dimension is left out.
+    Optimizer state and EMA have paths that end like their parameter's and shapes equal to it, so
+    the same call places them alike.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        for pattern, spec in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, spec)
+        for pattern, axes in rules:
+            if re.search(pattern, name) and len(axes) <= len(leaf.shape):
+                return NamedSharding(mesh, _spec(leaf.shape, axes, mesh))
         return NamedSharding(mesh, _fsdp_spec(leaf.shape, mesh.shape["fsdp"]))
 
     return jax.tree.map_with_path(place, tree)
 
 
+def place(tree: Any, placement: Any) -> Any:
+    """Arrays that every process has whole -> global arrays; a device is given only its part."""
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
+        jax.tree.map(np.asarray, tree),
+        placement,
+    )
+
+
+def fetch(tree: Any) -> Any:
+    """Global arrays -> whole NumPy arrays in every process; all must call it."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def activations(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
+    """(activation, role) -> the same, constrained to the mesh.
+
+    Roles (see models.layers.placed): `stream` has all its channels on every device of its part of
+    the batch; without saying so, XLA may split it like the weights and gather activations where
+    weights are smaller. `inner`'s channels are split over tensor.
+    """
+    last = {"stream": None, "inner": "tensor"}
+
+    def constrain(x: jax.Array, role: str) -> jax.Array:
+        spec = PartitionSpec(BATCH_AXES, *(None,) * (x.ndim - 2), last[role])
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return constrain
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A pytree path as text: `levels/0/blocks/conv1/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _spec(shape: tuple[int, ...], axes: Sequence[Any], mesh: Mesh) -> PartitionSpec:
+    def fitting(size: int, names: Any) -> Any:
+        kept = ()
+        for name in (names,) if isinstance(names, str) else names or ():
+            ways = mesh.shape[name]
+            if ways > 1 and size % ways == 0:
+                kept, size = (*kept, name), size // ways
+        return kept if len(kept) > 1 else kept[0] if kept else None
+
+    lead = len(shape) - len(axes)
+    last = [fitting(size, names) for size, names in zip(shape[lead:], axes, strict=True)]
+    return PartitionSpec(*(None,) * lead, *last)
 
 
 def _fsdp_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

@@ -215,26 +215,39 @@ class Stage:
         return self.network.abstract()
 
     def loss(
-        self, params: Any, batch: Mapping[str, Any], key: Key[Array, ""]
+        self,
+        params: Any,
+        batch: Mapping[str, Any],
+        key: Key[Array, ""],
+        part: loss.Part | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The training loss of a batch, and scalars worth logging.
 
         batch: image uint8 [b, s, s, 3] (any crop of the stage's resolution); for super-resolution
         lowres uint8 [b, s/f, s/f, 3], aligned with it; text f32 [b, l, d], text_mask bool [b, l].
+        part: (i, n) if it is rows i, i + n, ... of a batch n times as large: the mean of the parts'
+        losses is then that batch's, dropout masks aside.
         """
         config = self.config
         k_drop, k_level, k_augment, k_loss, k_dropout = jax.random.split(key, 5)
         x0 = images.to_float(batch["image"])
         cond = Conditioning(text=batch["text"], text_mask=batch["text_mask"])
-        cond = cond.dropped(jax.random.bernoulli(k_drop, config.condition_dropout, x0.shape[:1]))
+        rows = x0.shape[:1]
+        drop = functools.partial(jax.random.bernoulli, k_drop, config.condition_dropout)
+        cond = cond.dropped(loss.draw(drop, rows, part))
         if config.lowres_resolution is not None:
-            level = config.augmentation.max_level * jax.random.uniform(k_level, x0.shape[:1])
+            level = loss.draw(functools.partial(jax.random.uniform, k_level), rows, part)
+            level = config.augmentation.max_level * level
             lowres = images.to_float(batch["lowres"])
+            normal = functools.partial(jax.random.normal, k_augment)
 
             def draw(shape):
-                return jax.random.normal(k_augment, (len(lowres), *shape))
+                return loss.draw(normal, (len(lowres), *shape), part)
 
             cond = self._with_lowres(cond, lowres, level, draw, x0.shape[1:3])
+
+        if part is not None:
+            k_dropout = jax.random.fold_in(k_dropout, part[0])
 
         def predict(x_t, logsnr):
             prediction, gamma = self._predict(params, x_t, logsnr, cond, k_dropout)
@@ -248,6 +261,7 @@ class Stage:
             loss=config.loss,
             variance=config.variance,
             key=k_loss,
+            part=part,
         )
 
     def denoiser(

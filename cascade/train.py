@@ -9,8 +9,8 @@ and the random keys (all folded from seed and step) are restored. Progress is co
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
 import signal
 import threading
 import time
@@ -21,22 +21,23 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cascade import ema as averages
-from cascade import images, pretrained, sharding
+from cascade import flops, images, pretrained, sharding
 from cascade.checkpoint import Checkpoints, load_safetensors, save_safetensors
 from cascade.config import to_json
 from cascade.data import Degradation, FolderData, ScenesData, TFDSData, batches
 from cascade.errors import UserError
-from cascade.models import Conditioning
+from cascade.models import Conditioning, placing
 from cascade.stage import Stage, StageConfig
-from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, Tokens
+from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
+from cascade.training_log import TrainingLog
 
 State = dict[str, Any]
+NORMS = ("grad_norm", "update_norm", "param_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +68,19 @@ class TrainConfig:
     text_tokens: length that captions are padded or cut to, unless the text encoder's own window is
     shorter (the paper states none). images: training examples in all, repetitions counted.
     batch_size: examples a step, over all devices and microbatches. microbatches: gradients of equal
-    parts of the batch are averaged, for less memory. crop: side in pixels of the aligned crops a
-    super-resolution stage trains on; None is the whole picture. degradation: how its low-resolution
-    pictures are spoiled; None is plain means over blocks. init: a model, as `cascade sample
-    --model` names it, whose stage of the same name gives the first weights; None is fresh ones.
-    ema_decay: per step, reached gradually as (1 + step) / (10 + step). ema_profiles: relative
-    widths (sigma_rel of `cascade.ema`) of averages kept besides, each costing the memory of the
-    weights and written every ema_snapshot_images to ema/STEP_WIDTH.safetensors; from the snapshots
-    of two, such as .05 and .1 (Karras et al. 2024), `cascade export --ema` makes any other.
-    workers: processes that prepare data; 0 uses threads of this one. preview_prompts: drawn with
-    the EMA weights every preview_every_images (0: never). keep: newest checkpoints kept.
+    parts of the batch are averaged, for less memory and the same result. crop: side in pixels of
+    the aligned crops a super-resolution stage trains on; None is the whole picture. degradation:
+    how its low-resolution pictures are spoiled; None is plain means over blocks. init: a model, as
+    `cascade sample --model` names it, whose stage of the same name gives the first weights; None is
+    fresh ones. ema_decay: per step, reached gradually as (1 + step) / (10 + step). ema_profiles:
+    relative widths (sigma_rel of `cascade.ema`) of averages kept besides, each costing the memory
+    of the weights and written every ema_snapshot_images to ema/STEP_WIDTH.safetensors; from the
+    snapshots of two, such as .05 and .1 (Karras et al. 2024), `cascade export --ema` makes any
+    other. workers: processes of each host that prepare data; 0 uses threads of the one that trains.
+    preview_prompts: drawn with the EMA weights every preview_every_images (0: never). keep: newest
+    checkpoints kept. skip_limit: updates that are not finite are left out; after so many in a row
+    training stops. wandb: a Weights & Biases project that is sent the figures too. profile_steps:
+    so many steps after the first three are traced into WORKDIR/profile (jax.profiler).
     """
 
     stage: StageConfig
@@ -101,6 +105,9 @@ class TrainConfig:
     preview_every_images: int = 100_000
     preview_prompts: tuple[str, ...] = ()
     keep: int = 3
+    skip_limit: int = 20
+    wandb: str | None = None
+    profile_steps: int = 0
 
     def __post_init__(self):
         if self.batch_size < 1 or self.batch_size % self.microbatches:
@@ -112,6 +119,8 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.text_tokens must be at least 1, got {self.text_tokens}")
         for width in self.ema_profiles:
             averages.gamma_from_sigma_rel(width)
+        if self.skip_limit < 1:
+            raise ValueError(f"TrainConfig.skip_limit must be at least 1, got {self.skip_limit}")
         low, crop = self.stage.lowres_resolution, self.crop
         if self.degradation is not None and low is None:
             raise ValueError("TrainConfig.degradation is for super-resolution stages only")
@@ -167,30 +176,41 @@ def init_state(
 
 
 def make_train_step(
-    config: TrainConfig, stage: Stage, optimizer: optax.GradientTransformation
+    config: TrainConfig,
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
 ) -> Callable[[State, dict[str, Any]], tuple[State, dict[str, jax.Array]]]:
     """A pure (state, batch) -> (state, metrics); jit it with the state's shardings, state donated.
 
     batch: what Stage.loss takes. Randomness comes from the config's seed and state's step alone.
+    mesh: on which activations are constrained; None leaves them to the compiler. An update that is
+    not finite is left out (metrics say `skipped`): all but the step stay as they were.
     """
     gammas = {str(width): averages.gamma_from_sigma_rel(width) for width in config.ema_profiles}
+    place = sharding.activations(mesh) if mesh else lambda x, role: x
 
-    def loss_and_grads(params, batch, key):
-        (_, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, batch, key)
+    def loss_and_grads(params, batch, key, part=None):
+        with placing(place):
+            (_, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(
+                params, batch, key, part
+            )
         return metrics, grads
 
     def accumulated(params, batch, key):
-        """Mean over microbatches, one after the other."""
+        """Mean over microbatches, one after the other: rows i, i + n, ... are microbatch i."""
         n = config.microbatches
-        parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+        parts = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         shapes = jax.eval_shape(loss_and_grads, params, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, loss_and_grads(params, *part)), None
+        def add(total, x):
+            i, part = x
+            return jax.tree.map(jnp.add, total, loss_and_grads(params, part, key, (i, n))), None
 
-        total, _ = jax.lax.scan(add, zeros, (parts, keys))
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
         return jax.tree.map(lambda x: x / n, total)
 
     def train_step(state, batch):
@@ -202,35 +222,55 @@ def make_train_step(
         params = optax.apply_updates(train["params"], updates)
         step = train["step"] + 1
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
-        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+        moved = {
+            "params": params,
+            "opt_state": opt_state,
+            "ema": jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params),
+        }
+        if gammas:
+            moved["profiles"] = {
+                width: averages.track(train["profiles"][width], params, step, gamma)
+                for width, gamma in gammas.items()
+            }
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
         }
-        after = {"params": params, "opt_state": opt_state, "step": step}
-        if gammas:
-            after["profiles"] = {
-                width: averages.track(train["profiles"][width], params, step, gamma)
-                for width, gamma in gammas.items()
-            }
-        return {"train": after, "ema": ema}, metrics
+        finite = jnp.isfinite(jnp.stack([metrics["loss"], *map(metrics.get, NORMS)])).all()
+        kept = {key: ema if key == "ema" else train[key] for key in moved}
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+        ema = state.pop("ema")
+        return {"train": {**state, "step": step}, "ema": ema}, metrics | {"skipped": ~finite}
 
     return train_step
+
+
+def make_plain_step(config: TrainConfig) -> Callable[[State, dict[str, Any]], Any]:
+    """`make_train_step` without remat: what it computes again is no progress, and not counted."""
+    network = dataclasses.replace(config.stage.network, remat=False)
+    stage = Stage(dataclasses.replace(config.stage, network=network))
+    return make_train_step(config, stage, make_optimizer(config))
 
 
 def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> None:
     """Train in `workdir`, from its newest checkpoint if it has one; returns when done.
 
     until: stop (with a checkpoint) after this many images instead of config.images. SIGTERM and
-    Ctrl-C save a checkpoint and return too.
+    Ctrl-C save a checkpoint and return too. Several processes (jax.distributed) call it alike; a
+    SIGTERM to any of them stops all. Raises UserError when skip_limit updates in a row were not
+    finite, with the state before them saved.
     """
     from tqdm import tqdm
 
     mesh = sharding.make_mesh(config.mesh)
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     stage, optimizer = Stage(config.stage), make_optimizer(config)
-    encoder = T5Encoder.load(config.text_encoder, config.text_tokens)
+    encoder = T5Encoder.load(
+        config.text_encoder,
+        config.text_tokens,
+        shardings=functools.partial(sharding.shardings, mesh=mesh),
+    )
     _check_text_width(config.stage, encoder)
     data = batches(
         config.data,
@@ -238,24 +278,25 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
         lowres_resolution=config.stage.lowres_resolution,
         crop=config.crop,
         degradation=config.degradation,
-        batch_size=config.batch_size // jax.process_count(),
+        batch_size=config.batch_size,
         seed=config.seed,
         tokenizer=encoder.tokenizer,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.process_rows(mesh, config.batch_size),
         workers=config.workers,
     )
     checkpoints = Checkpoints(workdir, keep=config.keep)
     state, placement = _initial_state(config, stage, optimizer, mesh, checkpoints, data)
     step = int(state["train"]["step"])
     last = config.steps if until is None else min(config.steps, -(-until // config.batch_size))
+    embed = jax.jit(encoder.apply, out_shardings=sharding.batch_sharding(mesh))
     train_step = jax.jit(
-        make_train_step(config, stage, optimizer),
+        make_train_step(config, stage, optimizer, mesh),
         in_shardings=(placement, sharding.batch_sharding(mesh)),
         out_shardings=(placement, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    log = _Log(workdir, config, step)
+    log = None
+    profile = _Profile(workdir / "profile", config.profile_steps)
     stop = _StopSignal()
     bar = tqdm(
         total=config.images,
@@ -266,20 +307,28 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
         dynamic_ncols=True,
         disable=jax.process_index() != 0,
     )
-    with bar, stop:
+    with bar, stop, profile:
         ends = step >= last
         while not ends:
+            before = time.perf_counter()
             batch = next(data)
-            batch = _with_text(sharding.shard_batch(batch, mesh), encoder)
+            waited = time.perf_counter() - before
+            batch = sharding.shard_batch(batch, mesh)
+            text = embed(encoder.params, batch.pop("tokens"), batch.pop("token_mask"))
+            batch |= {"text": text.values, "text_mask": text.mask}
+            if log is None:
+                log = _log(config, workdir, step, state, batch)
+            profile.before_step()
             state, metrics = train_step(state, batch)
             # One step may be under way while the next is prepared; more would only hide progress.
             jax.block_until_ready(log.latest)
             step += 1
             bar.update(min(config.batch_size, config.images - (step - 1) * config.batch_size))
-            log.add(metrics)
-            ends = step == last or stop.asked
+            log.add(metrics, waited)
+            ends = step == last or log.diverged or stop.asked(step)
             if ends or _due(step, config.log_every_images, config):
-                bar.set_postfix(loss=f"{log.write(step)['loss']:.4f}")
+                loss = log.write(step)["loss"]
+                bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             if ends or _due(step, config.save_every_images, config):
                 checkpoints.save(step, **state, config=to_json(config), data=data.get_state())
             if config.ema_profiles and (ends or _due(step, config.ema_snapshot_images, config)):
@@ -289,7 +338,27 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
             ):
                 _preview(config, stage, state["ema"], encoder, batch, workdir, step)
     checkpoints.close()
-    log.close()
+    if log is not None:
+        log.close()
+        if log.diverged:
+            raise UserError(
+                f"training diverged: the last {config.skip_limit} updates, up to image "
+                f"{step * config.batch_size}, were not finite and left out; the weights before "
+                "them are saved; lower optimizer.learning_rate or optimizer.clip and run again"
+            )
+
+
+def _log(config, workdir, step, state, batch) -> TrainingLog:
+    return TrainingLog(
+        workdir,
+        config.stage.name,
+        step=step,
+        batch_size=config.batch_size,
+        step_flops=flops.count(make_plain_step(config), state, batch),
+        skip_limit=config.skip_limit,
+        wandb=config.wandb,
+        config=to_json(config),
+    )
 
 
 def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[State, Any]:
@@ -305,8 +374,12 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
         if config.init is None:
             return jax.jit(init, out_shardings=placement)(key), placement
         params = _exported(config.init, config.stage, stage.abstract())
-        state = init_state(optimizer, params, config.ema_profiles)
-        return jax.device_put(state, placement), placement
+        params = sharding.place(params, placement["train"]["params"])
+
+        def begin(params):
+            return init_state(optimizer, params, config.ema_profiles)
+
+        return jax.jit(begin, out_shardings=placement)(params), placement
     saved = checkpoints.read_config()
     if saved["stage"] != to_json(config.stage):
         raise UserError(
@@ -327,13 +400,7 @@ def _exported(model: str, stage: StageConfig, abstract: Any) -> Any:
     folder = pretrained.find(model) / stage.name
     if not folder.is_dir():
         raise UserError(f"init={model}: has no stage {stage.name}; it has no folder {folder}")
-    return jax.tree.map(jnp.asarray, load_safetensors(folder / "model.safetensors", abstract))
-
-
-def _with_text(batch: dict[str, Any], encoder: T5Encoder) -> dict[str, Any]:
-    batch = dict(batch)
-    text = encoder.embed(Tokens(ids=batch.pop("tokens"), mask=batch.pop("token_mask")))
-    return batch | {"text": text.values, "text_mask": text.mask}
+    return load_safetensors(folder / "model.safetensors", abstract)
 
 
 def _due(step: int, every_images: int, config: TrainConfig) -> bool:
@@ -355,19 +422,21 @@ def _snapshot(profiles: dict[str, Any], workdir: Path, step: int) -> None:
 
 def _preview(config, stage, ema, encoder, batch, workdir, step) -> None:
     """Write previews/IMAGES.png: drawn from the prompts (base), or low | drawn | true rows (SR)."""
+    if config.stage.lowres_resolution is None and not config.preview_prompts:
+        return
+    text = encoder(list(config.preview_prompts or ("",)))
+    cond = Conditioning(text=text.values, text_mask=text.mask)
+    cond, params, batch = sharding.fetch((cond, ema, batch))
+    if jax.process_index() != 0:
+        return
     settings = config.stage.sampling
-    params = jax.tree.map(np.asarray, ema)
     if config.stage.lowres_resolution is None:
-        if not config.preview_prompts:
-            return
-        text = encoder(list(config.preview_prompts))
-        cond = Conditioning(text=text.values, text_mask=text.mask)
         keys = jax.vmap(jax.random.key)(jnp.arange(len(config.preview_prompts)))
         rows = images.to_uint8(stage.sample(params, cond, keys, settings=settings))
         picture = images.grid(rows)
     else:
         n = min(4, config.batch_size)
-        batch = {k: np.asarray(v)[:n] for k, v in batch.items()}
+        batch = {k: v[:n] for k, v in batch.items()}
         cond = Conditioning(text=batch["text"], text_mask=batch["text_mask"])
         keys = jax.vmap(jax.random.key)(jnp.arange(n))
         low = images.to_float(batch["lowres"])
@@ -381,78 +450,43 @@ def _preview(config, stage, ema, encoder, batch, workdir, step) -> None:
     images.save_png(folder / f"{step * config.batch_size:010d}.png", picture)
 
 
-class _Log:
-    """metrics.jsonl, TensorBoard and loss.png. Rows past the resumed step are dropped first."""
+class _Profile:
+    """While entered, traces `steps` steps after the first three, which compile and warm up."""
 
-    def __init__(self, workdir: Path, config: TrainConfig, step: int):
-        from tensorboardX import SummaryWriter
+    def __init__(self, folder: Path, steps: int):
+        self._folder, self._steps, self._done, self._on = folder, steps, 0, False
 
-        self._config, self._pending, self._since = config, [], (time.perf_counter(), step)
-        self._path, self._plot = workdir / "metrics.jsonl", workdir / "loss.png"
-        self._on = jax.process_index() == 0
-        if not self._on:
-            return
-        rows = self._path.read_text().splitlines() if self._path.exists() else []
-        self._rows = [row for row in map(_parsed, rows) if row and row["step"] <= step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+    def __enter__(self) -> _Profile:
+        return self
 
-    @property
-    def latest(self) -> dict[str, jax.Array]:
-        """What was added last, if anything was since the last row."""
-        return self._pending[-1] if self._pending else {}
+    def before_step(self) -> None:
+        if self._steps and self._done == 3:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+        if self._done == 3 + self._steps:
+            self.__exit__()
+        self._done += 1
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        self._pending.append(metrics)
-
-    def write(self, step: int) -> dict[str, Any]:
-        """The means of what was added since the last call. UserError if the loss is not finite."""
-        pending, self._pending = jax.device_get(self._pending), []
-        mean = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
-        now, (then, before) = time.perf_counter(), self._since
-        self._since = (now, step)
-        images_seen = step * self._config.batch_size
-        rate = (step - before) * self._config.batch_size / (now - then)
-        row = {"step": step, "images": images_seen, **mean, "images_per_second": round(rate, 2)}
-        if not np.isfinite(mean["loss"]):
-            raise UserError(
-                f"training diverged: the loss is {mean['loss']} by image {images_seen}; the last "
-                "checkpoint is kept; lower optimizer.learning_rate or optimizer.clip and run again"
-            )
+    def __exit__(self, *error: Any) -> None:
         if self._on:
-            self._rows.append(row)
-            with self._path.open("a") as f:
-                f.write(json.dumps(row) + "\n")
-            for k, v in row.items():
-                self._tensorboard.add_scalar(k, v, step)
-            _plot_loss(self._rows, self._plot, self._config.stage.name)
-        return row
-
-    def close(self) -> None:
-        if self._on:
-            self._tensorboard.close()
-
-
-def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([r["images"] for r in rows], [r["loss"] for r in rows])
-    axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=title)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+            jax.profiler.stop_trace()
+        self._on = False
 
 
 class _StopSignal:
-    """While entered, the first SIGTERM or SIGINT sets `asked`; a second one acts as usual."""
+    """While entered, the first SIGTERM or SIGINT makes `asked` true; a second one acts as usual.
+
+    Of several processes each must stop after the same step: JAX has its own handler of SIGTERM
+    then, and agrees with the others on one.
+    """
 
     def __init__(self):
-        self.asked = False
+        self._asked = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
+        alone = jax.process_count() == 1
+        if alone and threading.current_thread() is threading.main_thread():
             for s in (signal.SIGTERM, signal.SIGINT):
                 self._old[s] = signal.signal(s, self._ask)
         return self
@@ -461,17 +495,24 @@ class _StopSignal:
         for s, old in self._old.items():
             signal.signal(s, old)
 
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after every one."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
     def _ask(self, number, frame):
-        self.asked = True
+        self._asked = True
         signal.signal(number, self._old[number])
 
 
-def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """UserError unless every device gets an equal share of every microbatch."""
     micro = config.batch_size // config.microbatches
-    if micro % mesh.size:
+    if micro % (parts := sharding.batch_parts(mesh)):
         raise UserError(
             f"batch_size={config.batch_size} / microbatches={config.microbatches} = {micro} "
-            f"must be a multiple of the mesh's {mesh.size} devices"
+            f"must be a multiple of the {parts} parts that the mesh's data and fsdp axes make of it"
         )
 
 
@@ -499,10 +540,3 @@ def _difference(a: Any, b: Any, where: str = "stage") -> str:
             if x != y:
                 return _difference(x, y, f"{where}.{i}")
     return f"{where}: {a} there, {b} here"
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:  # the line a killed run was writing
-        return None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cascade import config
+from cascade import config, distributed, xla_flags
 from cascade.errors import UserError
 
-USAGE = """usage: cascade train CONFIG --workdir DIR [--FIELD VALUE ...]
+USAGE = f"""usage: cascade train CONFIG --workdir DIR [--FIELD VALUE ...]
 
 Train one stage of a cascade, or a text encoder, as the config file says.
 
@@ -19,7 +20,9 @@ Train one stage of a cascade, or a text encoder, as the config file says.
   --until N      stop, with a checkpoint, after N images in all
   --FIELD VALUE  override a field of the config
 
-`cascade train CONFIG --help` lists the config's fields with their values."""
+`cascade train CONFIG --help` lists the config's fields with their values.
+
+{distributed.HELP}"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     defaults = config.load(path)
     workdir, rest = _take(rest, "--workdir")
     until, rest = _take(rest, "--until")
+    xla_flags.apply(xla_flags.expected_backend(), os.environ)
     from cascade.text_pretraining import TextPretraining, pretrain
     from cascade.train import TrainConfig, train
 
@@ -45,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(settings, TextPretraining):
         pretrain(settings, folder)
     else:
-        train(settings, folder, until=_images(until))
+        images = _images(until)
+        with distributed.processes():
+            train(settings, folder, until=images)
     print(f"done: {folder}", file=sys.stderr)
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import shutil
 
 import jax
@@ -60,6 +61,51 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     with pytest.warns(UserWarning, match="cannot be read"):
         step, _, ema, _ = Checkpoints(tmp_path).restore(train=abstract(tree), ema=abstract(tree))
     assert step == 1 and float(ema["w"][0, 0]) == 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_passed_over_a_damaged_checkpoint_saves_that_step_again(tmp_path):
+    tree = saved(tmp_path)
+    damage(tmp_path / "checkpoints" / "2")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.restore(train=abstract(tree), ema=abstract(tree))
+    again = {"w": jnp.full((8, 8), 5.0), "n": jnp.int32(2)}
+    checkpoints.save(2, train=again, ema=again, config={}, data={})
+    checkpoints.close()
+    step, ema, _ = Checkpoints(tmp_path).restore_ema()
+    assert step == 2 and float(ema["w"][0, 0]) == 5.0
+    assert (tmp_path / "checkpoints" / "2.damaged1").is_dir()
+
+
+def test_a_half_written_checkpoint_is_not_one(tmp_path):
+    tree = saved(tmp_path, steps=(1,))
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp-7")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == [1]
+    assert checkpoints.restore(train=abstract(tree), ema=abstract(tree))[0] == 1
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path):
+    tree = saved(tmp_path, steps=(1,))
+    noise = {"w": jax.random.normal(jax.random.key(0), (512, 512)), "n": jnp.int32(2)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path)
+    # Files may not outgrow 100 kB: the system refuses to write, as it does on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not be written \(File too large\).*steps 1\)"):
+            checkpoints.save(2, train=noise, ema=noise, config={}, data={})
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == [1]
+    step, _, ema, _ = checkpoints.restore(train=abstract(tree), ema=abstract(tree))
+    assert step == 1 and float(ema["w"][0, 0]) == 1.0
+    checkpoints.save(2, train=noise, ema=noise, config={}, data={})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).steps() == [1, 2]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -145,7 +145,7 @@ def test_gradient_reaches_every_parameter_and_remat_agrees(config, compiled):
         return jax.jit(jax.grad(loss))(params)
 
     plain = gradients(config)
-    remat = gradients(dataclasses.replace(config, remat=True))
+    remat = gradients(dataclasses.replace(config, remat="nothing_saveable"))
     for path, g in jax.tree.leaves_with_path(plain):
         # A bias of keys cancels in the softmax: only then is a gradient of zero right.
         assert abs(g).max() > 1e-8, jax.tree_util.keystr(path)

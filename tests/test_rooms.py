@@ -11,6 +11,9 @@ BELOW = {
     "chips": set(),
     "flops": set(),
     "plan_hlo": set(),
+    "xla_flags": set(),
+    "distributed": {"errors", "xla_flags"},
+    "training_log": {"chips", "errors"},
     "images": {"errors"},
     "config": {"errors"},
     "sharding": {"errors"},
@@ -37,7 +40,7 @@ BELOW = {
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
         *("data", "stage", "sharding", "checkpoint", "config"),
-        *("ema", "errors", "images", "models", "pretrained", "text"),
+        *("ema", "errors", "flops", "images", "models", "pretrained", "text", "training_log"),
     },
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
     "testing": {"diffusion", "models", "stage", "text", "runner"},

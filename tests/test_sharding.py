@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cascade import sharding
+from cascade import sharding, testing
 from cascade.errors import UserError
 from cascade.sharding import MeshConfig
+from cascade.stage import Stage
 
 
 def specs(tree, mesh, rules=()):
@@ -15,7 +16,7 @@ def specs(tree, mesh, rules=()):
 
 def test_minus_one_takes_the_devices_that_are_left():
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2))
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 2}
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
 
 
 @pytest.mark.parametrize("data,fsdp", [(3, 1), (3, -1), (-1, -1), (0, 8), (16, 1)])
@@ -46,8 +47,63 @@ def test_rules_win_over_inference_for_parameters_and_optimizer_state_alike():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     tree = {"params": {"conv": {"kernel": jnp.zeros((64, 64))}}}
     tree["mu"] = tree["params"]
-    got = specs(tree, mesh, [(r"conv/kernel$", P("fsdp", None))])
+    got = specs(tree, mesh, [(r"conv/kernel$", ("fsdp", None))])
     assert got["params"]["conv"]["kernel"] == got["mu"]["conv"]["kernel"] == P("fsdp", None)
+
+
+def test_a_rule_is_aligned_at_the_end_and_leaves_out_axes_that_do_not_divide():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rules = [("kernel$", (("fsdp", "tensor"), None))]
+    tree = {
+        "kernel": jnp.zeros((3, 3, 8, 8)),
+        "two": {"kernel": jnp.zeros((6, 7))},
+        "one": {"kernel": jnp.zeros((8,))},  # a statistic of an optimizer that has fewer axes
+    }
+    assert specs(tree, mesh, rules) == {
+        "kernel": P(None, None, ("fsdp", "tensor"), None),
+        "two": {"kernel": P("fsdp", None)},
+        "one": {"kernel": P()},
+    }
+
+
+@pytest.mark.parametrize("network", [testing.base_stage(), testing.super_resolution_stage()])
+def test_pairs_of_layers_split_the_channels_between_them(network):
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
+    stage = Stage(network)
+    abstract = stage.abstract()
+    placement = sharding.shardings(abstract, mesh)
+    split = {
+        "/".join(name.split("/")[-3:]): s.spec[-2:]
+        for path, s in jax.tree.leaves_with_path(placement)
+        if "tensor" in str(s.spec) and (name := sharding.path_name(path))
+    }
+    assert split["residual/conv1/kernel"] == (None, "tensor")
+    assert split["residual/conv2/kernel"] == ("tensor", None)
+    assert {name: s for name, s in split.items() if "attention" in name}
+    # the biggest part of a network's parameters are in such pairs
+    whole = sum(x.size for x in jax.tree.leaves(abstract))
+    held = sum(
+        np.prod(s.shard_shape(x.shape))
+        for x, s in zip(jax.tree.leaves(abstract), jax.tree.leaves(placement), strict=True)
+    )
+    assert held < 0.7 * whole
+
+
+def test_slices_of_a_pod_are_laid_along_data():
+    class Chip:
+        platform, device_kind = "tpu", "TPU v4"
+
+        def __init__(self, number):
+            self.id, self.process_index, self.core_on_chip = number, number // 4, 0
+            self.slice_index, i = number % 2, number // 2
+            self.coords = (i % 4, i // 4, 0)
+
+    mesh = sharding.make_mesh(MeshConfig(data=-1, tensor=4), [Chip(i) for i in range(16)])
+    slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    assert slices.shape == (4, 1, 4)
+    assert [set(row.flat) for row in slices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match="multiple of the 2 TPU slices"):
+        sharding.make_mesh(MeshConfig(data=1, tensor=16), [Chip(i) for i in range(16)])
 
 
 def test_batches_are_split_over_all_devices():

@@ -1,10 +1,9 @@
 """The one road from a dataset to a training batch.
 
-Grain shuffles the indices of the examples anew in every epoch and deals them out to the processes;
-each example is then loaded (for super-resolution: cropped, and its low resolution computed), and
-batches are tokenized. All of it is a function of (seed, position), so the pictures of a global step
-are the same for any number of processes or workers, and a run that stops and resumes sees what it
-would have seen.
+Grain shuffles the indices of the examples anew in every epoch; each process loads its own rows of
+every batch (for super-resolution: cropped, and their low resolution computed) and tokenizes them.
+All of it is a function of (seed, position), so row r of batch n is the same for any number of
+processes or workers, and a run that stops and resumes sees what it would have seen.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from cascade.data.degradation import Degradation, degrade
 from cascade.data.sources import DataConfig, Source, open_source
@@ -33,11 +32,10 @@ def batches(
     batch_size: int,
     seed: int,
     tokenizer: TokenizeFn,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " rows"] | Sequence[int] | None = None,
     workers: int = 0,
 ) -> "Batches":
-    """Endless batches of this process, prefetched.
+    """Endless batches, prefetched; of each, the rows that this process is to load.
 
     A batch holds `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `token_mask` bool [b, l]; for
     super-resolution (lowres_resolution given) also `lowres` uint8 [b, s/factor, s/factor, 3], the
@@ -45,16 +43,20 @@ def batches(
     crop: side of a random square of the picture, whose corner is a multiple of the factor, so that
     lowres is a crop of the whole picture's; None for whole pictures.
     degradation: makes a spoiled lowres instead of the means, drawn anew for every example.
-    batch_size: of one process. seed: of the order of examples, of crops and of degradations,
-    in 0..2**32-1; the dataset has its own.
+    batch_size: of all processes together. rows: which rows of each batch this process loads; None
+    is all of them. seed: of the order of examples, of crops and of degradations, in 0..2**32-1; the
+    dataset has its own.
     workers: processes that prepare batches, which `tokenizer` must be picklable for; 0 uses threads
     of this one.
     """
-    _check(resolution, lowres_resolution, crop, degradation, process_index, process_count)
+    _check(resolution, lowres_resolution, crop, degradation)
     if batch_size < 1 or workers < 0:
         raise ValueError(
             f"batch_size must be positive and workers not negative, got {batch_size}, {workers}"
         )
+    own = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(own) or own.min() < 0 or own.max() >= batch_size:
+        raise ValueError(f"rows must lie in 0..{batch_size - 1} and be some, got {rows}")
     import grain
 
     source = open_source(config, resolution)
@@ -63,16 +65,12 @@ def batches(
     load = _Load(source, lowres_resolution, crop, degradation)
     # Endless in effect: the sys.maxsize elements of a bare repeat() overflow in batches of one.
     epochs = 2**62 // len(source)
-    dataset = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat(epochs)
-        .random_map(load)
-        .slice(slice(process_index, None, process_count))
-        .batch(batch_size, batch_fn=_Collate(tokenizer))
-    )
-    return Batches(dataset, examples=batch_size * process_count, workers=workers)
+    examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
+    examples = examples.random_map(load)
+    if len(own) < batch_size:
+        examples = grain.MapDataset.source(_Rows(examples, own, batch_size))
+    dataset = examples.batch(len(own), batch_fn=_Collate(tokenizer))
+    return Batches(dataset, examples=batch_size, workers=workers)
 
 
 class Batches(Iterator[Batch]):
@@ -166,6 +164,22 @@ class _Load:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The examples in some rows of each batch, as a Grain source."""
+
+    examples: Any
+    rows: np.ndarray
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        step, i = divmod(int(position), len(self.rows))
+        return self.examples[step * self.batch_size + int(self.rows[i])]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Collate:
     """Examples -> batch."""
 
@@ -181,7 +195,7 @@ class _Collate:
         }
 
 
-def _check(resolution, lowres_resolution, crop, degradation, process_index, process_count) -> None:
+def _check(resolution, lowres_resolution, crop, degradation) -> None:
     if lowres_resolution is not None and resolution % lowres_resolution:
         raise ValueError(
             f"resolution must be a multiple of lowres_resolution={lowres_resolution}, "
@@ -202,5 +216,3 @@ def _check(resolution, lowres_resolution, crop, degradation, process_index, proc
         raise ValueError(
             f"degradation is for super-resolution: give lowres_resolution, got {degradation}"
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must lie in 0..{process_count - 1}, got {process_index}")

@@ -33,7 +33,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr, ndtr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from cascade.diffusion.process import Prediction, Schedule, alpha_sigma, corrupt, expand, to_x0
 
@@ -112,13 +112,14 @@ def denoising_loss(
     loss: Loss,
     variance: LearnedVariance | None = None,
     key: Key[Array, ""],
+    part: Part | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean weighted error of `predict` on a batch, at times stratified over it.
 
     predict(x_t, logsnr) returns a prediction of the `kind` named, in any float dtype; with a
     `variance`, that and the gamma of equation (3), of equal shapes. The error is taken in the
     network's space, against a target made from x0 and eps, so nothing is divided by a vanishing
-    alpha or sigma whatever space the loss is stated in.
+    alpha or sigma whatever space the loss is stated in. part: of which x0 is, see `draw`.
 
     Returns the scalar to differentiate, and metrics: "loss", and "x0_mse", the unweighted error
     of x0_hat clipped to the range of the batch (unclipped, an eps network's error near t=1 is
@@ -127,11 +128,11 @@ def denoising_loss(
     """
     k_time, k_noise = jax.random.split(key)
     x0 = x0.astype(jnp.float32)
-    t = stratified_times(k_time, x0.shape[0])
+    t = draw(lambda shape: stratified_times(k_time, shape[0]), x0.shape[:1], part)
     if variance is not None:
         t = jnp.maximum(jnp.ceil(t * variance.steps), 1) / variance.steps
     logsnr = schedule.logsnr(t)
-    eps = jax.random.normal(k_noise, x0.shape)
+    eps = draw(lambda shape: jax.random.normal(k_noise, shape), x0.shape, part)
     x_t = corrupt(x0, eps, logsnr)
     prediction, gamma = predict(x_t, logsnr), None
     if variance is not None:
@@ -181,6 +182,24 @@ def bound(
     log_variance = log_sigma2_t + (1 - gamma) * jnp.log(-jnp.expm1(ratio))
     nats = jnp.where(expand(t, x0) < 1.5 / steps, -_log_likelihood(x0, x0_hat, log_variance), kl)
     return jnp.mean(nats, axis=tuple(range(1, x0.ndim))) / jnp.log(2.0)
+
+
+Part = tuple[Int[Array, ""], int]
+"""(i, n): rows i, i + n, i + 2n ... of a batch n times as large."""
+
+
+def draw(
+    sample: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...], part: Part | None
+) -> Array:
+    """sample(shape); for a part of a batch, its rows of what is drawn for the whole one.
+
+    So gradients accumulated over parts of a batch are those of the batch. Rows are dealt out and
+    not cut in pieces, because a batch lies in pieces on devices: each deals from its own.
+    """
+    if part is None:
+        return sample(shape)
+    i, n = part
+    return sample((n * shape[0], *shape[1:])).reshape(shape[0], n, *shape[1:])[:, i]
 
 
 def stratified_times(key: Key[Array, ""], b: int) -> Float[Array, " b"]:

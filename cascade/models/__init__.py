@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from cascade.models.conditioning import Conditioning
 from cascade.models.efficient_unet import EfficientLevel, EfficientUNet, EfficientUNetConfig
 from cascade.models.if_unet import IFLevel, IFUNet, IFUNetConfig
+from cascade.models.layers import placing
 from cascade.models.unet import Level, UNet, UNetConfig
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Network",
     "UNet",
     "UNetConfig",
+    "placing",
 ]
 
 Params = dict[str, Any]

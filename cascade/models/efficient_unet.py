@@ -94,7 +94,7 @@ class EfficientUNet(nnx.Module):
         pixels = network_input(self.config, x, cond)
         context = self.embed(time, cond)
         keys = iter(layers.split_keys(key, 2 * len(self.config.levels)))
-        h = self.conv_in(pixels)
+        h = layers.placed(self.conv_in(pixels), "stream")
         skips = []
         for level in self.down:
             h, outputs = level(h, context, next(keys))
@@ -123,7 +123,9 @@ class DBlock(nnx.Module):
         if self.resample is not None:
             h = self.resample(h)
         h, skips = layers.run_stack(self.blocks, self.remat, h, context, None, key)
-        return (h if self.attention is None else self.attention(h, context)), skips
+        if self.attention is not None:
+            h = layers.placed(self.attention(h, context), "stream")
+        return h, skips
 
 
 class UBlock(nnx.Module):
@@ -142,7 +144,7 @@ class UBlock(nnx.Module):
     def __call__(self, h: Array, context: Context, skips: list[Array], key: Array | None) -> Array:
         h, _ = layers.run_stack(self.blocks, self.remat, h, context, skips[::-1], key)
         if self.attention is not None:
-            h = self.attention(h, context)
+            h = layers.placed(self.attention(h, context), "stream")
         return h if self.resample is None else self.resample(layers.enlarge(h, self.stride))
 
 

@@ -4,9 +4,11 @@ Images are [b, h, w, c]. Parameters are float32; a layer computes in the dtype o
 (bfloat16 or float32), except that norms, FiLM and the softmax are always float32.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -18,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Key
 from cascade.errors import UserError
 
 Resample = Literal["down", "up"]
+Remat = Literal[False, "nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable"]
+Role = Literal["stream", "inner"]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -34,7 +38,8 @@ class NetworkConfig:
     emb_width: of the embedding of time and pooled text; None is 4 * levels[0].width.
     lowres: super-resolution, by concatenating Conditioning.lowres to x.
     compute_dtype: of activations; parameters, norms, softmax and output are float32.
-    remat: recompute each block in the backward pass: slower, far less memory.
+    remat: what each block keeps for its backward pass, which recomputes the rest: a policy of
+        jax.checkpoint_policies, from least memory to most; False keeps everything.
     """
 
     levels: tuple[Any, ...]
@@ -48,7 +53,7 @@ class NetworkConfig:
     lowres: bool = False
     dropout: float = 0.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: Remat = False
 
     def __post_init__(self):
         name = type(self).__name__
@@ -170,7 +175,7 @@ class ResBlock(nnx.Module):
         if self.resample is not None:
             resize = shrink if self.resample == "down" else enlarge
             h, x = resize(h), resize(x)
-        h = self.conv1(h)
+        h = placed(self.conv1(h), "inner")
         h = self.norm2(h, film=self.film(emb), activate=True)
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
@@ -204,14 +209,18 @@ class Attention(nnx.Module):
         h = self.norm(x).reshape(b, -1, c)
         keys_values, visible = [], []
         if self.image is not None:
-            keys_values.append(self.image(h))
+            keys_values.append(self.image.halves(h))
             visible.append(jnp.ones(h.shape[:2], bool))
         if self.text is not None and context.text is not None and context.mask is not None:
-            keys_values.append(self.text(context.text.astype(x.dtype)))
+            keys_values.append(self.text.halves(context.text.astype(x.dtype)))
             visible.append(context.mask)
-        k, v = jnp.split(jnp.concatenate(keys_values, axis=1), 2, axis=-1)
+        q = placed(self.query(h), "inner")
+        k, v = (
+            placed(jnp.concatenate(parts, axis=1), "inner")
+            for parts in zip(*keys_values, strict=True)
+        )
         mask = None if self.text is None else jnp.concatenate(visible, axis=1)
-        h = attend(self.query(h), k, v, mask, self.head_width)
+        h = attend(q, k, v, mask, self.head_width)
         return x + self.out(h).reshape(x.shape)
 
 
@@ -381,6 +390,20 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
         return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
+    def halves(
+        self, x: Float[Array, "*b c"]
+    ) -> tuple[Float[Array, "*b d2"], Float[Array, "*b d2"]]:
+        """The first and the second half of the result, each from its half of the kernel.
+
+        Where channels are split over devices, a half of the result would have to be gathered.
+        """
+        kernels, biases = jnp.split(self.kernel[...], 2, axis=-1), jnp.split(self.bias[...], 2)
+        first, second = (
+            x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+            for kernel, bias in zip(kernels, biases, strict=True)
+        )
+        return first, second
+
 
 def shrink(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Mean of each 2x2 square of pixels."""
@@ -418,19 +441,21 @@ def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Mod
     return nnx.merge(graphdef, params)
 
 
-def run(block: Block, remat: bool, h: Array, context: Context, *rest: Any) -> Array:
-    """block(h, context, *rest), its activations recomputed in the backward pass if remat."""
+def run(block: Block, remat: Remat, h: Array, context: Context, *rest: Any) -> Array:
+    """block(h, context, *rest), keeping for the backward pass what remat says."""
     if not remat:
-        return block(h, context, *rest)
+        return placed(block(h, context, *rest), "stream")
     graphdef, params = nnx.split(block)
-    return jax.checkpoint(lambda params, *args: nnx.merge(graphdef, params)(*args))(
-        params, h, context, *rest
+    recomputed = jax.checkpoint(
+        lambda params, *args: nnx.merge(graphdef, params)(*args),
+        policy=getattr(jax.checkpoint_policies, remat),
     )
+    return placed(recomputed(params, h, context, *rest), "stream")
 
 
 def run_stack(
     blocks: Block | None,
-    remat: bool,
+    remat: Remat,
     h: Array,
     context: Context,
     skips: list[Array] | None = None,
@@ -455,6 +480,32 @@ def run_stack(
     keys = None if key is None else jax.random.split(key, count)
     h, outputs = lax.scan(step, h, (params, None if skips is None else jnp.stack(skips), keys))
     return h, list(outputs)
+
+
+_place: ContextVar[Callable[[Array, Role], Array] | None] = ContextVar("place", default=None)
+
+
+@contextlib.contextmanager
+def placing(place: Callable[[Array, Role], Array]) -> Iterator[None]:
+    """While entered, what networks are traced here pass activations through `place`.
+
+    Networks know no mesh; who runs them on one says here what their roles mean on it.
+    """
+    token = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+def placed(x: Array, role: Role) -> Array:
+    """x itself, on the devices that `placing` gives its role.
+
+    stream: between blocks. inner: between the two layers of a block (convolutions, or projections
+    of attention), whose channels are independent of each other but for groups and heads.
+    """
+    place = _place.get()
+    return x if place is None else place(x, role)
 
 
 def split_keys(key: Array | None, count: int) -> list[Array | None]:

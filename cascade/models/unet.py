@@ -88,7 +88,7 @@ class UNet(nnx.Module):
         pixels = network_input(config, x, cond)
         context = self.embed(time, cond)
         keys = iter(layers.split_keys(key, 2 * len(config.levels) + 2))
-        h = self.conv_in(pixels)
+        h = layers.placed(self.conv_in(pixels), "stream")
         skips = [h]
         for level in self.encoder:
             h, outputs = level(h, context, next(keys))
