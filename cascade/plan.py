@@ -226,9 +226,10 @@ def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
     tried: list[Figures] = []
     best: Figures | None = None
     for candidate in itertools.islice(_candidates(config, topology, tokens), SUGGESTIONS):
+        network: Any = candidate.stage.network
         settings = {
             "mesh.fsdp": candidate.mesh.fsdp,
-            "remat": candidate.stage.network.remat,
+            "remat": network.remat,
             "microbatches": candidate.microbatches,
         }
         print(f"trying {settings} ...", file=sys.stderr)

@@ -217,7 +217,8 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
 
     def count(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
         if word in grids.SECTIONS:
-            grid = grids.Respaced(name=word)
+            name: Any = word
+            grid = grids.Respaced(name=name)
             return {"steps": grid.steps, "grid": grid}
         if not word.isdecimal():
             raise ValueError(f"must be a number, or one of {', '.join(grids.SECTIONS)}")

@@ -127,7 +127,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     def place(x: Any) -> jax.Array:
         size = len(x) // len(own)
 
-        def part(index: tuple[slice, ...]) -> Any:
+        def part(index: Any) -> Any:
             first = int(np.searchsorted(own, (index[0].start or 0) // size)) * size
             return x[first : first + size]
 

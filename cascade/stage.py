@@ -307,7 +307,7 @@ class Stage:
             gamma = None if gamma is None else gamma[: len(x_t)]
             return process.to_x0(mixed, kind, x_t, logsnr), gamma
 
-        estimate = conditional if plain else guided
+        estimate: Any = conditional if plain else guided
         return denoise.thresholded(
             denoise.WithVariance(estimate) if learned else lambda *at: estimate(*at)[0], threshold
         )

@@ -147,7 +147,7 @@ class _WeightsAndBiases:
 
     def __init__(self, project: str, workdir: Path, config: Any):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(
                 f"wandb={project}: Weights & Biases is not installed; pip install wandb, or leave "

@@ -8,7 +8,7 @@ processes or workers, and a run that stops and resumes sees what it would have s
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -65,10 +65,10 @@ def batches(
     load = _Load(source, lowres_resolution, crop, degradation)
     # Endless in effect: the sys.maxsize elements of a bare repeat() overflow in batches of one.
     epochs = 2**62 // len(source)
-    examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
+    examples: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
     examples = examples.random_map(load)
     if len(own) < batch_size:
-        examples = grain.MapDataset.source(_Rows(examples, own, batch_size))
+        examples = grain.MapDataset.source(cast(Any, _Rows(examples, own, batch_size)))
     dataset = examples.batch(len(own), batch_fn=_Collate(tokenizer))
     return Batches(dataset, examples=batch_size, workers=workers)
 

@@ -134,9 +134,8 @@ def denoising_loss(
     logsnr = schedule.logsnr(t)
     eps = draw(lambda shape: jax.random.normal(k_noise, shape), x0.shape, part)
     x_t = corrupt(x0, eps, logsnr)
-    prediction, gamma = predict(x_t, logsnr), None
-    if variance is not None:
-        prediction, gamma = prediction
+    output: Any = predict(x_t, logsnr)
+    prediction, gamma = output if variance is not None else (output, jnp.zeros(()))
     prediction = prediction.astype(jnp.float32)
 
     error = _mean_square(prediction - _target(kind, x0, eps, logsnr))

@@ -110,7 +110,7 @@ class DBlock(nnx.Module):
     def __init__(
         self, config: EfficientUNetConfig, level: EfficientLevel, width_in: int, rngs: nnx.Rngs
     ):
-        self.remat = config.remat
+        self.remat: layers.Remat = config.remat
         same = level.stride == 1 and width_in == level.width
         self.resample = (
             None if same else Conv(width_in, level.width, stride=level.stride, rngs=rngs)
@@ -134,7 +134,7 @@ class UBlock(nnx.Module):
     def __init__(
         self, config: EfficientUNetConfig, level: EfficientLevel, width_out: int, rngs: nnx.Rngs
     ):
-        self.remat = config.remat
+        self.remat: layers.Remat = config.remat
         self.stride = level.stride
         same = level.stride == 1 and width_out == level.width
         self.blocks = make_blocks(config, level, 2 * level.width, rngs)
