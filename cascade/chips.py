@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GiB, GB, T = 2**30, 1e9, 1e12
+GiB, GB, T = 2.0**30, 1e9, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
     """flops: bfloat16 a second. hbm: bytes. hbm_bandwidth, interconnect: bytes a second.
 
-    kind: how JAX's `device_kind` of such a device begins.
+    kinds: how JAX's `device_kind` of such a device may begin.
     """
 
     name: str
-    kind: str
+    kinds: tuple[str, ...]
     flops: float
     hbm: float
     hbm_bandwidth: float
@@ -32,7 +32,7 @@ class Chip:
 CHIPS = (
     Chip(
         name="v4",
-        kind="TPU v4",
+        kinds=("TPU v4",),
         flops=275 * T,
         hbm=32 * GiB,
         hbm_bandwidth=1228 * GB,
@@ -40,7 +40,7 @@ CHIPS = (
     ),
     Chip(
         name="v5e",
-        kind="TPU v5 lite",
+        kinds=("TPU v5 lite", "TPU v5e"),
         flops=197 * T,
         hbm=16 * GiB,
         hbm_bandwidth=819 * GB,
@@ -48,7 +48,7 @@ CHIPS = (
     ),
     Chip(
         name="v5p",
-        kind="TPU v5",
+        kinds=("TPU v5",),
         flops=459 * T,
         hbm=95 * GiB,
         hbm_bandwidth=2765 * GB,
@@ -56,7 +56,7 @@ CHIPS = (
     ),
     Chip(
         name="v6e",
-        kind="TPU v6",
+        kinds=("TPU v6",),
         flops=918 * T,
         hbm=32 * GiB,
         hbm_bandwidth=1640 * GB,
@@ -64,7 +64,7 @@ CHIPS = (
     ),
     Chip(
         name="a100",
-        kind="NVIDIA A100",
+        kinds=("NVIDIA A100",),
         flops=312 * T,
         hbm=80 * GB,
         hbm_bandwidth=2039 * GB,
@@ -72,7 +72,7 @@ CHIPS = (
     ),
     Chip(
         name="h100",
-        kind="NVIDIA H100",
+        kinds=("NVIDIA H100",),
         flops=989 * T,
         hbm=80 * GB,
         hbm_bandwidth=3350 * GB,
@@ -80,7 +80,7 @@ CHIPS = (
     ),
     Chip(
         name="h200",
-        kind="NVIDIA H200",
+        kinds=("NVIDIA H200",),
         flops=989 * T,
         hbm=141 * GB,
         hbm_bandwidth=4800 * GB,
@@ -96,5 +96,7 @@ def chip_named(name: str) -> Chip | None:
 
 def chip_of(device_kind: str) -> Chip | None:
     """By JAX's name of a device; None for one that is not in the table."""
-    fitting = [chip for chip in CHIPS if device_kind.startswith(chip.kind)]
-    return max(fitting, key=lambda chip: len(chip.kind), default=None)
+    # "TPU v5 lite" begins like "TPU v5", which is another chip: the longest name decides.
+    named = [(kind, chip) for chip in CHIPS for kind in chip.kinds]
+    fitting = [(len(kind), chip) for kind, chip in named if device_kind.startswith(kind)]
+    return max(fitting, key=lambda found: found[0])[1] if fitting else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ class Options:
     """Folders of `cascade train` runs, one a stage, then the folder to write."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are stored as; they are used as float32."""
+    ema: float | None = None
+    """Instead of the usual average of the weights, the power-function average of this width, a part
+    of the run in (0, 0.2886], made of the snapshots that runs with ema_profiles have."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,12 +40,15 @@ def main(argv: Sequence[str]) -> None:
     if len(options.folders) < 2:
         raise UserError("give at least one WORKDIR of `cascade train`, then the DIR to write")
     *workdirs, out = options.folders
-    print(json.dumps(export(workdirs, out, dtype=options.dtype)))
+    print(json.dumps(export(workdirs, out, dtype=options.dtype, ema=options.ema)))
 
 
-def export(workdirs: Sequence[Path], out: Path, *, dtype: str = "float32") -> dict:
+def export(
+    workdirs: Sequence[Path], out: Path, *, dtype: str = "float32", ema: float | None = None
+) -> dict:
     """Write the model folder; returns what it holds, as JSON values.
 
+    ema: None for the runs' own averages, or the width sigma_rel of one made from their snapshots.
     Raises UserError when a workdir is no run, or the runs do not make one cascade. `out` appears
     whole or not at all.
     """
@@ -59,9 +66,12 @@ def export(workdirs: Sequence[Path], out: Path, *, dtype: str = "float32") -> di
                 f"{workdir}: holds no checkpoints; give the --workdir of a `cascade train` run"
             )
         checkpoints = Checkpoints(workdir)
-        step, ema, saved = checkpoints.restore_ema()
+        step, weights, saved = checkpoints.restore_ema()
         checkpoints.close()
-        runs.append((config.from_json(TrainConfig, saved, str(workdir)), step, ema))
+        run = config.from_json(TrainConfig, saved, str(workdir))
+        if ema is not None:
+            step, weights = _reconstructed(workdir, run.stage, step, ema)
+        runs.append((run, step, weights))
     runs.sort(key=lambda run: run[0].stage.resolution)
     names = [run.stage.name for run, _, _ in runs]
     encoders = {run.text_encoder for run, _, _ in runs}
@@ -75,20 +85,30 @@ def export(workdirs: Sequence[Path], out: Path, *, dtype: str = "float32") -> di
         raise UserError(
             f"the stages were trained on different text encoders: {', '.join(encoders)}"
         )
-    report = {"format": "cascade", "version": 1, "stages": names, "trained": {}}
+    tokens = {run.text_tokens for run, _, _ in runs}
+    if len(tokens) > 1:
+        raise UserError(f"the stages were trained on captions of {sorted(tokens)} tokens")
+    report = {
+        "format": "cascade",
+        "version": 1,
+        "stages": names,
+        "max_tokens": tokens.pop(),
+        "trained": {},
+    }
     if words := known_words([run.data for run, _, _ in runs]):
         report["known_words"] = words
     with WholeFolder(out) as folder:
-        for run, step, ema in runs:
+        for run, step, weights in runs:
             where = folder / run.stage.name
             where.mkdir()
             write_json(where / "config.json", config.to_json(run.stage))
-            save_safetensors(where / "model.safetensors", ema, dtype=dtype)
-            count = sum(int(np.prod(x.shape)) for x in _leaves(ema))
+            save_safetensors(where / "model.safetensors", weights, dtype=dtype)
+            count = sum(int(np.prod(x.shape)) for x in _leaves(weights))
             report["trained"][run.stage.name] = {
                 "images": step * run.batch_size,
                 "parameters": count,
                 "seed": run.seed,
+                **({} if ema is None else {"ema_sigma_rel": ema}),
             }
         if is_hub_name(encoder := encoders.pop()):
             report["text_encoder"] = encoder
@@ -96,6 +116,34 @@ def export(workdirs: Sequence[Path], out: Path, *, dtype: str = "float32") -> di
             T5Encoder.load(encoder).save(folder / "text_encoder")
         write_json(folder / "config.json", report)
     return report
+
+
+def _reconstructed(workdir, stage, last, sigma_rel):
+    """(step, weights): the average of this width after the newest snapshot, of all of them."""
+    from cascade import ema
+    from cascade.checkpoint import load_safetensors
+    from cascade.stage import Stage
+
+    # A run that was set back has snapshots from after its newest checkpoint.
+    found = [
+        (int(m[1]), float(m[2]), path)
+        for path in sorted((workdir / "ema").glob("*.safetensors"))
+        if (m := re.fullmatch(r"(\d+)_([\d.e-]+)\.safetensors", path.name)) and int(m[1]) <= last
+    ]
+    if not found:
+        raise UserError(
+            f"{workdir}: holds no snapshots to make --ema {sigma_rel} of; train with "
+            "ema_profiles=(0.05, 0.1), or export without --ema"
+        )
+    steps, widths, paths = zip(*found, strict=True)
+    try:
+        wanted = ema.gamma_from_sigma_rel(sigma_rel)
+    except ValueError as e:
+        raise UserError(f"--ema: {e}") from None
+    gammas = [ema.gamma_from_sigma_rel(width) for width in widths]
+    shares = ema.posthoc_weights(steps, gammas, max(steps), wanted)
+    abstract = Stage(stage).abstract()
+    return max(steps), ema.combine(shares, (load_safetensors(p, abstract) for p in paths))
 
 
 def _leaves(tree):

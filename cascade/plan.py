@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -28,17 +29,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cascade import config as configs
 from cascade import flops, plan_hlo, sharding, train
 from cascade.chips import CHIPS, Chip, chip_named
 from cascade.errors import UserError
 from cascade.models import Conditioning
-from cascade.stage import Stage
+from cascade.stage import Stage, StageConfig
 from cascade.train import TrainConfig
 
 PAPER_STEPS = 2_500_000
 SUGGESTIONS = 6
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
 
 USAGE = """usage: cascade plan CONFIG --topology CHIP:SHAPE [--FIELD VALUE ...]
 
@@ -120,10 +128,11 @@ def open_topology(name: str) -> Topology:
             "h100:8"
         )
     count = math.prod(map(int, shape.split("x")))
-    if not chip.kind.startswith("TPU"):
+    if not chip.kinds[0].startswith("TPU"):
         return Topology(name, chip, count, None)
-    # Without it, libtpu asks Google's metadata server which machine this is, and waits.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Else libtpu asks Google's metadata server which machine this is, waits, and says so at length.
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     try:
@@ -141,29 +150,15 @@ def open_topology(name: str) -> Topology:
 
 def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
     """The figures of one optimizer step, text embeddings given; see `_figures` for their names."""
-    stage, optimizer = Stage(config.stage), train.make_optimizer(config)
-    state, batch = _state_of(stage, optimizer), batch_of(config, tokens)
-    step = train.make_train_step(config, stage, optimizer)
-    executed = flops.count(step, state, batch)
-    model = executed
-    if config.stage.network.remat:
-        plain = dataclasses.replace(
-            config,
-            stage=dataclasses.replace(
-                config.stage, network=dataclasses.replace(config.stage.network, remat=False)
-            ),
-        )
-        model = flops.count(
-            train.make_train_step(plain, Stage(plain.stage), optimizer), state, batch
-        )
     mesh = _mesh(config, topology)
-    train._check_batch(config, mesh)
+    state, batch = _state_of(config), batch_of(config, tokens)
+    executed, model = _step_flops(config, tokens), _step_flops(_with_remat(config, False), tokens)
     if topology.devices is None:
-        measured = _from_shapes(config, topology, mesh, state, batch)
+        measured = _from_shapes(config, topology, mesh, tokens)
     else:
         placement = sharding.shardings(state, mesh)
         jitted = jax.jit(
-            step,
+            train.make_train_step(config, Stage(config.stage), train.make_optimizer(config)),
             in_shardings=(placement, sharding.batch_sharding(mesh)),
             out_shardings=(placement, sharding.replicated(mesh)),
             donate_argnums=0,
@@ -179,13 +174,12 @@ def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Fi
         executed=executed,
         images=config.batch_size,
     )
-    if (seconds := figures["bound_seconds"]) is not None:
-        figures |= {
-            "paper_steps": PAPER_STEPS,
-            "paper_days": seconds * PAPER_STEPS / 86400,
-            "paper_chip_hours": seconds * PAPER_STEPS * topology.count / 3600,
-        }
-    return figures
+    seconds = PAPER_STEPS * figures["bound_seconds"]
+    return figures | {
+        "paper_steps": PAPER_STEPS,
+        "paper_days": seconds / 86400,
+        "paper_chip_hours": seconds * topology.count / 3600,
+    }
 
 
 def plan_sampling(
@@ -296,12 +290,9 @@ def table(figures: Figures) -> str:
         ("time of memory", seconds(f["memory_seconds"])),
         ("time of interconnect", seconds(f["interconnect_seconds"])),
         ("bound", f"{seconds(f['bound_seconds'])}, by {f['bound_by']}"),
+        ("images/s at the bound", f"{f['images_per_second']:.4g}"),
+        ("MFU at the bound", f"{f['mfu']:.1%}"),
     ]
-    if f["bound_seconds"] is not None:
-        rows += [
-            ("images/s at the bound", f"{f['images_per_second']:.1f}"),
-            ("MFU at the bound", f"{f['mfu']:.1%}"),
-        ]
     if "paper_days" in f:
         rows.append(
             (
@@ -332,9 +323,9 @@ def _compiled(jitted: Any, shapes: tuple[Any, ...], topology: Topology) -> Figur
     peak = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.generated_code_size_in_bytes
     return {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": peak,
+        "argument_bytes": float(memory.argument_size_in_bytes),
+        "temporary_bytes": float(memory.temp_size_in_bytes),
+        "peak_bytes": float(peak),
         "fits": peak <= topology.chip.hbm,
         "hbm_traffic_bytes": moved.hbm_bytes,
         "collectives": {
@@ -358,13 +349,13 @@ def _too_large(message: str) -> Figures:
         "fits": False,
         "hbm_traffic_bytes": None,
         "collectives": {},
-        "unknown": ["traffic and collectives of a program that does not fit"],
+        "unknown": [
+            "traffic and collectives of a program that does not fit: the bound is that of compute"
+        ],
     }
 
 
-def _from_shapes(
-    config: TrainConfig, topology: Topology, mesh: Any, state: Any, batch: Any
-) -> Figures:
+def _from_shapes(config: TrainConfig, topology: Topology, mesh: Mesh, tokens: int) -> Figures:
     """What shapes alone say of a step.
 
     Memory: state and batch as sharded, gradients like parameters, and what the backward pass of
@@ -373,12 +364,13 @@ def _from_shapes(
     microbatch; for the data axis, gradients summed.
     """
     data, fsdp, parts = mesh.shape["data"], mesh.shape["fsdp"], _batch_parts(mesh)
+    state, batch, n = _state_of(config), batch_of(config, tokens), config.microbatches
     held = _bytes_each(state, sharding.shardings(state, mesh))
     params = state["train"]["params"]
     gradients = _bytes_each(params, sharding.shardings(params, mesh))
-    kept = _kept_bytes(config, params, batch, parts)
+    kept = _kept_bytes(config.stage, batch_of(config, tokens, config.batch_size // n // parts))
     arguments = held + _size(batch) / parts
-    whole, n = _size(params), config.microbatches
+    whole = _size(params)
     collectives = {}
     if fsdp > 1:
         gathered = whole * (fsdp - 1) / fsdp
@@ -404,69 +396,96 @@ def _from_shapes(
     }
 
 
-def _kept_bytes(config: TrainConfig, params: Any, batch: Any, parts: int) -> float:
-    """Bytes that the forward pass of one device's share of a microbatch keeps for the backward."""
-    share = config.batch_size // config.microbatches // parts
-    stage = Stage(config.stage)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((share, *x.shape[1:]), x.dtype), batch)
+def _kept_bytes(config: StageConfig, batch: Any) -> float:
+    """What the forward pass on a batch keeps for the backward pass, parameters left out."""
+    shapes = tuple((name, x.shape, x.dtype) for name, x in batch.items())
+    return _kept_by_shapes(config, shapes)
+
+
+@functools.cache
+def _kept_by_shapes(config: StageConfig, shapes: tuple[Any, ...]) -> float:
+    stage = Stage(config)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
 
     def residuals(params, batch, key):
         return jax.vjp(lambda p: stage.loss(p, batch, key)[0], params)[1]
 
-    kept = jax.eval_shape(residuals, params, batch, jax.eval_shape(lambda: jax.random.key(0)))
-    return max(0.0, _size(kept) - _size(params))
+    params, key = stage.abstract(), jax.eval_shape(lambda: jax.random.key(0))
+    return max(0.0, _size(jax.eval_shape(residuals, params, batch, key)) - _size(params))
+
+
+def _step_flops(config: TrainConfig, tokens: int) -> float:
+    # Neither the mesh nor microbatches change them.
+    return _counted(dataclasses.replace(config, mesh=sharding.MeshConfig(), microbatches=1), tokens)
+
+
+@functools.cache
+def _counted(config: TrainConfig, tokens: int) -> float:
+    step = train.make_train_step(config, Stage(config.stage), train.make_optimizer(config))
+    return flops.count(step, _state_of(config), batch_of(config, tokens))
 
 
 def _candidates(config: TrainConfig, topology: Topology, tokens: int) -> Iterator[TrainConfig]:
     """Settings that seem to fit, from the cheapest: few microbatches, no remat, little sharding."""
-    network, count = config.stage.network, topology.count
-    policies = typing.get_args(typing.get_type_hints(type(network))["remat"]) or (False, True)
+    hint = typing.get_type_hints(type(config.stage.network))["remat"]
+    policies = typing.get_args(hint) or (False, True)
+    count = topology.count
     splits = [2**i for i in range(10) if not config.batch_size % (2**i * count)]
     widths = dict.fromkeys([*(4**i for i in range(8) if count % 4**i == 0), count])
-    for n, remat, fsdp in itertools.product(splits, policies, widths):
+    for n, policy, fsdp in itertools.product(splits, policies, widths):
         candidate = dataclasses.replace(
-            config,
-            microbatches=n,
-            mesh=sharding.MeshConfig(fsdp=fsdp),
-            stage=dataclasses.replace(
-                config.stage, network=dataclasses.replace(network, remat=remat)
-            ),
+            _with_remat(config, policy), microbatches=n, mesh=sharding.MeshConfig(fsdp=fsdp)
         )
-        state = _state_of(Stage(candidate.stage), train.make_optimizer(candidate))
         mesh = _mesh(candidate, dataclasses.replace(topology, devices=None))
-        rough = _from_shapes(candidate, topology, mesh, state, batch_of(candidate, tokens))
-        if rough["fits"]:
+        if _from_shapes(candidate, topology, mesh, tokens)["fits"]:
             yield candidate
 
 
-def _state_of(stage: Stage, optimizer: Any) -> Any:
-    return jax.eval_shape(lambda: train.init_state(optimizer, stage.init(jax.random.key(0))))
+def _with_remat(config: TrainConfig, policy: Any) -> TrainConfig:
+    network = dataclasses.replace(config.stage.network, remat=policy)
+    return dataclasses.replace(config, stage=dataclasses.replace(config.stage, network=network))
 
 
-def _mesh(config: TrainConfig, topology: Topology) -> Any:
-    """A mesh of the topology's devices; without devices, an AbstractMesh of the same shape."""
-    if topology.devices is not None:
-        return sharding.make_mesh(config.mesh, topology.devices)
-    sizes = dataclasses.asdict(config.mesh)
-    known = math.prod(n for n in sizes.values() if n != -1)
-    sizes = {axis: topology.count // known if n == -1 else n for axis, n in sizes.items()}
-    if math.prod(sizes.values()) != topology.count:
+def _state_of(config: TrainConfig) -> Any:
+    stage, optimizer = Stage(config.stage), train.make_optimizer(config)
+
+    def init(key):
+        return train.init_state(optimizer, stage.init(key), config.ema_profiles)
+
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def _mesh(config: TrainConfig, topology: Topology) -> Mesh:
+    """The run's mesh. UserError unless it divides the batch."""
+    devices = topology.devices or [_AbsentGPU(i) for i in range(topology.count)]
+    mesh = sharding.make_mesh(config.mesh, devices)
+    micro, parts = config.batch_size // config.microbatches, _batch_parts(mesh)
+    if micro % parts:
         raise UserError(
-            f"mesh {sizes} does not make {topology.count} devices; change --mesh.data or "
-            "--mesh.fsdp"
+            f"batch_size={config.batch_size} / microbatches={config.microbatches} = {micro} must "
+            f"be a multiple of the {parts} parts that the mesh's axes make of it"
         )
-    types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), types)
+    return mesh
 
 
-def _batch_parts(mesh: Any) -> int:
+@dataclasses.dataclass(frozen=True)
+class _AbsentGPU:
+    """As much of a device as a mesh asks for, on which nothing is ever placed."""
+
+    id: int
+    platform: str = "gpu"
+    device_kind: str = "GPU"
+    process_index: int = 0
+
+
+def _batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
 
 
 def _figures(
     config: TrainConfig,
     topology: Topology,
-    mesh: Any,
+    mesh: Mesh,
     params: Any,
     measured: Figures,
     *,

@@ -118,7 +118,7 @@ def _of_computation(program: _Program, name: str, known: _Known) -> Traffic:
 
 def _hbm_bytes(program: _Program, computation: _Computation, i: _Instruction) -> float:
     if i.opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' in i.attributes:
-        return 0
+        return 0.0
     if i.opcode.endswith("-start"):  # the shape is a tuple of sources and destinations
         return _bytes(i.shape, hbm=True)
     if i.opcode == "fusion":

@@ -29,7 +29,7 @@ from cascade.config import from_json, read_json, to_json
 from cascade.errors import UserError
 from cascade.models import Conditioning, IFUNetConfig
 from cascade.stage import Sampling, Stage, StageConfig
-from cascade.text import T5Encoder, TextEmbedding, TextEncoder
+from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, TextEmbedding, TextEncoder
 from cascade.text.captions import Captions
 
 
@@ -127,9 +127,12 @@ class Cascade:
                 stages.append((stage, load_safetensors(file, stage.abstract())))
             _update(digest, file)
         own = described.get("text_encoder") or str(folder / "text_encoder")
+        tokens = described.get("max_tokens", DEFAULT_MAX_TOKENS)
+        if not isinstance(tokens, int) or tokens < 1:
+            raise UserError(f"{folder / 'config.json'}: max_tokens must be 1 or more, got {tokens}")
         encoder = T5Encoder.load(
             text_encoder or own,
-            described.get("max_tokens"),
+            tokens,
             captions=from_json(Captions, described.get("captions", "verbatim"), "captions"),
             compute_dtype=dtype,
         )

@@ -59,12 +59,19 @@ class Options:
     (the last two on a table of 1000)."""
     guidance: str | None = None
     """Weight of classifier-free guidance, by stage; 1 is none."""
+    guidance_plan: str | None = None
+    """The weight over the steps, by stage: constant, interval (at middling noise only) or
+    oscillating (in every other step)."""
+    rescale: str | None = None
+    """How far guided predictions get back the contrast of unguided ones, 0 to 1, by stage."""
     aug_level: str | None = None
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
     sampler: str | None = None
-    """By stage: ancestral, ddim, dpm++ or heun."""
+    """By stage: ancestral, ddim, dpm++, dpm++sde or heun; with a number for the noise they add,
+    ancestral:0.3 (gamma), ddim:0.5 (eta) or heun:0.1 (churn)."""
     threshold: str | None = None
-    """By stage: none, static or dynamic (Imagen's)."""
+    """By stage: none, static or dynamic (Imagen's), the last also with percentile and cap, as in
+    dynamic:0.95:1.5."""
     negative: str | None = None
     """What guidance moves away from, instead of the empty condition."""
     text_encoder: str | None = None
@@ -140,13 +147,19 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
     """
     import dataclasses
 
-    from cascade.diffusion import grids, samplers
+    from cascade.diffusion import denoise, grids, samplers
 
     steps = {
-        "ancestral": samplers.Ancestral(),
-        "ddim": samplers.DDIM(),
-        "dpm++": samplers.DPMSolverPP2M(),
-        "heun": samplers.Heun(),
+        "ancestral": (samplers.Ancestral, "gamma"),
+        "ddim": (samplers.DDIM, "eta"),
+        "dpm++": (samplers.DPMSolverPP2M, None),
+        "dpm++sde": (samplers.DPMSolverPP2MSDE, None),
+        "heun": (samplers.Heun, "churn"),
+    }
+    plans = {
+        "constant": denoise.Constant(),
+        "interval": denoise.Interval(),
+        "oscillating": denoise.Oscillating(),
     }
     spacings = {
         "uniform": grids.Uniform(),
@@ -196,15 +209,27 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
     def sampler(word: str, _: Sampling, stage: StageConfig) -> dict[str, Any]:
         if word == "ancestral" and stage.variance is not None:
             return {"sampler": samplers.Ancestral(gamma="learned")}
-        return {"sampler": _one_of(steps, word)}
+        name, *numbers = word.split(":")
+        step, field = _one_of(steps, name)
+        if len(numbers) > (field is not None):
+            raise ValueError(f"{name} takes {'one number' if field else 'no number'}")
+        return {"sampler": step(**dict(zip((field,), map(float, numbers), strict=False)))}
 
     def threshold(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
-        kind = _one_of({k: k for k in ("none", "static", "dynamic")}, word)
-        return {"threshold": dataclasses.replace(now.threshold, kind=kind)}
+        kind, *numbers = word.split(":")
+        if len(numbers) > (2 if kind == "dynamic" else 0):
+            raise ValueError("takes no numbers, dynamic at most two: percentile and cap")
+        fields = dict(zip(("percentile", "cap"), map(float, numbers), strict=False))
+        kind = _one_of({k: k for k in ("none", "static", "dynamic")}, kind)
+        return {"threshold": dataclasses.replace(now.threshold, kind=kind, **fields)}
 
     lay("--grid", options.grid, lambda w, *_: {"grid": _one_of(spacings, w)})
     lay("--steps", options.steps, count)
     lay("--guidance", options.guidance, lambda w, *_: {"guidance": float(w)})
+    lay(
+        "--guidance-plan", options.guidance_plan, lambda w, *_: {"guidance_plan": _one_of(plans, w)}
+    )
+    lay("--rescale", options.rescale, lambda w, *_: {"guidance_rescale": float(w)})
     lay("--aug-level", options.aug_level, lambda w, *_: {"aug_level": float(w)}, upper)
     lay("--sampler", options.sampler, sampler)
     lay("--threshold", options.threshold, threshold)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,14 @@ Schedule = (
     | process.Discrete
     | process.ZeroTerminal
 )
-Sampler = samplers.Ancestral | samplers.DDIM | samplers.DPMSolverPP2M | samplers.Heun
+Sampler = (
+    samplers.Ancestral
+    | samplers.DDIM
+    | samplers.DPMSolverPP2M
+    | samplers.DPMSolverPP2MSDE
+    | samplers.Heun
+)
+GuidancePlan = denoise.Constant | denoise.Interval | denoise.Oscillating | denoise.PerStep
 Grid = (
     grids.Uniform
     | grids.Quadratic
@@ -47,9 +54,10 @@ class Augmentation:
 
     The picture is corrupted by the forward process at its own resolution, before upsampling, with
     the schedule's log-SNR at a level in [0, max_level]; the level is drawn per example in training
-    (uniformly) and fixed in sampling, and the network is told.
+    (uniformly) and fixed in sampling, the noise drawn once a picture, and the network is told.
     after_upsampling: DeepFloyd IF enlarges the picture first, bilinearly and corner on corner
-    (`images.upsample_corners`), and corrupts it at full resolution.
+    (`images.upsample_corners`), and corrupts it at full resolution. The same level is then far
+    weaker, since noise of single pixels averages out: 4x in sigma, 2.77 in log-SNR, for a factor 4.
     """
 
     schedule: process.Cosine | process.Discrete = field(default_factory=process.Cosine)
@@ -65,13 +73,17 @@ class Augmentation:
 class Sampling:
     """How pictures are drawn from a stage unless the caller says otherwise.
 
-    guidance: weight w of classifier-free guidance; 1 means none. grid: the times of the steps.
+    grid: the times of the steps. guidance: weight w of classifier-free guidance; 1 means none.
+    guidance_plan: how the weight changes over the steps. guidance_rescale: phi of
+    `denoise.rescale`, 0 for not at all.
     aug_level: in [0, 1], of the low-resolution picture; only a super-resolution stage has one.
     """
 
     steps: int = 32
     grid: Grid = field(default_factory=grids.Uniform)
     guidance: float = 4.0
+    guidance_plan: GuidancePlan = field(default_factory=denoise.Constant)
+    guidance_rescale: float = 0.0
     sampler: Sampler = field(default_factory=samplers.DPMSolverPP2M)
     threshold: denoise.Threshold = field(default_factory=denoise.Threshold)
     aug_level: float = 0.0
@@ -81,8 +93,20 @@ class Sampling:
             self.grid.check(self.steps)
         except ValueError as e:
             raise ValueError(f"Sampling.{e}") from None
-        if not 0 <= self.aug_level <= 1:
-            raise ValueError(f"Sampling.aug_level must be in [0, 1], got {self.aug_level}")
+        for name in ("aug_level", "guidance_rescale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Sampling.{name} must be in [0, 1], got {getattr(self, name)}")
+        plan = self.guidance_plan
+        if isinstance(plan, denoise.PerStep) and len(plan.factors) != self.steps:
+            raise ValueError(
+                f"Sampling.guidance_plan must have a factor for each of {self.steps} steps, "
+                f"got {len(plan.factors)}"
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs the unconditional half of the network's batch."""
+        return self.guidance != 1 or isinstance(self.guidance_plan, denoise.PerStep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +255,8 @@ class Stage:
         params: Any,
         cond: Conditioning,
         *,
-        guidance: float | Float[Array, ""] = 1.0,
+        guidance: denoise.Weight | Callable[[Float[Array, " b"]], Float[Array, " b"]] = 1.0,
+        rescale: float = 0.0,
         threshold: denoise.Threshold,
         negative: Conditioning | None = None,
     ) -> denoise.Denoiser:
@@ -239,10 +264,11 @@ class Stage:
 
         negative: what guidance moves away from; None means the null condition, which DeepFloyd IF
         does not have: it takes the embedding of "".
-        guidance: the Python number 1.0 runs the conditional half alone.
+        guidance: a weight, or the weight as a function of the log-SNR; the Python number 1.0 runs
+        the conditional half alone. rescale: phi of `denoise.rescale`.
         A network that has learned the variance makes it a `denoise.WithVariance`.
         """
-        learned = self.config.variance is not None
+        kind, learned = self.config.prediction, self.config.variance is not None
         plain = isinstance(guidance, (int, float)) and guidance == 1
         if negative is None and not plain and isinstance(self.config.network, IFUNetConfig):
             raise ValueError(
@@ -250,25 +276,26 @@ class Stage:
                 "it is a text; DeepFloyd IF knows no other way to have no text"
             )
 
-        def estimate(x_t, logsnr, cond):
-            """-> (x0, gamma), gamma None unless it was learned."""
+        def conditional(x_t, logsnr):
             prediction, gamma = self._predict(params, x_t, logsnr, cond)
-            return process.to_x0(prediction, self.config.prediction, x_t, logsnr), gamma
+            return process.to_x0(prediction, kind, x_t, logsnr), gamma
 
         def guided(x_t, logsnr):
             both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, negative or cond.null())
-            x0, gamma = estimate(
-                jnp.concatenate([x_t, x_t]), jnp.concatenate([logsnr, logsnr]), both
-            )
-            x0_cond, x0_uncond = jnp.split(x0, 2)
+            twice = jnp.concatenate([x_t, x_t]), jnp.concatenate([logsnr, logsnr])
+            prediction, gamma = self._predict(params, *twice, both)
+            towards, away = jnp.split(prediction, 2)
+            w = guidance(logsnr) if callable(guidance) else guidance
+            mixed = denoise.guide(towards, away, w)
+            if rescale > 0:
+                mixed = denoise.rescale(mixed, towards, rescale)
             # Guidance is for the mean: the variance is that of the conditional half.
-            return denoise.guide(x0_cond, x0_uncond, guidance), gamma if gamma is None else gamma[
-                : len(x_t)
-            ]
+            gamma = None if gamma is None else gamma[: len(x_t)]
+            return process.to_x0(mixed, kind, x_t, logsnr), gamma
 
-        chosen = functools.partial(estimate, cond=cond) if plain else guided
+        estimate = conditional if plain else guided
         return denoise.thresholded(
-            denoise.WithVariance(chosen) if learned else lambda *at: chosen(*at)[0], threshold
+            denoise.WithVariance(estimate) if learned else lambda *at: estimate(*at)[0], threshold
         )
 
     def sample(
@@ -295,25 +322,15 @@ class Stage:
                 f"stage {self.config.name}: lowres pictures must be given exactly when "
                 f"it has a lowres_resolution ({self.config.lowres_resolution})"
             )
+        # Compiled for everything but these two numbers.
         scalars = {
             "guidance": jnp.float32(settings.guidance),
             "aug_level": jnp.float32(settings.aug_level),
         }
-        return _sample(
-            self.config,
-            size,
-            settings.steps,
-            settings.grid,
-            settings.sampler,
-            settings.threshold,
-            settings.guidance != 1,
-            params,
-            cond,
-            negative,
-            lowres,
-            keys,
-            scalars,
+        settings = dataclasses.replace(
+            settings, guidance=0.0 if settings.guided else 1.0, aug_level=0.0
         )
+        return _sample(self.config, size, settings, params, cond, negative, lowres, keys, scalars)
 
     def _predict(self, params, x_t, logsnr, cond, key=None):
         """-> (prediction in the space of config.prediction, gamma), gamma None unless learned."""
@@ -359,22 +376,8 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
     return prediction, (variance + 1) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _sample(
-    config,
-    size,
-    steps,
-    grid,
-    sampler,
-    threshold,
-    guided,
-    params,
-    cond,
-    negative,
-    lowres,
-    keys,
-    scalars,
-):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(config, size, settings, params, cond, negative, lowres, keys, scalars):
     stage = Stage(config)
     b, size = keys.shape[0], (size, size)
     k_noise, k_steps, k_augment = jnp.moveaxis(
@@ -388,18 +391,25 @@ def _sample(
             negative = dataclasses.replace(
                 negative, lowres=cond.lowres, lowres_time=cond.lowres_time
             )
+    times = settings.grid(settings.steps, config.schedule)
+    starts = config.schedule.logsnr(times[:-1])
+
+    def weight(logsnr):
+        return settings.guidance_plan(scalars["guidance"], logsnr, starts)
+
     denoiser = stage.denoiser(
         params,
         cond,
-        guidance=scalars["guidance"] if guided else 1.0,
-        threshold=threshold,
+        guidance=weight if settings.guided else 1.0,
+        rescale=settings.guidance_rescale,
+        threshold=settings.threshold,
         negative=negative,
     )
     return samplers.sample(
         denoiser,
         samplers.initial_noise(k_noise, (*size, 3)),
         schedule=config.schedule,
-        times=grid(steps, config.schedule),
-        step=sampler,
+        times=times,
+        step=settings.sampler,
         keys=k_steps,
     )

@@ -23,16 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from cascade import ema as averages
 from cascade import images, pretrained, sharding
-from cascade.checkpoint import Checkpoints, load_safetensors
+from cascade.checkpoint import Checkpoints, load_safetensors, save_safetensors
 from cascade.config import to_json
 from cascade.data import Degradation, FolderData, ScenesData, TFDSData, batches
 from cascade.errors import UserError
 from cascade.models import Conditioning
 from cascade.stage import Stage, StageConfig
-from cascade.text import T5Encoder, Tokens
+from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, Tokens
 
 State = dict[str, Any]
 
@@ -62,20 +64,25 @@ class Optimizer:
 class TrainConfig:
     """Everything that decides a run's result.
 
-    images: training examples in all, repetitions counted. batch_size: examples a step, over all
-    devices and microbatches. microbatches: gradients of equal parts of the batch are averaged, for
-    less memory. crop: side in pixels of the aligned crops a super-resolution stage trains on; None
-    is the whole picture. degradation: how its low-resolution pictures are spoiled; None is plain
-    means over blocks. init: a model, as `cascade sample --model` names it, whose stage of the same
-    name gives the first weights; None is fresh ones. ema_decay: per step, reached gradually as
-    (1 + step) / (10 + step). workers: processes that prepare data; 0 uses threads of this one.
-    preview_prompts: drawn with the EMA weights every preview_every_images (0: never). keep: newest
-    checkpoints kept.
+    text_tokens: length that captions are padded or cut to, unless the text encoder's own window is
+    shorter (the paper states none). images: training examples in all, repetitions counted.
+    batch_size: examples a step, over all devices and microbatches. microbatches: gradients of equal
+    parts of the batch are averaged, for less memory. crop: side in pixels of the aligned crops a
+    super-resolution stage trains on; None is the whole picture. degradation: how its low-resolution
+    pictures are spoiled; None is plain means over blocks. init: a model, as `cascade sample
+    --model` names it, whose stage of the same name gives the first weights; None is fresh ones.
+    ema_decay: per step, reached gradually as (1 + step) / (10 + step). ema_profiles: relative
+    widths (sigma_rel of `cascade.ema`) of averages kept besides, each costing the memory of the
+    weights and written every ema_snapshot_images to ema/STEP_WIDTH.safetensors; from the snapshots
+    of two, such as .05 and .1 (Karras et al. 2024), `cascade export --ema` makes any other.
+    workers: processes that prepare data; 0 uses threads of this one. preview_prompts: drawn with
+    the EMA weights every preview_every_images (0: never). keep: newest checkpoints kept.
     """
 
     stage: StageConfig
     data: ScenesData | TFDSData | FolderData = field(default_factory=ScenesData)
     text_encoder: str = "scenes"
+    text_tokens: int = DEFAULT_MAX_TOKENS
     images: int
     batch_size: int
     microbatches: int = 1
@@ -84,6 +91,8 @@ class TrainConfig:
     init: str | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema_decay: float = 0.9999
+    ema_profiles: tuple[float, ...] = ()
+    ema_snapshot_images: int = 1_000_000
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     seed: int = 0
     workers: int = 0
@@ -99,6 +108,10 @@ class TrainConfig:
                 f"TrainConfig.batch_size must be a multiple of microbatches={self.microbatches}, "
                 f"got {self.batch_size}"
             )
+        if self.text_tokens < 1:
+            raise ValueError(f"TrainConfig.text_tokens must be at least 1, got {self.text_tokens}")
+        for width in self.ema_profiles:
+            averages.gamma_from_sigma_rel(width)
         low, crop = self.stage.lowres_resolution, self.crop
         if self.degradation is not None and low is None:
             raise ValueError("TrainConfig.degradation is for super-resolution stages only")
@@ -140,12 +153,17 @@ def learning_rate(config: TrainConfig, step: Any) -> jax.Array:
     return o.learning_rate * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
 
 
-def init_state(optimizer: optax.GradientTransformation, params: Any) -> State:
-    """{train: {params, opt_state, step}, ema}: all that changes while training."""
-    return {
-        "train": {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)},
-        "ema": jax.tree.map(jnp.copy, params),
-    }
+def init_state(
+    optimizer: optax.GradientTransformation, params: Any, profiles: tuple[float, ...] = ()
+) -> State:
+    """{train: {params, opt_state, step}, ema}: all that changes while training.
+
+    With profiles, train also has the power-function average of each width, named by it.
+    """
+    train = {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+    if profiles:
+        train["profiles"] = {str(width): jax.tree.map(jnp.copy, params) for width in profiles}
+    return {"train": train, "ema": jax.tree.map(jnp.copy, params)}
 
 
 def make_train_step(
@@ -155,6 +173,7 @@ def make_train_step(
 
     batch: what Stage.loss takes. Randomness comes from the config's seed and state's step alone.
     """
+    gammas = {str(width): averages.gamma_from_sigma_rel(width) for width in config.ema_profiles}
 
     def loss_and_grads(params, batch, key):
         (_, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, batch, key)
@@ -189,10 +208,13 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
         }
-        return {
-            "train": {"params": params, "opt_state": opt_state, "step": step},
-            "ema": ema,
-        }, metrics
+        after = {"params": params, "opt_state": opt_state, "step": step}
+        if gammas:
+            after["profiles"] = {
+                width: averages.track(train["profiles"][width], params, step, gamma)
+                for width, gamma in gammas.items()
+            }
+        return {"train": after, "ema": ema}, metrics
 
     return train_step
 
@@ -208,7 +230,7 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
     mesh = sharding.make_mesh(config.mesh)
     _check_batch(config, mesh)
     stage, optimizer = Stage(config.stage), make_optimizer(config)
-    encoder = T5Encoder.load(config.text_encoder)
+    encoder = T5Encoder.load(config.text_encoder, config.text_tokens)
     _check_text_width(config.stage, encoder)
     data = batches(
         config.data,
@@ -260,6 +282,8 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
                 bar.set_postfix(loss=f"{log.write(step)['loss']:.4f}")
             if ends or _due(step, config.save_every_images, config):
                 checkpoints.save(step, **state, config=to_json(config), data=data.get_state())
+            if config.ema_profiles and (ends or _due(step, config.ema_snapshot_images, config)):
+                _snapshot(state["train"]["profiles"], workdir, step)
             if config.preview_every_images and (
                 step == last or _due(step, config.preview_every_images, config)
             ):
@@ -273,7 +297,7 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
     key = jax.random.key(config.seed, impl="rbg")
 
     def init(key):
-        return init_state(optimizer, stage.init(key))
+        return init_state(optimizer, stage.init(key), config.ema_profiles)
 
     abstract = jax.eval_shape(init, key)
     placement = sharding.shardings(abstract, mesh)
@@ -281,7 +305,8 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
         if config.init is None:
             return jax.jit(init, out_shardings=placement)(key), placement
         params = _exported(config.init, config.stage, stage.abstract())
-        return jax.device_put(init_state(optimizer, params), placement), placement
+        state = init_state(optimizer, params, config.ema_profiles)
+        return jax.device_put(state, placement), placement
     saved = checkpoints.read_config()
     if saved["stage"] != to_json(config.stage):
         raise UserError(
@@ -315,6 +340,17 @@ def _due(step: int, every_images: int, config: TrainConfig) -> bool:
     """Whether this step passed a multiple of `every_images`."""
     b = config.batch_size
     return step * b // every_images > (step - 1) * b // every_images
+
+
+def _snapshot(profiles: dict[str, Any], workdir: Path, step: int) -> None:
+    """Write ema/STEP_WIDTH.safetensors for every width; process 0 does, all take part."""
+    folder = workdir / "ema"
+    folder.mkdir(exist_ok=True)
+    for width, params in profiles.items():
+        if jax.process_count() > 1:
+            params = multihost_utils.process_allgather(params, tiled=True)
+        if jax.process_index() == 0:
+            save_safetensors(folder / f"{step:010d}_{width}.safetensors", params)
 
 
 def _preview(config, stage, ema, encoder, batch, workdir, step) -> None:

@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 
 from cascade.diffusion.denoise import (
+    Constant,
+    Interval,
+    Oscillating,
+    PerStep,
     Threshold,
     dynamic_threshold,
     guide,
     guided,
+    rescale,
     static_threshold,
     thresholded,
 )
@@ -54,6 +59,34 @@ def test_guiding_in_the_networks_space_is_guiding_x0(kind):
     in_x0 = guide(to_x0(cond, kind, x_t, logsnr), to_x0(uncond, kind, x_t, logsnr), 5.0)
     np.testing.assert_allclose(in_x0, to_x0(mixed, kind, x_t, logsnr), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(from_x0(in_x0, kind, x_t, logsnr), mixed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "plan, expected",
+    [
+        (Constant(), [7] * 8),
+        # sigma / alpha from e^3.5 to 1: log-SNR -7 to 0
+        (Interval(low=np.exp(0.6), high=np.exp(2.1)), [1, 1, 1, 7, 7, 7, 1, 1]),
+        (Oscillating(low=2.0, share=0.25), [7, 7, 2, 7, 2, 7, 2, 7]),
+        (Oscillating(low=2.0, share=0.0), [2, 7] * 4),
+        (PerStep(factors=(1.0, 0.5, 2.0, 0.0, 1.0, 1.0, 1.0, 1.0)), [7, 3.5, 14, 0, 7, 7, 7, 7]),
+    ],
+)
+def test_guidance_weights_follow_their_plan(plan, expected):
+    grid = jnp.arange(-7.0, 1.0)
+    np.testing.assert_allclose(plan(jnp.float32(7), grid, grid), expected)
+    # Between the steps, where a second-order sampler asks, as at the nearest.
+    np.testing.assert_allclose(plan(jnp.float32(7), grid - 0.05, grid), expected)
+
+
+def test_rescaling_gives_back_the_conditionals_contrast():
+    cond, uncond = normal(0, (3, 8, 8, 3)), normal(1, (3, 8, 8, 3)) + 0.2
+    mixed = guide(cond, uncond, 7.0)
+    full, half, none = (np.asarray(rescale(mixed, cond, phi)) for phi in (1.0, 0.5, 0.0))
+    np.testing.assert_allclose(full.std((1, 2, 3)), np.std(cond, (1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(none, mixed, rtol=1e-6)
+    np.testing.assert_allclose(half, (full + none) / 2, rtol=1e-4)
+    assert np.all(none.std((1, 2, 3)) > 3 * full.std((1, 2, 3)))
 
 
 @pytest.mark.parametrize("percentile", [0.9, 0.995])
@@ -120,6 +153,19 @@ def test_threshold_comes_after_guidance():
 def test_low_precision_images_are_thresholded_in_float32():
     out = jax.eval_shape(dynamic_threshold, jax.ShapeDtypeStruct((2, 8), jnp.bfloat16))
     assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: Interval(low=3.0, high=2.0), "Interval.low"),
+        (lambda: Oscillating(share=2.0), "Oscillating.share"),
+        (lambda: PerStep(factors=(1.0,))(3.0, jnp.zeros(2), jnp.zeros(4)), "1 for 4 steps"),
+    ],
+)
+def test_impossible_plans_are_refused_by_name(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fixtures import make_diffusers as reference
 
 from cascade.diffusion import grids, samplers
 from cascade.diffusion.denoise import Threshold, WithVariance, thresholded
-from cascade.diffusion.process import Discrete, to_x0
+from cascade.diffusion.process import Discrete, alpha_sigma, to_x0
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ LEADING, TRAILING = grids.OnTable(spacing="leading"), grids.OnTable(spacing="tra
         ("ddim", samplers.DDIM(), LEADING, 10),
         ("ddim_eta", samplers.DDIM(eta=0.7), LEADING, 10),
         ("dpm++", samplers.DPMSolverPP2M(), TRAILING, 10),
+        ("dpm++_sde", samplers.DPMSolverPP2MSDE(), TRAILING, 10),
     ],
 )
 def test_sampler_takes_the_steps_of_diffusers(name, step, grid, steps, recorded, monkeypatch):
@@ -69,6 +70,18 @@ def test_sampler_takes_the_steps_of_diffusers(name, step, grid, steps, recorded,
     got = path(step, schedule, grid(steps, schedule), threshold, monkeypatch)
     np.testing.assert_allclose(got, recorded[name], atol=2e-3)
     assert np.abs(got - recorded[name]).mean() < 1e-4
+
+
+def test_heun_in_the_published_variable_takes_the_steps_of_diffusers(recorded, monkeypatch):
+    """Its scheduler holds x / alpha, and counts prediction and correction as two steps."""
+    schedule = Discrete(betas="linear")
+    times = jnp.append((jnp.linspace(999, 0, 10) + 1) / 1000, 0.0)
+    step = samplers.Heun(slope="noise")
+    got = path(step, schedule, times, Threshold(kind="none"), monkeypatch)
+    alpha = np.asarray(alpha_sigma(schedule.logsnr(times))[0])[1:, None, None]
+    expected = recorded["heun"][1::2] * alpha[:-1]
+    np.testing.assert_allclose(got[:-1], expected, atol=2e-3)
+    np.testing.assert_allclose(got[-1], recorded["heun"][-1], atol=2e-3)
 
 
 @pytest.mark.parametrize("name", reference.LISTS)

@@ -193,43 +193,6 @@ def test_parameters_are_named_by_strings_and_stacked_blocks_start_out_different(
     assert abs(kernels[0] - kernels[1]).max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    "config,millions",
-    [
-        (
-            UNetConfig(
-                levels=tuple(Level(width=512 * m, blocks=3, attention=m > 1) for m in range(1, 5)),
-                text_width=4096,
-            ),
-            (1900, 2420),
-        ),
-        (
-            EfficientUNetConfig(
-                levels=tuple(
-                    EfficientLevel(
-                        width=width, blocks=blocks, self_attention=last, text_attention=last
-                    )
-                    for width, blocks, last in (
-                        (128, 2, False),
-                        (256, 4, False),
-                        (512, 8, False),
-                        (1024, 8, True),
-                    )
-                ),
-                head_width=128,
-                text_width=4096,
-                lowres=True,
-            ),
-            (570, 620),
-        ),
-    ],
-    ids=["base", "super"],
-)
-def test_imagen_sizes_are_the_papers_and_need_no_memory(config, millions):
-    count = sum(leaf.size for leaf in jax.tree.leaves(Network(config).abstract()))
-    assert millions[0] < count / 1e6 < millions[1]
-
-
 def test_program_does_not_grow_with_depth():
     def lines(blocks):
         network = Network(UNetConfig(levels=(Level(width=8, blocks=blocks),), head_width=8))

@@ -37,7 +37,7 @@ BELOW = {
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
         *("data", "stage", "sharding", "checkpoint", "config"),
-        *("errors", "images", "models", "pretrained", "text"),
+        *("ema", "errors", "images", "models", "pretrained", "text"),
     },
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
     "testing": {"diffusion", "models", "stage", "text", "runner"},

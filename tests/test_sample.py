@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cascade import cli, testing
-from cascade.diffusion import grids
+from cascade.diffusion import denoise, grids, samplers
 from cascade.errors import UserError
 from cascade.sample import Options, override
 from cascade.stage import Stage
@@ -86,7 +86,11 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         ("steps", "4,x,5", "--steps x"),
         ("aug_level", "0.1,0.2,0.3", "3 values for 2 stages (sr16, sr32)"),
         ("aug_level", "2", "aug_level must be in [0, 1]"),
-        ("sampler", "euler", "must be one of ancestral, ddim, dpm++, heun"),
+        ("sampler", "euler", "must be one of ancestral, ddim, dpm++, dpm++sde, heun"),
+        ("sampler", "dpm++:2", "dpm++ takes no number"),
+        ("sampler", "ancestral:2", "Ancestral.gamma must be in [0, 1]"),
+        ("guidance_plan", "wave", "must be one of constant, interval, oscillating"),
+        ("threshold", "static:.9", "dynamic at most two"),
         ("steps", "smart5", "must be a number, or one of fast27"),
         ("grid", "linear", "must be one of uniform, quadratic"),
         ("threshold", "clip", "must be one of none, static, dynamic"),
@@ -107,6 +111,9 @@ def test_lists_by_stage_reach_their_stages():
         aug_level="0.2,0.3",
         threshold="none,static,dynamic",
         grid="karras,uniform,trailing",
+        sampler="ancestral:0.5,dpm++sde,heun:0.2",
+        guidance_plan="constant,interval,oscillating",
+        rescale="0.7",
     )
     got = override(stages, options)
     assert [s.steps for s in got] == [7, 27, 9]
@@ -118,6 +125,15 @@ def test_lists_by_stage_reach_their_stages():
     assert [s.guidance for s in got] == [2.5] * 3
     assert [s.aug_level for s in got] == [0.0, 0.2, 0.3]
     assert [s.threshold.kind for s in got] == ["none", "static", "dynamic"]
+    assert [s.sampler for s in got] == [
+        samplers.Ancestral(gamma=0.5),
+        samplers.DPMSolverPP2MSDE(),
+        samplers.Heun(churn=0.2),
+    ]
+    assert [type(s.guidance_plan).__name__ for s in got] == ["Constant", "Interval", "Oscillating"]
+    assert [s.guidance_rescale for s in got] == [0.7] * 3
+    (threshold,) = {s.threshold for s in override(stages, Options(threshold="dynamic:.95:1.5"))}
+    assert threshold == denoise.Threshold(percentile=0.95, cap=1.5)
 
 
 def test_pictures_their_json_and_the_grid_are_written(fake, tmp_path, capsys):

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from oracle import Gaussian, Mixture
 
+from cascade.diffusion import samplers
 from cascade.diffusion.denoise import Threshold, WithVariance, guided, thresholded
 from cascade.diffusion.process import Cosine, corrupt
 from cascade.diffusion.samplers import (
     DDIM,
     Ancestral,
     DPMSolverPP2M,
+    DPMSolverPP2MSDE,
     Heun,
     Leg,
     initial_noise,
@@ -21,7 +23,7 @@ from cascade.diffusion.samplers import (
     time_grid,
 )
 
-STEPS = [Ancestral(), DDIM(), DPMSolverPP2M(), Heun()]
+STEPS = [Ancestral(), DDIM(), DPMSolverPP2M(), DPMSolverPP2MSDE(), Heun()]
 COSINE = Cosine()
 CORNERS = Mixture(means=np.eye(3), weights=np.ones(3) / 3, scale=0.3)
 
@@ -146,7 +148,8 @@ def test_eps_is_derived_again_from_the_thresholded_x0(step):
 
     alpha_t, sigma_t = np.sqrt(1 / (1 + np.exp(0.5))), np.sqrt(1 / (1 + np.exp(-0.5)))
     alpha_s, sigma_s = sigma_t, alpha_t
-    kept = np.exp(-1.0) if isinstance(step, Ancestral) else 1.0  # the rest of sigma_s is noise
+    noisy = isinstance(step, Ancestral | DPMSolverPP2MSDE)
+    kept = np.exp(-1.0) if noisy else 1.0  # the rest of sigma_s is noise
     eps, stale = (x_t - alpha_t * x0) / sigma_t, (x_t - alpha_t * far) / sigma_t
     error, stale_error = (
         np.mean((x_s - alpha_s * x0 - sigma_s * np.sqrt(kept) * e) * (eps - stale))
@@ -192,6 +195,7 @@ def test_sampling_traces_the_denoiser_once_and_compiles_once():
     [
         (DDIM(), COSINE, [16, 32, 64], 1),
         (Heun(), COSINE, [16, 32, 64], 2),
+        (Heun(slope="noise"), Straight(), [64, 128, 256], 2),
         (DPMSolverPP2M(), Straight(), [64, 128, 256], 2),
     ],
 )
@@ -201,6 +205,28 @@ def test_order_of_convergence(step, schedule, ns, order):
     outs = [draw(gaussian, x, n, step, schedule=schedule) for n in ns]
     errors = [np.sqrt(np.mean((out - exact) ** 2)) for out in outs]
     assert abs(slope(errors, ns) - order) < 0.15, errors
+
+
+def test_order_of_convergence_where_noise_is_added(monkeypatch):
+    """In the drift: x0_hat depends on the level alone, and the noise that is added is 0."""
+    monkeypatch.setattr(samplers, "_normal", lambda keys, shape: jnp.zeros((len(keys), *shape)))
+
+    def denoiser(x, logsnr):  # at the last level shows x itself, which `sample` then returns
+        return jnp.where(logsnr[:, None] > 11.59, x, jnp.sin(logsnr / 4)[:, None])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(step, times):
+        options = {"schedule": Straight(), "keys": keys(1), "times": times}
+        return sample(denoiser, jnp.ones((1, 1)), step=step, **options)[0, 0]
+
+    def end(step, n):
+        return float(run(step, jnp.append(jnp.linspace(1.0, 0.3, n + 1), 0.0)))
+
+    first, second = Ancestral(gamma=0.0), DPMSolverPP2MSDE()
+    exact, ns = end(second, 1024), [32, 64, 128]
+    for step, order in [(first, 1), (second, 2)]:
+        errors = [abs(end(step, n) - exact) for n in ns]
+        assert abs(slope(errors, ns) - order) < 0.25, errors
 
 
 @pytest.mark.parametrize("step", [DPMSolverPP2M(), Heun()])
@@ -271,13 +297,15 @@ def test_number_of_evaluations_in_six_steps(step, calls):
 # Noise.
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0])
-def test_ancestral_sampling_has_the_moments_of_the_data(gamma):
+@pytest.mark.parametrize(
+    "step", [Ancestral(gamma=0.0), Ancestral(gamma=1.0), DPMSolverPP2MSDE(), Heun(churn=0.2)]
+)
+def test_sampling_with_noise_has_the_moments_of_the_data(step):
     mixture = Mixture(
         means=np.array([[-1.0, 0.5], [1.0, 0.0]]), weights=np.array([0.35, 0.65]), scale=0.25
     )
     n = 4096
-    out = np.asarray(draw(mixture, initial_noise(keys(n, 7), (2,)), 256, Ancestral(gamma=gamma)))
+    out = np.asarray(draw(mixture, initial_noise(keys(n, 7), (2,)), 256, step))
     mean = mixture.weights @ mixture.means
     centred = mixture.means - mean
     variance = mixture.weights @ centred**2 + 0.25**2
@@ -311,6 +339,28 @@ def test_one_step_has_the_mean_and_variance_of_ddpm(step, share):
     variance = posterior ** (1 - share) * beta**share
     assert abs(np.mean(x_s) - mean) < 3 * np.sqrt(variance / x_s.size)
     assert abs(np.var(x_s) - variance) < 3 * variance * np.sqrt(2 / x_s.size)
+
+
+def test_churn_goes_back_up_to_the_level_it_announces():
+    """Data of unit variance has unit variance at every level, hence also x_t after churn."""
+    x_t, seen = normal(0, (300, 200)), []
+
+    def denoiser(x, logsnr):
+        seen.append((x, logsnr))
+        return x
+
+    leg = Leg(jnp.full(300, -1.0), jnp.full(300, 0.5), jnp.array(True), keys(300))
+    Heun(churn=0.4, churn_noise=1.0)(denoiser, x_t, leg, ())
+    x_hat, logsnr = seen[0]
+    np.testing.assert_allclose(logsnr, -1.0 - 2 * np.log(1.4), rtol=1e-5)
+    assert abs(np.var(x_hat) - 1) < 0.02
+    moved = np.corrcoef(np.ravel(x_hat), np.ravel(x_t))[0, 1]
+    alphas = np.sqrt((1 + np.exp(1.0)) / (1 + 1.4**2 * np.exp(1.0)))
+    assert abs(moved - alphas) < 0.02
+    # Outside its interval there is none.
+    seen.clear()
+    Heun(churn=0.4, churn_within=(0.01, 1.0))(denoiser, x_t, leg, ())
+    np.testing.assert_allclose(seen[0][0], x_t, atol=1e-6)
 
 
 def test_learned_variance_is_each_coordinates_own():
@@ -479,3 +529,9 @@ def test_mistakes_are_refused_by_name():
         Ancestral(gamma=1.5)
     with pytest.raises(ValueError, match="eta"):
         DDIM(eta=-0.1)
+    with pytest.raises(ValueError, match="Heun.churn must"):
+        Heun(churn=0.5)
+    with pytest.raises((ValueError, TypeError), match="slope"):
+        Heun(slope="sigma")
+    with pytest.raises(ValueError, match="Heun.churn_within"):
+        Heun(churn_within=(2.0, 1.0))

@@ -8,7 +8,7 @@ import pytest
 
 from cascade import config, images, testing
 from cascade.diffusion import grids, process
-from cascade.diffusion.denoise import Threshold, WithVariance
+from cascade.diffusion.denoise import PerStep, Threshold, WithVariance
 from cascade.diffusion.loss import LearnedVariance
 from cascade.diffusion.samplers import DDIM, Ancestral
 from cascade.models import Conditioning
@@ -111,6 +111,31 @@ def test_without_augmentation_the_network_sees_the_upsampled_picture_itself(monk
     )  # the schedule's clean end: sigma 5e-5
 
 
+def test_noise_after_upsampling_is_independent_from_pixel_to_pixel(monkeypatch):
+    """And noise before it is not: neighbours of an upsampled picture share theirs."""
+    config = testing.super_resolution_stage()
+    batch = batch_of(128, 16, 8) | {"lowres": jnp.full((128, 8, 8, 3), 255, jnp.uint8)}
+    shared = {}
+    for upsampled in (False, True):
+        augmentation = Augmentation(after_upsampling=upsampled)
+        stage, seen = Stage(dataclasses.replace(config, augmentation=augmentation)), {}
+
+        def spy(params, x, time, cond, key=None, seen=seen):
+            seen["cond"] = cond
+            return jnp.zeros_like(x)
+
+        monkeypatch.setattr(stage, "network", spy)
+        stage.loss({}, batch, jax.random.key(0))
+        level = np.asarray(seen["cond"].lowres_time)[:, None, None, None] / 1000
+        noise = np.asarray(seen["cond"].lowres) - np.cos(np.pi * level / 2)
+        noise /= np.sin(np.pi * level / 2)
+        shared[upsampled] = np.mean(noise[:, :, 1:] * noise[:, :, :-1]) / np.mean(noise**2)
+        if upsampled:
+            # the deviation at each pixel is what the level says, example by example
+            np.testing.assert_allclose(noise.std((1, 2, 3)), 1, atol=0.12)
+    assert shared[False] > 0.5 and abs(shared[True]) < 0.02, shared
+
+
 def test_an_untrained_residual_stage_draws_the_enlargement_itself():
     config = dataclasses.replace(
         testing.super_resolution_stage(), prediction="x0", residual=True, schedule=process.Cosine()
@@ -145,6 +170,14 @@ def test_guidance_in_one_pass_equals_two_passes():
     both = x0_of(stage, params, cond, x, logsnr, guidance=jnp.float32(5.0))
     assert np.allclose(both, unconditional + 5 * (conditional - unconditional), atol=2e-4)
     assert not np.allclose(conditional, unconditional, atol=1e-3)
+    # a weight for every level, and the contrast of the conditional prediction, v here
+    planned = x0_of(
+        stage, params, cond, x, logsnr, guidance=lambda l: jnp.where(l > 2, 5.0, 1.0), rescale=1.0
+    )
+    np.testing.assert_allclose(planned[:2], conditional[:2], atol=2e-4)
+    deviation = [process.from_x0(x0, "v", x, logsnr)[2].std() for x0 in (planned, conditional)]
+    np.testing.assert_allclose(*deviation, rtol=1e-3)
+    assert not np.allclose(planned[2], both[2], atol=1e-3)
 
 
 def test_negative_text_replaces_the_null_condition():
@@ -282,6 +315,19 @@ def test_augmentation_at_sampling_is_drawn_once_and_its_level_matters(monkeypatc
 def test_contradicting_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(testing.super_resolution_stage(), **change)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"guidance_rescale": 2.0}, "Sampling.guidance_rescale must be in"),
+        ({"guidance_plan": PerStep(factors=(1.0,))}, "a factor for each of 32 steps, got 1"),
+        ({"grid": grids.Respaced(name="smart50")}, "Sampling.steps must be 50"),
+    ],
+)
+def test_contradicting_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**fields)
 
 
 def test_a_stage_with_a_schedule_in_a_schedule_survives_json():

@@ -7,10 +7,13 @@ import numpy as np
 import optax
 import pytest
 
+from cascade import ema as averages
 from cascade import sharding, testing, train
+from cascade.checkpoint import load_safetensors
 from cascade.data import BSR, ScenesData
 from cascade.errors import UserError
 from cascade.export import export
+from cascade.runner import Cascade
 from cascade.sharding import MeshConfig
 from cascade.stage import Stage
 from cascade.train import Optimizer, TrainConfig
@@ -42,7 +45,9 @@ def run(config, mesh_config, steps=2):
     n = abs(mesh_config.data * mesh_config.fsdp)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n])
     stage, optimizer = Stage(config.stage), train.make_optimizer(config)
-    state = jax.jit(lambda params: train.init_state(optimizer, params))(testing.lively(stage))
+    state = jax.jit(lambda params: train.init_state(optimizer, params, config.ema_profiles))(
+        testing.lively(stage)
+    )
     placement = sharding.shardings(state, mesh)
     step = jax.jit(
         train.make_train_step(config, stage, optimizer),
@@ -84,8 +89,8 @@ def test_accumulated_gradients_are_the_mean_over_microbatches():
     )
 
 
-def test_ema_follows_its_recursion_with_warm_up():
-    config = config_of(ema_decay=0.4)
+def test_emas_follow_their_recursions():
+    config = config_of(ema_decay=0.4, ema_profiles=(0.05, 0.25))
     first, _ = run(config, MeshConfig(data=1), steps=1)
     second, _ = run(config, MeshConfig(data=1), steps=2)
     third, _ = run(config, MeshConfig(data=1), steps=3)
@@ -100,6 +105,16 @@ def test_ema_follows_its_recursion_with_warm_up():
 
     follows(first, second, 2)
     follows(second, third, 3)
+
+    # The weights after step i hold from i - 1 to i; gamma is the profile's exponent.
+    for width in config.ema_profiles:
+        shares = np.diff((np.arange(4) / 3) ** (averages.gamma_from_sigma_rel(width) + 1))
+        want = jax.tree.map(
+            lambda *p, shares=shares: sum(s * x for s, x in zip(shares, p, strict=True)),
+            *(state["train"]["params"] for state in (first, second, third)),
+        )
+        got = third["train"]["profiles"][str(width)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
 def test_the_rate_warms_up_stays_and_cools_down():
@@ -180,7 +195,7 @@ def rows(workdir):
 
 
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
-    config = scenes_config()
+    config = scenes_config(ema_profiles=(0.05, 0.1), ema_snapshot_images=32, text_tokens=16)
     train.train(config, tmp_path / "whole")
     train.train(config, tmp_path / "parts", until=24)
     assert rows(tmp_path / "parts")[-1]["images"] == 24
@@ -191,6 +206,34 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
     assert [r["loss"] for r in rows(tmp_path / "whole")] == [
         r["loss"] for r in rows(tmp_path / "parts")
     ]
+    # The averages kept besides are the same too; --ema makes others of their snapshots.
+    snapshots = {run: tmp_path / run / "ema" for run in ("whole", "parts")}
+    names = {f"000000000{step}_{width}.safetensors" for step in (4, 8) for width in (0.05, 0.1)}
+    assert {p.name for p in snapshots["whole"].iterdir()} == names
+    abstract = Stage(config.stage).abstract()
+    last = "0000000008_0.1.safetensors"
+    kept, also = (load_safetensors(snapshots[run] / last, abstract) for run in snapshots)
+    jax.tree.map(np.testing.assert_array_equal, kept, also)
+    made = {}
+    for width in (0.05, 0.08, 0.1):
+        out = tmp_path / f"model{width}"
+        report = export([tmp_path / "whole"], out, ema=width)
+        assert report["trained"]["base8"]["ema_sigma_rel"] == width
+        made[width] = load_safetensors(out / "base8" / "model.safetensors", abstract)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), made[0.1], kept)
+    # A width between two lies between them, in distance to the narrower.
+    distance = [float(optax.tree.norm(_minus(made[w], made[0.05]))) for w in (0.08, 0.1)]
+    assert 0 < distance[0] < distance[1]
+    with pytest.raises(UserError, match="sigma_rel must lie in"):
+        export([tmp_path / "whole"], tmp_path / "none", ema=0.5)
+    # What captions were cut to, prompts are.
+    assert Cascade.load(tmp_path / "model0.1").encoder.max_tokens == 16
+    with pytest.raises(ValueError, match="sigma_rel must lie in"):
+        dataclasses.replace(config, ema_profiles=(0.5,))
+
+
+def _minus(a, b):
+    return jax.tree.map(lambda x, y: x - y, a, b)
 
 
 def test_a_finished_run_writes_its_pictures_and_holds_no_text_encoder(tmp_path):
@@ -219,6 +262,8 @@ def test_a_run_may_start_from_the_weights_of_a_model(tmp_path):
     config = scenes_config()
     train.train(config, tmp_path / "first", until=16)
     export([tmp_path / "first"], tmp_path / "model")
+    with pytest.raises(UserError, match="holds no snapshots to make --ema 0.1 of"):
+        export([tmp_path / "first"], tmp_path / "other", ema=0.1)
     still = Optimizer(learning_rate=0.0)
     start = dataclasses.replace(config, init=str(tmp_path / "model"), optimizer=still, seed=1)
     train.train(start, tmp_path / "second", until=16)

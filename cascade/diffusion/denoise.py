@@ -12,12 +12,13 @@ more; the wrappers here change its x0 and leave its variance, in guidance the co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cascade.diffusion.process import expand
 
@@ -88,6 +89,89 @@ def guide(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The guidance weight w at every step."""
+
+    def __call__(
+        self, w: Weight, logsnr: Float[Array, " b"], grid: Float[Array, " n"]
+    ) -> Float[Array, " b"]:
+        """The weight at `logsnr`. grid: the log-SNRs that the n steps start from, noisiest first.
+
+        A denoiser that is asked between two of them, by a second-order step, takes the nearest.
+        """
+        return jnp.broadcast_to(jnp.asarray(w, jnp.float32), logsnr.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """w where low < sigma / alpha <= high, and no guidance elsewhere.
+
+    At high noise guidance throws variety away, at low noise it does nothing. The defaults are those
+    of Kynkäänniemi et al. 2024 ("Applying Guidance in a Limited Interval") for ImageNet at 512 px
+    in latent space: for others they are to be searched for.
+    """
+
+    low: float = 0.28
+    high: float = 5.42
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.high:
+            raise ValueError(f"Interval.low must be in [0, high={self.high}), got {self.low}")
+
+    def __call__(self, w, logsnr, grid):
+        noise = jnp.exp(-logsnr / 2)
+        return jnp.where((self.low < noise) & (noise <= self.high), w, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oscillating:
+    """w for the first share of the steps, then `low` and w by turns.
+
+    A weight that saturates when held may be had in every other step. Ho et al. 2022 ("Imagen
+    Video", sec. 3.4) go between 15 and 1; how many steps come first is not stated there, a tenth is
+    our choice.
+    """
+
+    low: float = 1.0
+    share: float = 0.1
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"Oscillating.share must be in [0, 1], got {self.share}")
+
+    def __call__(self, w, logsnr, grid):
+        n = len(grid)
+        i = jnp.arange(n) - math.ceil(self.share * n)
+        return jnp.where((i >= 0) & (i % 2 == 0), self.low, w)[_nearest(logsnr, grid)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerStep:
+    """A factor on w for every step, noisiest first: its own weights with w = 1."""
+
+    factors: tuple[float, ...]
+
+    def __call__(self, w, logsnr, grid):
+        if len(self.factors) != len(grid):
+            raise ValueError(f"PerStep.factors: {len(self.factors)} for {len(grid)} steps")
+        return w * jnp.asarray(self.factors, jnp.float32)[_nearest(logsnr, grid)]
+
+
+def rescale(
+    guided: Float[Array, " b *d"], conditional: Float[Array, " b *d"], phi: float
+) -> Float[Array, " b *d"]:
+    """`guided`, a part phi of the way to having the standard deviation of `conditional`.
+
+    Both are predictions of a network, of eps, x0 or v; a deviation is over all of an example.
+    phi: in [0, 1]. Guidance makes pictures over-exposed by raising it. Lin et al. 2023 ("Common
+    Diffusion Noise Schedules and Sample Steps are Flawed"), eq. 15 and 16, with phi = .7.
+    """
+    over = tuple(range(1, guided.ndim))
+    ratio = conditional.std(over, keepdims=True) / guided.std(over, keepdims=True)
+    return guided * (1 - phi + phi * ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Threshold:
     """How x0 estimates are brought back to [-1, 1], example by example; a function of x0.
 
@@ -140,6 +224,10 @@ def dynamic_threshold(
     s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), percentile, axis=1, method="linear")
     s = expand(jnp.clip(s, 1.0, cap), x0)
     return jnp.clip(x0, -s, s) / s
+
+
+def _nearest(logsnr: Float[Array, " b"], grid: Float[Array, " n"]) -> Int[Array, " b"]:
+    return jnp.argmin(jnp.abs(logsnr[:, None] - grid), axis=1)
 
 
 def _check(percentile: float, cap: float | None) -> None:

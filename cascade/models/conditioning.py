@@ -90,7 +90,8 @@ class PooledText(nnx.Module):
 
     The null token is learned and always visible, so that a row without text has a finite softmax
     and a learned unconditional embedding. Padding is invisible whatever it holds.
-    The pooling query is a projection of the mean of the visible tokens.
+    The pooling query is a projection of the mean of the visible tokens. The tokens returned, for
+    the attention layers, are config.attended_width wide.
     """
 
     def __init__(self, config: NetworkConfig, rngs: nnx.Rngs):
@@ -101,6 +102,9 @@ class PooledText(nnx.Module):
         self.query = Linear(text_width, emb_width, rngs=rngs)
         self.keys_values = Linear(text_width, 2 * emb_width, rngs=rngs)
         self.out = Linear(emb_width, emb_width, rngs=rngs)
+        self.context = (
+            Linear(text_width, config.context_width, rngs=rngs) if config.context_width else None
+        )
 
     def __call__(
         self, text: Float[Array, "b l d"], mask: Bool[Array, "b l"]
@@ -112,7 +116,7 @@ class PooledText(nnx.Module):
         mean = jnp.mean(text, axis=1, keepdims=True, where=mask[:, :, None])
         k, v = jnp.split(self.keys_values(text), 2, axis=-1)
         pooled = attend(self.query(mean), k, v, mask, self.head_width)
-        return self.out(pooled)[:, 0], text, mask
+        return self.out(pooled)[:, 0], self.context(text) if self.context else text, mask
 
 
 def network_input(

@@ -174,6 +174,6 @@ def make_attention(
         level.width,
         config.head_width,
         image=level.self_attention,
-        text_width=config.text_width if level.text_attention else 0,
+        text_width=config.attended_width if level.text_attention else 0,
         rngs=rngs,
     )

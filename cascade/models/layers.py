@@ -29,6 +29,8 @@ class NetworkConfig:
     patch: pixels a side that enter as one (space to depth; Hoogeboom et al. 2023); 1 is the
         papers'.
     head_width: channels of an attention head. text_width: of a token; 0 is a network without text.
+    context_width: of tokens as the attention layers get them, by one projection for all (DeepFloyd
+        IF, GLIDE's token embeddings); None is text_width, without a projection.
     emb_width: of the embedding of time and pooled text; None is 4 * levels[0].width.
     lowres: super-resolution, by concatenating Conditioning.lowres to x.
     compute_dtype: of activations; parameters, norms, softmax and output are float32.
@@ -41,6 +43,7 @@ class NetworkConfig:
     patch: int = 1
     head_width: int = 64
     text_width: int = 0
+    context_width: int | None = None
     emb_width: int | None = None
     lowres: bool = False
     dropout: float = 0.0
@@ -73,6 +76,11 @@ class NetworkConfig:
                 f"{type(self).__name__}.{field} must be a multiple of head_width="
                 f"{self.head_width} (attention heads), got {width}"
             )
+
+    @property
+    def attended_width(self) -> int:
+        """Of the text tokens in attention layers."""
+        return self.context_width or self.text_width
 
     @property
     def embedding_width(self) -> int:

@@ -33,7 +33,7 @@ class Level:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig(NetworkConfig):
     """A UNet; the size of Imagen's base is levels of 512, 1024, 1536 and 2048, 3 blocks each,
-    attention at all but the first, text_width=4096 (Imagen, app. F).
+    attention at all but the first, text_width=4096, context_width=2048 (Imagen, app. F).
     """
 
     levels: tuple[Level, ...]
@@ -190,5 +190,7 @@ def make_block(
         return Block(residual)
     return Block(
         residual,
-        Attention(width, config.head_width, image=True, text_width=config.text_width, rngs=rngs),
+        Attention(
+            width, config.head_width, image=True, text_width=config.attended_width, rngs=rngs
+        ),
     )

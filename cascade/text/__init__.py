@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from cascade.text.tokenizer import Tokenizer, Tokens
+from cascade.text.tokenizer import DEFAULT_MAX_TOKENS, Tokenizer, Tokens
 
 if TYPE_CHECKING:
     from cascade.text.encoder import T5Encoder, TextEmbedding, TextEncoder
 
-__all__ = ["T5Encoder", "TextEmbedding", "TextEncoder", "Tokenizer", "Tokens"]
+__all__ = ["DEFAULT_MAX_TOKENS", "T5Encoder", "TextEmbedding", "TextEncoder", "Tokenizer", "Tokens"]
 
 
 def __getattr__(name: str):

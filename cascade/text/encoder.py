@@ -15,10 +15,9 @@ from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5EncoderModel
 from cascade.text.captions import Captions
 from cascade.text.folder import read_folder, write_folder
-from cascade.text.tokenizer import Tokenizer, Tokens
+from cascade.text.tokenizer import DEFAULT_MAX_TOKENS, Tokenizer, Tokens
 
 SHIPPED = {"scenes": Path(__file__).parents[1] / "pretrained" / "scenes" / "text_encoder"}
-DEFAULT_MAX_TOKENS = 128
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +75,7 @@ class T5Encoder:
     def load(
         cls,
         name_or_dir: str | Path,
-        max_tokens: int | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         *,
         captions: Captions = "verbatim",
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -89,17 +88,16 @@ class T5Encoder:
         shards or as a variant (fp16); parameters are float32, or with compute_dtype bfloat16 the
         matrices of the layers are bfloat16.
 
-        max_tokens: the length that prompts are padded or cut to; None means the config's
-        n_positions, but at most 128. captions: what is done to a prompt first; DeepFloyd IF takes
-        max_tokens=77, captions="clean". shardings: parameters as ShapeDtypeStructs -> where each
-        is put, such as `functools.partial(cascade.sharding.shardings, mesh=mesh)`; None is the
-        default device. Raises UserError saying what is missing and what to do.
+        max_tokens: the length that prompts are padded or cut to, or the config's n_positions if
+        that is less. captions: what is done to a prompt first; DeepFloyd IF takes max_tokens=77,
+        captions="clean". shardings: parameters as ShapeDtypeStructs -> where each is put, such as
+        `functools.partial(cascade.sharding.shardings, mesh=mesh)`; None is the default device.
+        Raises UserError saying what is missing and what to do.
         """
         config, params, spiece = read_folder(
             locate(name_or_dir), compute_dtype=compute_dtype, shardings=shardings
         )
-        if max_tokens is None:
-            max_tokens = min(config.n_positions, DEFAULT_MAX_TOKENS)
+        max_tokens = min(max_tokens, config.n_positions)
         return cls(config, params, Tokenizer(spiece, max_tokens, captions))
 
     def save(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from cascade.text.captions import Captions, prepared
 
 PAD_ID = 0
 EOS_ID = 1
+DEFAULT_MAX_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,65 @@
+"""The base model at the size of Imagen's ablations: text -> 64 px, 328 million parameters.
+
+    cascade train configs/imagen/base64_300m.py --workdir runs/imagen/300m --data.path pictures
+
+Saharia et al. 2022, app. D, compare text encoders, sizes and guidance with models of 300 million
+after 400 thousand steps of 2048 pictures: a research budget that has published figures. The widths
+are those of the ImageNet-64 model of Dhariwal & Nichol 2021. Nobody has trained this file.
+"""
+
+from cascade.data import FolderData
+from cascade.diffusion.denoise import Threshold
+from cascade.diffusion.loss import Loss
+from cascade.diffusion.process import Cosine
+from cascade.diffusion.samplers import Ancestral
+from cascade.models import Level, UNetConfig
+from cascade.sharding import MeshConfig
+from cascade.stage import Sampling, StageConfig
+from cascade.train import Optimizer, TrainConfig
+
+BATCH = 2048
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        stage=StageConfig(
+            name="base64",
+            resolution=64,
+            network=UNetConfig(
+                levels=(
+                    Level(width=192, blocks=3),
+                    Level(width=384, blocks=3, attention=True),
+                    Level(width=576, blocks=3, attention=True),
+                    Level(width=768, blocks=3, attention=True),
+                ),
+                head_width=64,
+                text_width=4096,
+                context_width=768,
+                compute_dtype="bfloat16",
+                remat=True,
+            ),
+            schedule=Cosine(),
+            prediction="eps",
+            loss=Loss(space="eps"),
+            condition_dropout=0.1,
+            sampling=Sampling(
+                steps=256,
+                guidance=5.0,
+                sampler=Ancestral(),
+                threshold=Threshold(kind="dynamic", percentile=0.995),
+            ),
+        ),
+        data=FolderData(path="pictures"),
+        text_encoder="google/t5-v1_1-xxl",
+        images=400_000 * BATCH,
+        batch_size=BATCH,
+        # Relative to the size of each parameter, as optax's default is.
+        optimizer=Optimizer(
+            name="adafactor", learning_rate=1e-4, warmup_images=10_000 * BATCH, weight_decay=0.0
+        ),
+        ema_decay=0.9999,
+        mesh=MeshConfig(data=1, fsdp=-1),
+        log_every_images=100 * BATCH,
+        save_every_images=5_000 * BATCH,
+        preview_every_images=0,
+    )

@@ -1,0 +1,64 @@
+"""A base model for one GPU and some days: text -> 64 px, 142 million parameters.
+
+    cascade train configs/imagen/base64_mini.py --workdir runs/imagen/mini --data.path pictures
+
+Imagen's base at a quarter of its width, with T5-v1.1-large for the text. Against the paper, what
+makes small budgets learn: v-prediction, Adam with a larger rate and a cooldown, few 2M steps to
+sample. Nobody has trained this file; 25 million pictures are 100 thousand steps.
+"""
+
+from cascade.data import FolderData
+from cascade.diffusion.denoise import Threshold
+from cascade.diffusion.loss import Loss
+from cascade.diffusion.process import Cosine
+from cascade.diffusion.samplers import DPMSolverPP2M
+from cascade.models import Level, UNetConfig
+from cascade.stage import Sampling, StageConfig
+from cascade.train import Optimizer, TrainConfig
+
+BATCH = 256
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        stage=StageConfig(
+            name="base64",
+            resolution=64,
+            network=UNetConfig(
+                levels=(
+                    Level(width=128, blocks=3),
+                    Level(width=256, blocks=3, attention=True),
+                    Level(width=384, blocks=3, attention=True),
+                    Level(width=512, blocks=3, attention=True),
+                ),
+                head_width=64,
+                text_width=1024,
+                context_width=512,
+                compute_dtype="bfloat16",
+            ),
+            schedule=Cosine(),
+            prediction="v",
+            loss=Loss(space="v"),
+            condition_dropout=0.1,
+            sampling=Sampling(
+                steps=32,
+                guidance=5.0,
+                sampler=DPMSolverPP2M(),
+                threshold=Threshold(kind="dynamic", percentile=0.995),
+            ),
+        ),
+        data=FolderData(path="pictures"),
+        text_encoder="google/t5-v1_1-large",
+        images=100_000 * BATCH,
+        batch_size=BATCH,
+        optimizer=Optimizer(
+            learning_rate=2e-4,
+            warmup_images=2_000 * BATCH,
+            cooldown_images=20_000 * BATCH,
+            b2=0.99,
+        ),
+        ema_decay=0.9999,
+        log_every_images=100 * BATCH,
+        save_every_images=5_000 * BATCH,
+        preview_every_images=0,
+    )
