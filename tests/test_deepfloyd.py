@@ -260,6 +260,16 @@ def test_hybrid_attention_goes_by_level():
     assert config.middle_attention == "text"
 
 
+def test_remat_wraps_every_block_and_changes_no_parameter(stage1):
+    _, config, params = stage1
+    again = dataclasses.replace(config, remat=True)
+    assert jax.tree.map(jnp.shape, Network(again).abstract()) == jax.tree.map(jnp.shape, params)
+    # Down 1 + 1 + 1, middle 2, up 2 + 1 + 2 residual blocks; 1 + 1 + 2 attentions.
+    for c, blocks in ((config, 0), (again, 10 + 4)):
+        jaxpr = jax.make_jaxpr(Network(c).__call__)(params, *inputs("stage1"))
+        assert sum(e.primitive.name in ("checkpoint", "remat2") for e in jaxpr.eqns) == blocks
+
+
 def test_a_written_file_reads_back_tensor_by_tensor(tmp_path):
     tensors = {"a.b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.ones(5, np.float32)}
     weights.write(

@@ -70,6 +70,27 @@ def test_a_unet_in_bfloat16_is_the_same_up_to_rounding(tmp_path):
     assert 1e-4 < np.abs(output - expected).max() / np.abs(expected).max() < 0.1
 
 
+@pytest.mark.parametrize("shard", ["5GB", "10KB"])
+def test_a_full_t5_checkpoint_gives_its_encoder(tmp_path, shard):
+    """Like google/t5-v1_1-*: decoder and head beside the encoder, in one file or several."""
+    fields = json.loads((T5 / "config.json").read_text()) | {"is_encoder_decoder": True}
+    theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(**fields)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(0.3 * torch.randn_like(p) + (1.0 if p.ndim == 1 else 0.0))
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "10KB")
+    (tmp_path / "spiece.model").write_bytes((T5 / "spiece.model").read_bytes())
+    encoder = T5Encoder.load(tmp_path, 20)
+    tokens = encoder.tokenize(["a small red circle", ""])
+    with torch.no_grad():
+        expected = theirs.encoder(
+            torch.tensor(tokens.ids), attention_mask=torch.tensor(tokens.mask).long()
+        ).last_hidden_state.numpy()
+    found = encoder.embed(tokens).values
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
 def test_captions_equal_diffusers():
     pipeline = object.__new__(diffusers.IFPipeline)
     texts = reference.CAPTIONS
