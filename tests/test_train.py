@@ -12,7 +12,7 @@ from cascade import sharding, testing, train
 from cascade.checkpoint import load_safetensors
 from cascade.data import BSR, ScenesData
 from cascade.errors import UserError
-from cascade.export import export
+from cascade.export import _reconstructed, export
 from cascade.runner import Cascade
 from cascade.sharding import MeshConfig
 from cascade.stage import Stage
@@ -98,8 +98,8 @@ def test_parts_of_a_batch_are_given_the_noise_that_the_whole_batch_gives_them():
     assert np.isclose(np.mean(parts), whole, rtol=1e-5)
 
 
-def test_emas_follow_their_recursions():
-    config = config_of(ema_decay=0.4, ema_profiles=(0.05, 0.25))
+def test_ema_follows_its_recursion_with_warm_up():
+    config = config_of(ema_decay=0.4)
     first, _ = run(config, MeshConfig(data=1), steps=1)
     second, _ = run(config, MeshConfig(data=1), steps=2)
     third, _ = run(config, MeshConfig(data=1), steps=3)
@@ -115,15 +115,47 @@ def test_emas_follow_their_recursions():
     follows(first, second, 2)
     follows(second, third, 3)
 
-    # The weights after step i hold from i - 1 to i; gamma is the profile's exponent.
+
+def test_averages_kept_besides_follow_their_profiles_and_make_others(tmp_path, monkeypatch):
+    """A weight that is pulled to 1, in place of a network: the averages are known sums."""
+
+    class Pulled(Stage):
+        def __init__(self, config=None):
+            pass
+
+        def abstract(self):
+            return {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
+
+        def loss(self, params, batch, key):
+            value = jnp.mean(jnp.square(params["w"] - 1))
+            return value, {"loss": value}
+
+    config = config_of(ema_profiles=(0.05, 0.1))
+    optimizer = train.make_optimizer(config)
+    state = train.init_state(optimizer, {"w": jnp.array([0.0, 3.0, -2.0])}, config.ema_profiles)
+    step = jax.jit(train.make_train_step(config, Pulled(), optimizer))
+    path = []
+    for i in range(1, 13):
+        state, _ = step(state, {})
+        path.append(np.asarray(state["train"]["params"]["w"]))
+        if i % 4 == 0:
+            train._snapshot(state["train"]["profiles"], tmp_path, i)
+
+    def expected(width):
+        # The weights after step i hold from i - 1 to i; gamma is the profile's exponent.
+        edges = (np.arange(13) / 12) ** (averages.gamma_from_sigma_rel(width) + 1)
+        return np.diff(edges) @ np.stack(path)
+
     for width in config.ema_profiles:
-        shares = np.diff((np.arange(4) / 3) ** (averages.gamma_from_sigma_rel(width) + 1))
-        want = jax.tree.map(
-            lambda *p, shares=shares: sum(s * x for s, x in zip(shares, p, strict=True)),
-            *(state["train"]["params"] for state in (first, second, third)),
-        )
-        got = third["train"]["profiles"][str(width)]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+        kept = state["train"]["profiles"][str(width)]["w"]
+        np.testing.assert_allclose(kept, expected(width), atol=1e-5)
+    assert np.all(np.abs(expected(0.05) - expected(0.1)) > 1e-4)
+    monkeypatch.setattr("cascade.stage.Stage", Pulled)
+    for width, tolerance in [(0.05, 1e-5), (0.07, 1e-3), (0.1, 1e-5)]:
+        last, weights = _reconstructed(tmp_path, None, 12, width)
+        assert last == 12
+        np.testing.assert_allclose(weights["w"], expected(width), atol=tolerance)
+    assert _reconstructed(tmp_path, None, 11, 0.1)[0] == 8  # as if set back to before the last
 
 
 def test_the_rate_warms_up_stays_and_cools_down():
