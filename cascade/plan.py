@@ -158,7 +158,7 @@ def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Fi
     else:
         placement = sharding.shardings(state, mesh)
         jitted = jax.jit(
-            train.make_train_step(config, Stage(config.stage), train.make_optimizer(config)),
+            train.make_train_step(config, Stage(config.stage), train.make_optimizer(config), mesh),
             in_shardings=(placement, sharding.batch_sharding(mesh)),
             out_shardings=(placement, sharding.replicated(mesh)),
             donate_argnums=0,
