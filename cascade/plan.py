@@ -429,7 +429,7 @@ def _counted(config: TrainConfig, tokens: int) -> float:
 def _candidates(config: TrainConfig, topology: Topology, tokens: int) -> Iterator[TrainConfig]:
     """Settings that seem to fit, from the cheapest: few microbatches, no remat, little sharding."""
     hint = typing.get_type_hints(type(config.stage.network))["remat"]
-    policies = typing.get_args(hint) or (False, True)
+    policies = typing.get_args(hint)
     count = topology.count
     splits = [2**i for i in range(10) if not config.batch_size % (2**i * count)]
     widths = dict.fromkeys([*(4**i for i in range(8) if count % 4**i == 0), count])

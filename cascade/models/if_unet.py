@@ -23,7 +23,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cascade.models.conditioning import Conditioning, sinusoids
-from cascade.models.layers import Conv, GroupNorm, Linear, Resample, attend, enlarge, shrink
+from cascade.models.layers import (
+    Conv,
+    GroupNorm,
+    Linear,
+    Remat,
+    Resample,
+    attend,
+    enlarge,
+    run,
+    shrink,
+)
 
 Sees = Literal["text", "text and image"]
 """What an attention layer draws its keys and values from."""
@@ -74,7 +84,7 @@ class IFUNetConfig:
     middle_scale: float = 1.0
     activation: Literal["gelu", "silu"] = "gelu"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: Remat = False
 
     def __post_init__(self):
         if not self.levels:
@@ -255,7 +265,7 @@ class _Down(nnx.Module):
     def __init__(
         self, config: IFUNetConfig, level: IFLevel, width_in: int, down: bool, rngs: nnx.Rngs
     ):
-        self.remat = config.remat
+        self.remat: Remat = config.remat
         widths = [width_in] + [level.width] * (level.blocks - 1)
         self.resnets = nnx.List(_ResBlock(config, w, level.width, rngs=rngs) for w in widths)
         self.attentions = _attentions(config, level, level.blocks, rngs)
@@ -269,18 +279,18 @@ class _Down(nnx.Module):
         """Also returns the skips: the output of every block, in order."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            h = _run(resnet, self.remat, h, emb)
-            h = _run(self.attentions[i], self.remat, h, text) if self.attentions else h
+            h = run(resnet, self.remat, h, emb)
+            h = run(self.attentions[i], self.remat, h, text) if self.attentions else h
             skips.append(h)
         for resnet in self.downsamplers:
-            h = _run(resnet, self.remat, h, emb)
+            h = run(resnet, self.remat, h, emb)
             skips.append(h)
         return h, skips
 
 
 class _Middle(nnx.Module):
     def __init__(self, config: IFUNetConfig, rngs: nnx.Rngs):
-        self.remat = config.remat
+        self.remat: Remat = config.remat
         width, scale = config.levels[-1].width, config.middle_scale
         self.resnets = nnx.List(
             _ResBlock(config, width, width, scale=scale, rngs=rngs) for _ in range(2)
@@ -289,9 +299,9 @@ class _Middle(nnx.Module):
 
     def __call__(self, h: Array, emb: Array, text: Array) -> Array:
         before, after = self.resnets
-        h = _run(before, self.remat, h, emb)
-        h = _run(self.attentions[0], self.remat, h, text)
-        return _run(after, self.remat, h, emb)
+        h = run(before, self.remat, h, emb)
+        h = run(self.attentions[0], self.remat, h, text)
+        return run(after, self.remat, h, emb)
 
 
 class _Up(nnx.Module):
@@ -309,7 +319,7 @@ class _Up(nnx.Module):
         up: bool,
         rngs: nnx.Rngs,
     ):
-        self.remat = config.remat
+        self.remat: Remat = config.remat
         width = level.width
         hidden = [inner_width] + [width] * level.blocks
         skips = [width] * level.blocks + [outer_width]
@@ -324,10 +334,10 @@ class _Up(nnx.Module):
     def __call__(self, h: Array, emb: Array, text: Array, skips: list[Array]) -> Array:
         """Takes its skips off the end of the list."""
         for i, resnet in enumerate(self.resnets):
-            h = _run(resnet, self.remat, jnp.concatenate([h, skips.pop()], axis=-1), emb)
-            h = _run(self.attentions[i], self.remat, h, text) if self.attentions else h
+            h = run(resnet, self.remat, jnp.concatenate([h, skips.pop()], axis=-1), emb)
+            h = run(self.attentions[i], self.remat, h, text) if self.attentions else h
         for resnet in self.upsamplers:
-            h = _run(resnet, self.remat, h, emb)
+            h = run(resnet, self.remat, h, emb)
         return h
 
 
@@ -553,14 +563,6 @@ def _attentions(config: IFUNetConfig, level: IFLevel, count: int, rngs: nnx.Rngs
         [] if sees is None else [_Attention(config, level.width, sees, rngs) for _ in range(count)]
     )
     return nnx.List(made)
-
-
-def _run(block: Any, remat: bool, h: Array, told: Array) -> Array:
-    """block(h, told), its activations recomputed in the backward pass if remat."""
-    if not remat:
-        return block(h, told)
-    graphdef, params = nnx.split(block)
-    return jax.checkpoint(lambda params, *args: nnx.merge(graphdef, params)(*args))(params, h, told)
 
 
 def _norm(config: IFUNetConfig, width: int) -> GroupNorm:

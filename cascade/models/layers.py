@@ -441,11 +441,12 @@ def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Mod
     return nnx.merge(graphdef, params)
 
 
-def run(block: Block, remat: Remat, h: Array, context: Context, *rest: Any) -> Array:
+def run(block: nnx.Module, remat: Remat, h: Array, context: Any, *rest: Any) -> Array:
     """block(h, context, *rest), keeping for the backward pass what remat says."""
+    call: Any = block
     if not remat:
-        return placed(block(h, context, *rest), "stream")
-    graphdef, params = nnx.split(block)
+        return placed(call(h, context, *rest), "stream")
+    graphdef, params = nnx.split(call)
     recomputed = jax.checkpoint(
         lambda params, *args: nnx.merge(graphdef, params)(*args),
         policy=getattr(jax.checkpoint_policies, remat),

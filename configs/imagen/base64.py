@@ -39,7 +39,7 @@ def config() -> TrainConfig:
                 text_width=4096,
                 context_width=2048,
                 compute_dtype="bfloat16",
-                remat=True,
+                remat="nothing_saveable",
             ),
             schedule=Cosine(),
             prediction="eps",

@@ -36,7 +36,7 @@ def config() -> TrainConfig:
                 text_width=4096,
                 context_width=768,
                 compute_dtype="bfloat16",
-                remat=True,
+                remat="nothing_saveable",
             ),
             schedule=Cosine(),
             prediction="eps",

@@ -38,7 +38,7 @@ def config() -> TrainConfig:
                 head_width=128,  # 8 heads at width 1024
                 text_width=4096,
                 compute_dtype="bfloat16",
-                remat=True,
+                remat="nothing_saveable",
             ),
             schedule=Cosine(),
             prediction="eps",
