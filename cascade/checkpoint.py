@@ -227,11 +227,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _of_the_system(error: BaseException | None) -> str | None:
-    """What the operating system said, if it caused this: TensorStore has it in its own text."""
+    """What the operating system said, if it caused this: TensorStore has it in its own text,
+    `[OS error 28: ...]` or `[os_error_code='28']` by its version."""
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
-        if found := re.search(r"\[OS error (\d+)", str(error)):
+        if found := re.search(r"\[(?:OS error |os_error_code=')(\d+)", str(error)):
             return os.strerror(int(found[1]))
         error = error.__cause__ or error.__context__
     return None

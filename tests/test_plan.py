@@ -218,6 +218,6 @@ def test_the_command_prints_a_table_and_json(capsys, tmp_path):
     main(["plan", config_file(tmp_path), *words])
     out, err = capsys.readouterr()
     got = json.loads(out)
-    assert got["mesh"] == {"data": 1, "fsdp": 8} and got["chips"] == 8
+    assert got["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and got["chips"] == 8
     assert "fits" in err and "not known" in err
     assert open_topology("a100:8").chip.hbm == got["hbm_bytes"]
