@@ -126,7 +126,7 @@ def test_averages_kept_besides_follow_their_profiles_and_make_others(tmp_path, m
         def abstract(self):
             return {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
 
-        def loss(self, params, batch, key):
+        def loss(self, params, batch, key, part=None):
             value = jnp.mean(jnp.square(params["w"] - 1))
             return value, {"loss": value}
 
