@@ -30,7 +30,7 @@ def load(path: str) -> Any:
     file = Path(path)
     if not file.is_file():
         raise UserError(
-            f"config {path}: no such file; give the path of one, as configs/tiny/base16.py"
+            f"config {path}: no such file; give the path of one, as configs/tiny/base64.py"
         )
     try:
         names = runpy.run_path(str(file))

@@ -14,7 +14,7 @@ USAGE = f"""usage: cascade train CONFIG --workdir DIR [--FIELD VALUE ...]
 
 Train one stage of a cascade, or a text encoder, as the config file says.
 
-  CONFIG         a Python file with a function config(), such as configs/tiny/base16.py
+  CONFIG         a Python file with a function config(), such as configs/tiny/base64.py
   --workdir DIR  the run's folder: checkpoints, metrics.jsonl, tensorboard/, previews/, loss.png.
                  If it holds a checkpoint, the run continues from there.
   --until N      stop, with a checkpoint, after N images in all
