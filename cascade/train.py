@@ -31,7 +31,7 @@ from cascade.checkpoint import Checkpoints, load_safetensors, save_safetensors
 from cascade.config import to_json
 from cascade.data import Degradation, FolderData, ScenesData, TFDSData, batches
 from cascade.errors import UserError
-from cascade.models import Conditioning, placing
+from cascade.models import Conditioning, IFUNetConfig, placing
 from cascade.stage import Stage, StageConfig
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
 from cascade.training_log import TrainingLog
@@ -114,6 +114,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.batch_size must be a multiple of microbatches={self.microbatches}, "
                 f"got {self.batch_size}"
+            )
+        if isinstance(self.stage.network, IFUNetConfig):
+            raise ValueError(
+                "TrainConfig.stage.network must not be an IFUNetConfig: training drops text to "
+                "zeros, and DeepFloyd IF's way to have no text is the embedding of ''"
             )
         if self.text_tokens < 1:
             raise ValueError(f"TrainConfig.text_tokens must be at least 1, got {self.text_tokens}")
