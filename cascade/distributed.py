@@ -21,7 +21,7 @@ HELP = """Several machines, or several processes on one: start the same command 
   Elsewhere set, for each of N processes I = 0 .. N - 1, before the command:
     JAX_COORDINATOR_ADDRESS=HOST:PORT  where process 0 runs; any free port
     JAX_NUM_PROCESSES=N  JAX_PROCESS_ID=I
-All must see the same folder. If one is lost, the others end by an error within a minute."""
+All must see the same folder."""
 
 # Seconds without a sign of life after which a process counts as lost.
 HEARTBEAT = 40
