@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -84,9 +85,17 @@ class Checkpoints:
         return step, found["train"], found["ema"], found["data"]
 
     def restore_ema(self) -> tuple[int, dict[str, Any], Any]:
-        """(step, EMA weights as NumPy arrays, config) of the newest readable checkpoint."""
+        """(step, EMA weights as NumPy arrays, config) of the newest readable checkpoint.
+
+        By one process alone, whatever devices and processes have saved it.
+        """
+        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         step, found = self._newest(
-            ocp.args.Composite(ema=ocp.args.StandardRestore(), config=ocp.args.JsonRestore())
+            ocp.args.Composite(
+                # The devices that a checkpoint was saved on need not be here.
+                ema=ocp.args.StandardRestore(fallback_sharding=host),
+                config=ocp.args.JsonRestore(),
+            )
         )
         return step, jax.tree.map(np.asarray, found["ema"]), found["config"]
 

@@ -43,6 +43,12 @@ def processes() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         _leave(e)
+    import jax
+
+    if jax.distributed.is_initialized():
+        # All wait here for the last one: were the first, which serves the others, to leave before,
+        # they would take it for lost and abort.
+        jax.distributed.shutdown()
 
 
 def join(environment: Mapping[str, str]) -> None:

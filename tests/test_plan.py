@@ -180,7 +180,7 @@ def test_a_step_compiles_for_a_tpu_slice_without_a_tpu(capsys, tmp_path):
     words = ["--topology", "v5e:2x2", "--tokens", str(TOKENS), "--mesh.fsdp", "4"]
     main(["plan", config_file(tmp_path), *words])
     got = json.loads(capsys.readouterr().out)
-    assert (got["chips"], got["mesh"]) == (4, {"data": 1, "fsdp": 4})
+    assert (got["chips"], got["mesh"]) == (4, {"data": 1, "fsdp": 4, "tensor": 1})
     assert got["fits"] is True and got["hbm_traffic_bytes"] > 0 and got["collectives"]
     assert got["argument_bytes"] >= planned(4, fsdp=4)["argument_bytes"]  # tiles pad
 

@@ -1,7 +1,7 @@
 """Runs in processes of their own: several as one, killed, terminated, started again.
 
 By default few and small. CASCADE_KILLS=20 kills at twenty moments, CASCADE_PROCESSES=2,4 also runs
-four processes as one, and lets some of them be stopped.
+four processes as one.
 """
 
 import json
@@ -136,10 +136,6 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(tmp_path,
     assert_ends_like(tmp_path, whole(1))
 
 
-@pytest.mark.skipif(
-    "CASCADE_PROCESSES" not in os.environ,
-    reason="minutes on two cores, and its grace of a minute is short on busy ones",
-)
 def test_several_processes_stop_together_and_go_on(tmp_path, whole, cache):
     """A SIGTERM to one saves and ends all in peace; when one is killed the others end by error."""
     group = processes.start_group(2, run, tmp_path, 0.2, environment=cache)

@@ -93,8 +93,6 @@ CLEANED = json.loads((FIXTURE.parent / "deepfloyd" / "captions.json").read_text(
 
 
 def test_captions_are_cleaned_as_deepfloyd_if_cleans_them():
-    pytest.importorskip("ftfy")
-    pytest.importorskip("bs4")
     assert [prepared(text, "clean") for text in CLEANED["texts"]] == CLEANED["clean"]
 
 
