@@ -13,15 +13,17 @@ import tyro
 from cascade import config
 from cascade.errors import UserError
 
-USAGE = "cascade convert deepfloyd --stage1 DIR [--stage2 DIR] [--text-encoder DIR] OUT"
+USAGE = (
+    "cascade convert deepfloyd --stage1 DIR [--stage2 DIR] [--stage3 DIR] [--text-encoder DIR] OUT"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepFloydOptions:
     """Convert DeepFloyd IF from diffusers' pipelines to a model folder.
 
-    OUT gets config.json, one folder a stage (config.json, model.safetensors) and text_encoder/. It
-    must be new or empty. Weights pass tensor by tensor: memory for the largest one is enough.
+    OUT gets config.json, one folder a stage (config.json, model.safetensors; in stage III also its
+    own text_encoder/ and tokenizer/) and text_encoder/. It must be new or empty. Weights pass tensor by tensor: memory for the largest one is enough.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -30,6 +32,8 @@ class DeepFloydOptions:
     """A folder, or a name such as DeepFloyd/IF-I-XL-v1.0: text to 64 px."""
     stage2: str | None = None
     """A folder, or a name such as DeepFloyd/IF-II-L-v1.0: 64 to 256 px."""
+    stage3: str | None = None
+    """A folder, or stabilityai/stable-diffusion-x4-upscaler: 256 to 1024 px."""
     text_encoder: str | None = None
     """A folder, or a name on the Hugging Face hub, with T5 v1.1's encoder and spiece.model; default
     is that of stage I."""
@@ -54,12 +58,14 @@ def convert_deepfloyd(options: DeepFloydOptions) -> dict:
     from cascade.text import folder as t5
     from cascade.text.encoder import locate
 
-    names = [name for name in (options.stage1, options.stage2) if name is not None]
+    given = (options.stage1, options.stage2, options.stage3)
+    names = [name for name in given if name is not None]
     if not names:
         raise UserError(f"nothing to convert: {USAGE}")
     pipelines = deepfloyd.pipelines(names)
     spelled = {None: None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[options.dtype]
-    encoder = locate(options.text_encoder or pipelines[0].folder)
+    shared = any(isinstance(p, deepfloyd.Pipeline) for p in pipelines)
+    encoder = locate(options.text_encoder or pipelines[0].folder) if shared else None
     report = {
         "format": "cascade",
         "version": 1,
@@ -73,6 +79,7 @@ def convert_deepfloyd(options: DeepFloydOptions) -> dict:
             where.mkdir()
             write_json(where / "config.json", config.to_json(pipeline.config))
             pipeline.write(where, spelled)
-        t5.copy_folder(encoder, folder / "text_encoder", spelled)
+        if encoder is not None:
+            t5.copy_folder(encoder, folder / "text_encoder", spelled)
         write_json(folder / "config.json", report)
     return report

@@ -1,5 +1,6 @@
 """DeepFloyd IF as stages of a cascade: its published pipelines, in diffusers' layout.
 
+Stage III is stable-diffusion-x4-upscaler (`upscaler.py`).
 A pipeline's folder holds model_index.json, `unet/`, `scheduler/`, in stage II
 `image_noising_scheduler/`, and in stage I `tokenizer/` and `text_encoder/`, the T5 of all stages.
 What the configs say decides what a stage is; watermarker and safety checker are not read.
@@ -8,7 +9,6 @@ What the configs say decides what a stage is; watermarker and safety checker are
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,13 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from cascade.config import read_json
-from cascade.diffusion import denoise, grids, loss, process, samplers
+from cascade import upscaler
+from cascade.diffusion import loss
 from cascade.errors import UserError
-from cascade.models import Network
-from cascade.pretrained import deepfloyd, weights
-from cascade.stage import Augmentation, Sampling, StageConfig
+from cascade.pretrained import deepfloyd, published, weights
+from cascade.schedulers import read_scheduler
+from cascade.stage import Augmentation, Sampling, Stage, StageConfig
+from cascade.upscaler import UpscalePipeline
 
 Dtype = Literal["float32", "bfloat16"]
 MAX_TOKENS = 77
@@ -39,37 +41,28 @@ class Pipeline:
     def params(
         self, dtype: Dtype = "float32", shardings: Callable[[Any], Any] | None = None
     ) -> dict[str, Any]:
-        """The U-Net's parameters, each read straight onto its devices; see `read_unet`."""
-        return deepfloyd.read_unet(self.folder / "unet", dtype=dtype, shardings=shardings)[1]
+        """The U-Net's parameters, each read straight onto its devices; see `Published.read`."""
+        return self._unet.read(dtype, shardings)
 
     @property
     def files(self) -> list[Path]:
         """The weights."""
-        return sorted((self.folder / "unet").glob("*.safetensors"))
+        return self._unet.files
 
     def write(self, folder: Path, dtype: str | None = None) -> None:
         """The weights as our model.safetensors, tensor by tensor; dtype None is that of each."""
-        target = Network(self.config.network).abstract()
-        origins = deepfloyd.unet_origins(target)
-        leaves = dict(weights.leaves(target))
-        with deepfloyd.opened(self.folder / "unet") as opened:
-            weights.fit(opened.name, opened.shapes, origins, target)
-            paths = {path.replace("/", "."): path for path in origins}
-            tensors = [
-                (name, leaves[path].shape, dtype or opened.dtype(origins[path].names[0]))
-                for name, path in paths.items()
-            ]
-            weights.write(
-                folder / "model.safetensors",
-                tensors,
-                lambda name: opened.whole(origins[paths[name]], leaves[paths[name]].shape),
-            )
+        published.write(folder / "model.safetensors", {"": self._unet}, dtype)
+
+    @property
+    def _unet(self) -> published.Published:
+        network: Any = self.config.network
+        return deepfloyd.unet(self.folder / "unet", network)
 
 
 def read_converted(folder: Path, config: StageConfig) -> dict[str, Any]:
     """The parameters of a stage that `cascade convert` wrote, in the dtype it computes in."""
     dtype = jnp.dtype(config.network.compute_dtype)
-    target = weights.as_target(Network(config.network).abstract(), lambda _: dtype)
+    target = weights.as_target(Stage(config).abstract(), lambda _: dtype)
     origins = weights.own_origins(target)
     with weights.opened(folder, "model", what="stage", convert="`cascade convert`") as opened:
         weights.fit(opened.name, opened.shapes, origins, target)
@@ -78,27 +71,34 @@ def read_converted(folder: Path, config: StageConfig) -> dict[str, Any]:
 
 def computing_in(config: StageConfig, dtype: Dtype) -> StageConfig:
     network = dataclasses.replace(config.network, compute_dtype=dtype)
-    return dataclasses.replace(config, network=network)
+    autoencoder = config.autoencoder
+    if autoencoder is not None:
+        autoencoder = dataclasses.replace(autoencoder, compute_dtype=dtype)
+    return dataclasses.replace(config, network=network, autoencoder=autoencoder)
 
 
 def is_pipeline(name: str | Path) -> bool:
     """Whether a model of that name is one of diffusers' pipelines, here or on the hub."""
     folder = Path(name).expanduser()
     return (folder / "model_index.json").is_file() or (
-        not folder.exists() and str(name).startswith("DeepFloyd/")
+        not folder.exists() and str(name).startswith(("DeepFloyd/", "stabilityai/"))
     )
 
 
-def pipelines(names: Sequence[str | Path]) -> list[Pipeline]:
-    """The stages of these folders or hub names, which are stage I and II or one of them.
+def pipelines(names: Sequence[str | Path]) -> list[Pipeline | UpscalePipeline]:
+    """The stages of these folders or hub names, which are stage I, II and III or some of them.
 
-    Raises UserError naming the file and the field that is not of DeepFloyd IF.
+    Raises UserError naming the file and the field that is not of DeepFloyd IF or the upscaler.
     """
-    found: list[Pipeline] = []
+    found: list[Pipeline | UpscalePipeline] = []
     for name in names:
         folder = locate(name)
         lowres = found[-1].config.resolution if found else None
-        found.append(Pipeline(folder=folder, config=stage_config(folder, lowres)))
+        if read_json(folder / "model_index.json").get("_class_name") == upscaler.KIND:
+            config = upscaler.stage_config(folder, lowres)
+            found.append(UpscalePipeline(folder=folder, config=config))
+        else:
+            found.append(Pipeline(folder=folder, config=stage_config(folder, lowres)))
     return found
 
 
@@ -129,7 +129,8 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
     index = folder / "model_index.json"
     kinds = ("IFPipeline", "IFSuperResolutionPipeline")
     if (kind := read_json(index).get("_class_name")) not in kinds:
-        raise UserError(f"{index}: _class_name must be {' or '.join(kinds)}, got {kind!r}")
+        known = " or ".join((*kinds, upscaler.KIND))
+        raise UserError(f"{index}: _class_name must be {known}, got {kind!r}")
     network = deepfloyd.read_unet_config(folder / "unet")
     side = read_json(folder / "unet" / "config.json").get("sample_size")
     if not isinstance(side, int) or side % network.side_multiple:
@@ -139,7 +140,7 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
         )
     if network.lowres != (kind == kinds[1]):
         raise UserError(f"{index}: a {kind} does not go with the U-Net beside it")
-    scheduler = _scheduler(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
     lowres, sampling = (
         {},
         Sampling(
@@ -151,7 +152,7 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
         ),
     )
     if network.lowres:
-        noising = _scheduler(folder / "image_noising_scheduler" / "scheduler_config.json")
+        noising = read_scheduler(folder / "image_noising_scheduler" / "scheduler_config.json")
         # Noise level 250 is entry 250 of the table.
         sampling = dataclasses.replace(sampling, steps=50, guidance=4.0, aug_level=0.251)
         lowres = {
@@ -173,84 +174,9 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
         raise UserError(f"{folder}: {e}") from None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scheduler:
-    schedule: process.Discrete
-    prediction: process.Prediction
-    sampler: samplers.Ancestral
-    threshold: denoise.Threshold
-    grid: grids.OnTable
-
-
-# Of DDPMScheduler, for fields that a scheduler_config.json lacks.
-_DEFAULTS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "prediction_type": "epsilon",
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-    "rescale_betas_zero_snr": False,
-}
-
-
-def _scheduler(file: Path) -> _Scheduler:
-    fields = read_json(file)
-    given = {**_DEFAULTS, **{k: v for k, v in fields.items() if not k.startswith("_")}}
-
-    def one_of(field: str, known: dict[Any, Any]) -> Any:
-        if given[field] not in known:
-            names = " or ".join(map(repr, known))
-            raise UserError(f"{file}: {field} must be {names}, got {given[field]!r}")
-        return known[given[field]]
-
-    if (name := fields.get("_class_name", "DDPMScheduler")) != "DDPMScheduler":
-        raise UserError(f"{file}: _class_name must be 'DDPMScheduler', got {name!r}")
-    betas = one_of("beta_schedule", {"squaredcos_cap_v2": "cosine", "linear": "linear"})
-    if betas == "linear":
-        one_of("beta_start", {0.0001: None}), one_of("beta_end", {0.02: None})
-    for field in ("trained_betas", "rescale_betas_zero_snr", "steps_offset"):
-        one_of(field, {_DEFAULTS[field]: None})
-    steps = given["num_train_timesteps"]
-    if given["thresholding"]:
-        ratio, largest = given["dynamic_thresholding_ratio"], float(given["sample_max_value"])
-        threshold = functools.partial(denoise.Threshold, percentile=ratio, cap=largest)
-    else:
-        one_of("clip_sample_range", {1.0: None})
-        kind = "static" if given["clip_sample"] else "none"
-        threshold = functools.partial(denoise.Threshold, kind=kind)
-    try:
-        return _Scheduler(
-            schedule=process.Discrete(betas=betas, steps=steps),
-            prediction=one_of(
-                "prediction_type", {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-            ),
-            sampler=samplers.Ancestral(
-                gamma=one_of("variance_type", {"learned_range": "learned", "fixed_small": 0.0})
-            ),
-            threshold=threshold(),
-            grid=grids.OnTable(
-                spacing=one_of("timestep_spacing", {"leading": "leading", "trailing": "trailing"}),
-                entries=steps,
-            ),
-        )
-    except UserError:
-        raise
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{file}: {e}") from None
-
-
 _WANTED = [
-    *("model_index.json", "*/config.json", "*/scheduler_config.json", "tokenizer/spiece.model"),
-    *("unet/*fp16*", "text_encoder/*fp16*"),
+    *("model_index.json", "*/config.json", "*/scheduler_config.json", "tokenizer/*"),
+    *("unet/*fp16*", "vae/*fp16*", "text_encoder/*fp16*"),
 ]
 
 

@@ -4,7 +4,8 @@
 
 A model folder holds `config.json` ({"format": "cascade", "stages": [names], ...}), one folder a
 stage (`config.json`, `model.safetensors`) and `text_encoder/` in the usual Hugging Face layout,
-unless its `text_encoder` names one on the Hugging Face hub.
+unless its `text_encoder` names one on the Hugging Face hub. A stage that does not share that
+encoder, stable-diffusion-x4-upscaler, has its own in its folder.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from cascade import deepfloyd, images, pretrained
 from cascade.checkpoint import load_safetensors
 from cascade.config import from_json, read_json, to_json
 from cascade.errors import UserError
-from cascade.models import Conditioning, IFUNetConfig
+from cascade.models import Conditioning, UpscalerUNetConfig
 from cascade.stage import Sampling, Stage, StageConfig
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, TextEmbedding, TextEncoder
 from cascade.text.captions import Captions
+from cascade.text.clip import CLIPTextEncoder
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Picture:
 
 
 class Cascade:
-    """Stages in the order they draw, smallest first, and the text encoder they share."""
+    """Stages in the order they draw, smallest first, and the text encoder they share.
+
+    own_encoders: of stages that have their own, by name.
+    """
 
     def __init__(
         self,
@@ -69,10 +74,11 @@ class Cascade:
         name: str = "",
         digest: str = "",
         known_words: Sequence[str] = (),
+        own_encoders: Mapping[str, TextEncoder] = {},
     ):
         """known_words: all the words that training captions had, if that is a closed list."""
         self.stages = list(stages)
-        self.encoder = encoder
+        self.encoder, self.own_encoders = encoder, dict(own_encoders)
         self.name, self.digest, self.known_words = name, digest, frozenset(known_words)
         for (below, _), (stage, _) in zip(self.stages, self.stages[1:], strict=False):
             if stage.config.lowres_resolution != below.config.resolution:
@@ -112,16 +118,17 @@ class Cascade:
             raise UserError(
                 f"{folder / 'config.json'}: stages must list folder names, got {names!r}"
             )
-        stages, digest = [], hashlib.sha256()
+        stages, own_encoders, digest = [], {}, hashlib.sha256()
         for stage_name in names:
             where = folder / stage_name
             config = from_json(
                 StageConfig, read_json(where / "config.json"), f"{where}/config.json"
             )
             file = where / "model.safetensors"
-            if isinstance(config.network, IFUNetConfig):
+            if config.published:
                 config = deepfloyd.computing_in(config, dtype)
                 stages.append((Stage(config), deepfloyd.read_converted(where, config)))
+                own_encoders |= _own_encoder(config, where, dtype)
             else:
                 stage = Stage(config)
                 stages.append((stage, load_safetensors(file, stage.abstract())))
@@ -130,38 +137,50 @@ class Cascade:
         tokens = described.get("max_tokens", DEFAULT_MAX_TOKENS)
         if not isinstance(tokens, int) or tokens < 1:
             raise UserError(f"{folder / 'config.json'}: max_tokens must be 1 or more, got {tokens}")
-        encoder = T5Encoder.load(
-            text_encoder or own,
-            tokens,
+        encoder = _shared_encoder(
+            stages,
+            own_encoders,
+            text_encoder,
+            own,
+            max_tokens=tokens,
             captions=from_json(Captions, described.get("captions", "verbatim"), "captions"),
             compute_dtype=dtype,
         )
-        _check_widths(stages, encoder, text_encoder)
         return cls(
             [(stage, jax.tree.map(jnp.asarray, params)) for stage, params in stages],
             encoder,
             name=str(name_or_dir),
             digest=digest.hexdigest(),
             known_words=described.get("known_words", ()),
+            own_encoders=own_encoders,
         )
 
     @classmethod
     def _of_pipelines(cls, names: Sequence[str], text_encoder: str | None, dtype: Any) -> Cascade:
-        stages, digest = [], hashlib.sha256()
+        stages, own_encoders, digest = [], {}, hashlib.sha256()
         pipelines = deepfloyd.pipelines(names)
         for pipeline in pipelines:
             config = deepfloyd.computing_in(pipeline.config, dtype)
             stages.append((Stage(config), pipeline.params(dtype)))
+            own_encoders |= _own_encoder(config, pipeline.folder, dtype)
             for file in pipeline.files:
                 _update(digest, file)
-        encoder = T5Encoder.load(
-            text_encoder or pipelines[0].folder,
-            deepfloyd.MAX_TOKENS,
+        encoder = _shared_encoder(
+            stages,
+            own_encoders,
+            text_encoder,
+            pipelines[0].folder,
+            max_tokens=deepfloyd.MAX_TOKENS,
             captions=deepfloyd.CAPTIONS,
             compute_dtype=dtype,
         )
-        _check_widths(stages, encoder, text_encoder)
-        return cls(stages, encoder, name=",".join(names), digest=digest.hexdigest())
+        return cls(
+            stages,
+            encoder,
+            name=",".join(names),
+            digest=digest.hexdigest(),
+            own_encoders=own_encoders,
+        )
 
     @property
     def settings(self) -> list[Sampling]:
@@ -205,19 +224,14 @@ class Cascade:
         if seed < 0 or seed + num > 2**32:
             raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
         batch_size = batch_size or default_batch_size()
-        # DeepFloyd IF has no null condition: without text it is told "".
-        told = any(isinstance(s.config.network, IFUNetConfig) for s, _ in stages)
-        text = self.encoder(prompts)
-        unguided = self.encoder([negative or ""]) if negative or told else None
+        texts = self._texts(stages, prompts, negative)
         jobs = [(p, seed + k) for p in range(len(prompts)) for k in range(num)]
         for start in range(share[0] * batch_size, len(jobs), share[1] * batch_size):
             batch = jobs[start : start + batch_size]
             filled = batch + batch[-1:] * (batch_size - len(batch))
             rows = np.array([p for p, _ in filled])
             seeds = np.array([s for _, s in filled], np.uint32)
-            drawn = self._draw_batch(
-                stages, settings, text, unguided, rows, seeds, lowres, progress
-            )
+            drawn = self._draw_batch(stages, settings, texts, rows, seeds, lowres, progress)
             for i, (p, s) in enumerate(batch):
                 pictures = {side: batch_of_side[i] for side, batch_of_side in drawn.items()}
                 metadata = self._metadata(
@@ -250,12 +264,29 @@ class Cascade:
         words = re.findall(r"[\w'-]+", prompt.lower()) if self.known_words else []
         return sorted({w for w in words if w not in self.known_words})
 
-    def _draw_batch(self, stages, settings, text, unguided, rows, seeds, lowres, progress):
+    def _texts(
+        self, stages: Sequence[tuple[Stage, Any]], prompts: list[str], negative: str | None
+    ) -> list[tuple[TextEmbedding, TextEmbedding | None]]:
+        """For each stage the embeddings of the prompts, and of what guidance moves away from."""
+        # Public networks have no null condition: without text they are told "".
+        told = any(stage.config.published for stage, _ in stages)
+        embedded: dict[str | None, tuple[TextEmbedding, TextEmbedding | None]] = {}
+        texts = []
+        for stage, _ in stages:
+            own = stage.config.name if stage.config.name in self.own_encoders else None
+            if own not in embedded:
+                encoder = self.encoder if own is None else self.own_encoders[own]
+                away = encoder([negative or ""]) if negative or told else None
+                embedded[own] = encoder(prompts), away
+            texts.append(embedded[own])
+        return texts
+
+    def _draw_batch(self, stages, settings, texts, rows, seeds, lowres, progress):
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-        cond, negative = _rows(text, rows), unguided and _rows(unguided, np.zeros_like(rows))
         low = None if lowres is None else np.broadcast_to(lowres, (len(rows), *lowres.shape))
         drawn = {}
-        for (stage, params), options in zip(stages, settings, strict=True):
+        for (stage, params), options, (text, away) in zip(stages, settings, texts, strict=True):
+            cond, negative = _rows(text, rows), away and _rows(away, np.zeros_like(rows))
             resolution = stage.config.resolution
             low = images.to_uint8(
                 stage.sample(
@@ -307,15 +338,37 @@ def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list
     ]
 
 
-def _check_widths(
-    stages: Sequence[tuple[Stage, Any]], encoder: T5Encoder, text_encoder: str | None
-) -> None:
-    for stage, _ in stages:
-        if stage.config.network.text_width not in (0, encoder.width):
+def _own_encoder(config: StageConfig, folder: Path, dtype: Any) -> dict[str, TextEncoder]:
+    """{name: encoder} of a stage that has its own in its folder, else nothing."""
+    if not isinstance(config.network, UpscalerUNetConfig):
+        return {}
+    return {config.name: CLIPTextEncoder.load(folder, compute_dtype=dtype)}
+
+
+def _shared_encoder(
+    stages: Sequence[tuple[Stage, Any]],
+    own_encoders: Mapping[str, TextEncoder],
+    chosen: str | None,
+    default: str | Path,
+    *,
+    max_tokens: int,
+    captions: Captions,
+    compute_dtype: Any,
+) -> TextEncoder:
+    """That of the stages without their own, or where all have one, the first of those."""
+    sharing = [stage.config for stage, _ in stages if stage.config.name not in own_encoders]
+    if not sharing:
+        return own_encoders[stages[0][0].config.name]
+    encoder = T5Encoder.load(
+        chosen or default, max_tokens, captions=captions, compute_dtype=compute_dtype
+    )
+    for config in sharing:
+        if config.network.text_width not in (0, encoder.width):
             raise UserError(
-                f"text encoder {text_encoder}: its embeddings are {encoder.width} wide, stage "
-                f"{stage.config.name} was trained on {stage.config.network.text_width}"
+                f"text encoder {chosen}: its embeddings are {encoder.width} wide, stage "
+                f"{config.name} was trained on {config.network.text_width}"
             )
+    return encoder
 
 
 def _update(digest: Any, file: Path) -> None:

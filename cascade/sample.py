@@ -40,9 +40,11 @@ class Options:
     """A UTF-8 text file with one prompt a line, drawn after those given as words."""
     model: str = "scenes"
     """A model that ships (scenes), a folder that `cascade export` or `cascade convert` wrote, or
-    the folders (or Hugging Face names) of DeepFloyd IF's stages, with a comma between them."""
+    the folders (or Hugging Face names) of DeepFloyd IF's stages, with a comma between them; the
+    third is stable-diffusion-x4-upscaler."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of DeepFloyd IF's weights and of what it and the text encoder compute in."""
+    """Of DeepFloyd IF's and the upscaler's weights, and of what they and their text encoders
+    compute in."""
     out: Path = Path("samples")
     """The folder to write into; made if it is missing."""
     seed: int = 0

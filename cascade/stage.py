@@ -3,7 +3,8 @@
 A base stage draws [b, s, s, 3] from text; a super-resolution stage draws it from text and a
 smaller picture. Parameters are nested dicts of arrays and always arguments, so a Stage itself is
 a value without state: `init` makes parameters, `loss` scores them on a batch, `denoiser` makes of
-them what samplers take, `sample` draws pictures.
+them what samplers take, `sample` draws pictures. A stage with an autoencoder does all of that to
+latents, but for `sample`, which decodes what it has drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from jaxtyping import Array, Float, Key
 
 from cascade import images
 from cascade.diffusion import denoise, grids, loss, process, samplers
-from cascade.models import Conditioning, EfficientUNetConfig, IFUNetConfig, Network, UNetConfig
+from cascade.models import (
+    AutoencoderConfig,
+    Conditioning,
+    DenoiserConfig,
+    IFUNetConfig,
+    Network,
+    UpscalerUNetConfig,
+)
 
 Schedule = (
     process.Cosine
@@ -118,6 +126,8 @@ class StageConfig:
     residual: in super-resolution, the network predicts what x0 adds to the upsampled low-resolution
     picture (compare Li et al. 2021, "SRDiff", which diffuses that difference itself); an untrained
     stage then draws the enlargement, not nothing. For prediction="x0".
+    autoencoder: of a latent stage, whose diffusion runs in its latents; its parameters are then
+    {"network": ..., "autoencoder": ...}. Such a stage is drawn from, not trained.
     variance: if the network also predicts the variance of each step, by as many output channels
     more, how that is trained. condition_dropout: share of training examples whose text is replaced
     by the null condition.
@@ -126,7 +136,8 @@ class StageConfig:
     name: str
     resolution: int
     lowres_resolution: int | None = None
-    network: UNetConfig | EfficientUNetConfig | IFUNetConfig
+    network: DenoiserConfig
+    autoencoder: AutoencoderConfig | None = None
     schedule: Schedule = field(default_factory=process.Cosine)
     prediction: process.Prediction = "v"
     residual: bool = False
@@ -153,11 +164,10 @@ class StageConfig:
                 'StageConfig.prediction must be "v" or "x0" with a ZeroTerminal schedule, got '
                 '"eps": at its end the input is noise alone, and to predict that says nothing of x0'
             )
-        on_table = isinstance(self.schedule, process.Discrete)
-        if isinstance(self.network, IFUNetConfig) and not on_table:
+        if self.published and not isinstance(self.schedule, process.Discrete):
             raise ValueError(
-                "StageConfig.schedule must be Discrete with an IFUNetConfig, whose time is the "
-                f"entry of a table, got {self.schedule}"
+                f"StageConfig.schedule must be Discrete with an {type(self.network).__name__}, "
+                f"whose time is the entry of a table, got {self.schedule}"
             )
         if self.residual and (low is None or self.prediction != "x0"):
             raise ValueError(
@@ -175,10 +185,35 @@ class StageConfig:
                 f"StageConfig.network.out_channels must be {channels} {learned} learned variance, "
                 f"got {self.network.out_channels}"
             )
+        if self.autoencoder is not None:
+            latent, factor = self.autoencoder.latent_channels, self.autoencoder.factor
+            if self.network.in_channels != latent or self.resolution % factor or self.residual:
+                raise ValueError(
+                    f"StageConfig.autoencoder has {latent} latent channels of 1/{factor} of the "
+                    "side: network.in_channels must be as many, resolution a multiple of it, and "
+                    f"residual off; got {self.network.in_channels}, {self.resolution} and "
+                    f"{self.residual}"
+                )
         self.check(self.sampling)
+
+    @property
+    def published(self) -> bool:
+        """Whether its network is a public one, which is told the entry of the table that it was
+        trained on for a time, and the embedding of "" for no text."""
+        return isinstance(self.network, IFUNetConfig | UpscalerUNetConfig)
 
     def check(self, settings: Sampling) -> None:
         """Raise ValueError for settings that make no sense for this stage."""
+        if self.autoencoder is not None and settings.threshold.kind != "none":
+            raise ValueError(
+                f'Sampling.threshold must be "none" in {self.name}, whose latents have no range to '
+                f"be kept in, got {settings.threshold.kind!r}"
+            )
+        if self.published and settings.aug_level > self.augmentation.max_level:
+            raise ValueError(
+                f"Sampling.aug_level of {self.name} must be at most {self.augmentation.max_level}, "
+                f"the most that it was trained on, got {settings.aug_level}"
+            )
         asked = getattr(settings.sampler, "gamma", None) == "learned"
         if asked and self.variance is None:
             raise ValueError(
@@ -205,14 +240,23 @@ class Stage:
     def __init__(self, config: StageConfig):
         self.config = config
         self.network = Network(config.network)
+        self.autoencoder = None if config.autoencoder is None else Network(config.autoencoder)
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Fresh float32 parameters, as nested dicts of arrays."""
-        return self.network.init(key)
+        if self.autoencoder is None:
+            return self.network.init(key)
+        k_network, k_autoencoder = jax.random.split(key)
+        return {
+            "network": self.network.init(k_network),
+            "autoencoder": self.autoencoder.init(k_autoencoder),
+        }
 
     def abstract(self) -> dict[str, Any]:
         """The shapes of `init`'s result, without memory."""
-        return self.network.abstract()
+        if self.autoencoder is None:
+            return self.network.abstract()
+        return {"network": self.network.abstract(), "autoencoder": self.autoencoder.abstract()}
 
     def loss(
         self,
@@ -276,6 +320,7 @@ class Stage:
     ) -> denoise.Denoiser:
         """(x_t, logsnr) -> x0, guided in one batched pass of the network, then thresholded.
 
+        params: the network's, without an autoencoder's.
         negative: what guidance moves away from; None means the null condition, which DeepFloyd IF
         does not have: it takes the embedding of "".
         guidance: a weight, or the weight as a function of the log-SNR; the Python number 1.0 runs
@@ -284,10 +329,10 @@ class Stage:
         """
         kind, learned = self.config.prediction, self.config.variance is not None
         plain = isinstance(guidance, (int, float)) and guidance == 1
-        if negative is None and not plain and isinstance(self.config.network, IFUNetConfig):
+        if negative is None and not plain and self.config.published:
             raise ValueError(
                 f'stage {self.config.name}: guidance needs `negative`, the embedding of "" unless '
-                "it is a text; DeepFloyd IF knows no other way to have no text"
+                "it is a text; its network knows no other way to have no text"
             )
 
         def conditional(x_t, logsnr):
@@ -344,11 +389,20 @@ class Stage:
         settings = dataclasses.replace(
             settings, guidance=0.0 if settings.guided else 1.0, aug_level=0.0
         )
-        return _sample(self.config, size, settings, params, cond, negative, lowres, keys, scalars)
+        inputs = (cond, negative, lowres, keys, scalars)
+        if self.autoencoder is None:
+            return _sample(self.config, (size, size, 3), settings, params, *inputs)
+        side, latent = (
+            size // self.autoencoder.config.factor,
+            self.autoencoder.config.latent_channels,
+        )
+        drawn = _sample(self.config, (side, side, latent), settings, params["network"], *inputs)
+        return _decode(self.autoencoder.config, params["autoencoder"], drawn)
 
     def _predict(self, params, x_t, logsnr, cond, key=None):
         """-> (prediction in the space of config.prediction, gamma), gamma None unless learned."""
-        prediction, gamma = self.network(params, x_t, self._time(logsnr), cond, key), None
+        time = self._time(logsnr, self.config.schedule)
+        prediction, gamma = self.network(params, x_t, time, cond, key), None
         if self.config.variance is not None:
             prediction, gamma = _split_variance(prediction)
         if self.config.residual:
@@ -358,10 +412,9 @@ class Stage:
             prediction += alpha[:, None, None, None] * cond.lowres
         return prediction, gamma
 
-    def _time(self, logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
-        """What the network is told of log-SNR."""
-        schedule = self.config.schedule
-        if isinstance(self.config.network, IFUNetConfig) and isinstance(schedule, process.Discrete):
+    def _time(self, logsnr: Float[Array, " b"], schedule: Schedule) -> Float[Array, " b"]:
+        """What the network is told of log-SNR, of that schedule."""
+        if self.config.published and isinstance(schedule, process.Discrete):
             return schedule.entry(logsnr)
         return time_of(logsnr)
 
@@ -375,7 +428,8 @@ class Stage:
         else:
             lowres = process.corrupt(lowres, draw(lowres.shape[1:]), logsnr)
             lowres = images.upsample(lowres, size)
-        return dataclasses.replace(cond, lowres=lowres, lowres_time=self._time(logsnr))
+        time = self._time(logsnr, augmentation.schedule)
+        return dataclasses.replace(cond, lowres=lowres, lowres_time=time)
 
 
 def time_of(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -391,16 +445,16 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(config, size, settings, params, cond, negative, lowres, keys, scalars):
-    stage = Stage(config)
-    b, size = keys.shape[0], (size, size)
+def _sample(config, shape, settings, params, cond, negative, lowres, keys, scalars):
+    """-> [b, *shape], pictures or latents."""
+    stage, b = Stage(config), keys.shape[0]
     k_noise, k_steps, k_augment = jnp.moveaxis(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
     if lowres is not None:
         level = jnp.broadcast_to(scalars["aug_level"], (b,))
         draw = functools.partial(samplers.initial_noise, k_augment)
-        cond = stage._with_lowres(cond, lowres, level, draw, size)
+        cond = stage._with_lowres(cond, lowres, level, draw, shape[:2])
         if negative is not None:
             negative = dataclasses.replace(
                 negative, lowres=cond.lowres, lowres_time=cond.lowres_time
@@ -421,9 +475,16 @@ def _sample(config, size, settings, params, cond, negative, lowres, keys, scalar
     )
     return samplers.sample(
         denoiser,
-        samplers.initial_noise(k_noise, (*size, 3)),
+        samplers.initial_noise(k_noise, shape),
         schedule=config.schedule,
         times=times,
         step=settings.sampler,
         keys=k_steps,
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(config, params, latents):
+    # Picture by picture: at full resolution the activations of one, not the weights, fill memory.
+    autoencoder = Network(config).bind(params)
+    return jax.lax.map(lambda latent: autoencoder.decode(latent[None])[0], latents)

@@ -120,6 +120,11 @@ class TrainConfig:
                 "TrainConfig.stage.network must not be an IFUNetConfig: training drops text to "
                 "zeros, and DeepFloyd IF's way to have no text is the embedding of ''"
             )
+        if self.stage.autoencoder is not None:
+            raise ValueError(
+                "TrainConfig.stage.autoencoder must be None: a latent stage is drawn from, not "
+                "trained"
+            )
         if self.text_tokens < 1:
             raise ValueError(f"TrainConfig.text_tokens must be at least 1, got {self.text_tokens}")
         for width in self.ema_profiles:

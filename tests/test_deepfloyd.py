@@ -23,7 +23,7 @@ from cascade.diffusion.process import Discrete
 from cascade.errors import UserError
 from cascade.models import Conditioning, IFUNetConfig, Network
 from cascade.models.t5 import T5Config
-from cascade.pretrained import deepfloyd, weights
+from cascade.pretrained import deepfloyd, published, weights
 from cascade.runner import Cascade, with_options
 from cascade.sharding import MeshConfig, make_mesh, shardings
 from cascade.stage import Stage
@@ -92,7 +92,7 @@ def test_the_unet_equals_the_reference_implementation(name, tmp_path):
 def test_every_tensor_of_a_published_unet_has_one_place(name):
     config = IFUNetConfig.from_diffusers(PUBLISHED[name]["config"])
     shapes, target = PUBLISHED[name]["shapes"], Network(config).abstract()
-    origins = deepfloyd.unet_origins(target)
+    origins = published.by_name(target)
     weights.fit(name, shapes, origins, target)
     assert sorted(n for o in origins.values() for n in o.names) == sorted(shapes)
 
@@ -122,7 +122,7 @@ def test_everything_missing_misshapen_or_left_over_is_listed(stage1):
     shapes["up_blocks.0.resnets.9.norm1.weight"] = [8]
     target = Network(config).abstract()
     with pytest.raises(UserError) as e:
-        weights.fit("U-Net x", shapes, deepfloyd.unet_origins(target), target)
+        weights.fit("U-Net x", shapes, published.by_name(target), target)
     for expected in (
         "U-Net x: ",
         "mid_block.attentions.0.to_k.weight is missing",

@@ -25,7 +25,12 @@ BELOW = {
     "data": {"errors", "images", "text", "config", "checkpoint"},
     "pretrained": {"config", "errors", "models"},
     "stage": {"diffusion", "images", "models"},
-    "deepfloyd": {"config", "diffusion", "errors", "models", "pretrained", "stage"},
+    "schedulers": {"config", "diffusion", "errors"},
+    "upscaler": {"config", "errors", "pretrained", "schedulers", "stage", "text"},
+    "deepfloyd": {
+        *("config", "diffusion", "errors", "models", "pretrained", "schedulers", "stage"),
+        "upscaler",
+    },
     "runner": {
         "deepfloyd",
         "stage",

@@ -27,7 +27,8 @@ from cascade.diffusion.samplers import time_grid
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Subclasses are the grids: (steps, schedule) -> decreasing times [steps + 1], the last 0."""
+    """Subclasses are the grids: (steps, schedule) -> decreasing times [steps + 1], the last 0 but
+    where a grid says otherwise."""
 
     def check(self, steps: int) -> None:
         """Raise ValueError unless the grid can have so many steps."""
@@ -109,26 +110,41 @@ class OnTable(Grid):
     spacing: "trailing" begins at the last entry, "leading" ends at the first one, and so begins
         short of the noisiest: at 990 of 1000 in 100 steps. Lin et al. 2023 ("Common Diffusion Noise
         Schedules and Sample Steps are Flawed"), table 2.
+    offset: added to every entry of "leading"; latent diffusion's public weights have 1.
+    ends_clean: False ends at the first entry in place of 0, in a picture that keeps its noise, as
+        those weights' DDIM does.
     """
 
     spacing: Literal["leading", "trailing"] = "trailing"
     entries: int = 1000
+    offset: int = 0
+    ends_clean: bool = True
 
     def __post_init__(self):
         if self.spacing not in ("leading", "trailing"):
             raise ValueError(f'OnTable.spacing: "leading" or "trailing", got {self.spacing!r}')
+        if self.offset < 0 or (self.offset and self.spacing == "trailing"):
+            raise ValueError(
+                f'OnTable.offset must be 0, or more with spacing="leading", got {self.offset}'
+            )
 
     def check(self, steps):
         if not 1 <= steps <= self.entries:
             raise ValueError(f"steps must be in 1..{self.entries}, the grid's entries; got {steps}")
+        if (first := (steps - 1) * (self.entries // steps) + self.offset) >= self.entries:
+            raise ValueError(
+                f"{steps} steps with offset={self.offset} begin at entry {first}, beyond the "
+                f"grid's {self.entries}: take fewer"
+            )
 
     def __call__(self, steps, schedule):
         self.check(steps)
         if self.spacing == "leading":
-            chosen = np.arange(steps)[::-1] * (self.entries // steps)
+            chosen = np.arange(steps)[::-1] * (self.entries // steps) + self.offset
         else:
             chosen = np.rint(self.entries * (1 - np.arange(steps) / steps)).astype(int) - 1
-        return _at_entries(chosen, self.entries)
+        times = _at_entries(chosen, self.entries)
+        return times if self.ends_clean else times.at[-1].set(1 / self.entries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,18 +174,28 @@ class Sigmoid:
 class Discrete:
     """The table of a model trained at `steps` discrete times: entry i stands at t = (i+1) / steps.
 
-    betas: "linear", from 1e-4 to .02 (Ho et al. 2020), or "cosine", from
+    betas: "linear", from `first` to `last` (Ho et al. 2020); "scaled linear", their roots linear
+        (Rombach et al. 2022, as published with the paper); or "cosine", from
         alpha^2 = cos^2(pi/2 (t + .008) / 1.008) and at most .999 (Nichol & Dhariwal 2021).
     Between entries log-SNR is linear; at t=0, which no entry has, it is 20. Use it for weights
     trained on such a table; LinearVP and Cosine are what the tables sample.
     """
 
-    betas: Literal["linear", "cosine"] = "cosine"
+    betas: Literal["linear", "scaled linear", "cosine"] = "cosine"
     steps: int = 1000
+    first: float = 1e-4
+    last: float = 0.02
 
     def __post_init__(self):
-        if self.betas not in ("linear", "cosine"):
-            raise ValueError(f'Discrete.betas: "linear" or "cosine", got {self.betas!r}')
+        if self.betas not in ("linear", "scaled linear", "cosine"):
+            raise ValueError(
+                f'Discrete.betas: "linear", "scaled linear" or "cosine", got {self.betas!r}'
+            )
+        if not 0 < self.first <= self.last < 1:
+            raise ValueError(
+                f"Discrete.first must be in (0, last={self.last}], and last below 1, "
+                f"got {self.first}"
+            )
         if self.steps < 2:
             raise ValueError(f"Discrete.steps must be at least 2, got {self.steps}")
 
@@ -204,7 +214,9 @@ class Discrete:
     def _table(self) -> np.ndarray:
         """log-SNR at t = 0, 1 / steps, ... 1, computed in float64."""
         if self.betas == "linear":
-            betas = np.linspace(1e-4, 0.02, self.steps)
+            betas = np.linspace(self.first, self.last, self.steps)
+        elif self.betas == "scaled linear":
+            betas = np.linspace(self.first**0.5, self.last**0.5, self.steps) ** 2
         else:
             alpha2 = np.cos((np.linspace(0, 1, self.steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
             betas = np.minimum(1 - alpha2[1:] / alpha2[:-1], 0.999)

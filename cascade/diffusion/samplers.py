@@ -46,11 +46,12 @@ def sample(
     keys: Key[Array, " b"],
     after_step: AfterStep | None = None,
 ) -> Float[Array, " b *d"]:
-    """Carry x from times[0] to times[-1] in n steps; returns the x0_hat of the last one.
+    """Carry x from times[0] to times[-1] in n steps; returns the x0_hat of the last one, or x at
+    times[-1] if that is above 0.
 
     x: `initial_noise` for times[0] = 1, or an image corrupted to the log-SNR of times[0] to start
         from (SDEdit, Meng et al. 2022).
-    times: decreasing, [n + 1], ending at 0; see `time_grid`.
+    times: decreasing, [n + 1], ending at 0, or above it to keep that much noise; see `time_grid`.
     keys: one a image, from jax.random.key; deterministic steps leave them alone.
     after_step: changes x after every step, the last included (log-SNR is then that of times[-1]).
 
@@ -123,7 +124,7 @@ class Leg(NamedTuple):
 
     logsnr_t: Float[Array, " b"]
     logsnr_s: Float[Array, " b"]
-    last: Bool[Array, ""]  # x_s will not be used: `sample` returns x0_hat
+    last: Bool[Array, ""]  # x_s will not be used: `sample` returns x0_hat, times ending at 0
     keys: Key[Array, " b"]  # for the noise of this step
 
 
@@ -337,14 +338,14 @@ def _walk(denoiser, x, schedule, times, step, keys, after_step, emit):
             f"got shape {keys.shape}"
         )
     n = times.shape[0] - 1
-    logsnr = _grid(schedule, times, x)
+    logsnr, ends_clean = _grid(schedule, times, x), times[-1] <= 0
     x = x.astype(jnp.float32)
 
     def body(carry, leg):
         x_t, memory = carry
         i, logsnr_t, logsnr_s = leg
         k_step, k_after = _split(_fold_in(keys, i + 1))  # 0 is the initial noise
-        last = i == n - 1
+        last = (i == n - 1) & ends_clean
         leg = Leg(logsnr_t, logsnr_s, last, k_step)
         x_s, x0_hat, memory = step(denoiser, x_t, leg, memory)
         x_s = jnp.where(last, x0_hat, x_s)

@@ -11,13 +11,20 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from cascade.models.autoencoder import Autoencoder, AutoencoderConfig
+from cascade.models.clip import CLIPTextConfig, CLIPTextModel
 from cascade.models.conditioning import Conditioning
 from cascade.models.efficient_unet import EfficientLevel, EfficientUNet, EfficientUNetConfig
 from cascade.models.if_unet import IFLevel, IFUNet, IFUNetConfig
 from cascade.models.layers import placing
 from cascade.models.unet import Level, UNet, UNetConfig
+from cascade.models.upscaler_unet import UpscalerLevel, UpscalerUNet, UpscalerUNetConfig
 
 __all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
+    "CLIPTextConfig",
+    "CLIPTextModel",
     "Conditioning",
     "EfficientLevel",
     "EfficientUNet",
@@ -29,10 +36,15 @@ __all__ = [
     "Network",
     "UNet",
     "UNetConfig",
+    "UpscalerLevel",
+    "UpscalerUNet",
+    "UpscalerUNetConfig",
     "placing",
 ]
 
 Params = dict[str, Any]
+DenoiserConfig = UNetConfig | EfficientUNetConfig | IFUNetConfig | UpscalerUNetConfig
+"""Of the networks that a stage can have."""
 
 
 class Network:
@@ -43,7 +55,7 @@ class Network:
     [blocks, 3, 3, in, out], since equal blocks are stacked along a leading axis ("rest", "blocks").
     """
 
-    def __init__(self, config: UNetConfig | EfficientUNetConfig | IFUNetConfig):
+    def __init__(self, config: DenoiserConfig | AutoencoderConfig | CLIPTextConfig):
         self.config = config
         self._graphdef, state = nnx.split(nnx.eval_shape(lambda: self._module(_OneKey())))
         self._paths = [path for path, _ in nnx.to_flat_state(state)]
@@ -65,11 +77,16 @@ class Network:
         cond: Conditioning,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
-        """x: noisy images. time: [b] in 0..1000. key: for dropout, without one there is none."""
-        state = nnx.from_flat_state((path, _at(params, path)) for path in self._paths)
-        return nnx.merge(self._graphdef, state)(x, time, cond, key)
+        """Of a denoiser. x: noisy images. time: [b] in 0..1000. key: for dropout, else there is
+        none."""
+        return self.bind(params)(x, time, cond, key)
 
-    def _module(self, rngs: nnx.Rngs) -> UNet | EfficientUNet | IFUNet:
+    def bind(self, params: Params) -> Any:
+        """The module that holds these parameters; those of no denoiser are called otherwise."""
+        state = nnx.from_flat_state((path, _at(params, path)) for path in self._paths)
+        return nnx.merge(self._graphdef, state)
+
+    def _module(self, rngs: nnx.Rngs) -> nnx.Module:
         match self.config:
             case UNetConfig():
                 return UNet(self.config, rngs)
@@ -77,6 +94,12 @@ class Network:
                 return EfficientUNet(self.config, rngs)
             case IFUNetConfig():
                 return IFUNet(self.config, rngs)
+            case UpscalerUNetConfig():
+                return UpscalerUNet(self.config, rngs)
+            case AutoencoderConfig():
+                return Autoencoder(self.config, rngs)
+            case CLIPTextConfig():
+                return CLIPTextModel(self.config, rngs)
 
 
 class _OneKey(nnx.Rngs):

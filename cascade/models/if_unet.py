@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from cascade.models import published
 from cascade.models.conditioning import Conditioning, sinusoids
 from cascade.models.layers import (
     Conv,
@@ -127,18 +128,14 @@ class IFUNetConfig:
         """From the contents of a `unet/config.json`; a missing field has UNet2DConditionModel's
         default. Raises ValueError naming the field that asks for another network.
         """
-        if (name := fields.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
-            raise ValueError(f"_class_name must be 'UNet2DConditionModel', got {name!r}")
-        given = {**_DEFAULTS, **{k: v for k, v in fields.items() if not k.startswith("_")}}
-        for field, value in given.items():
-            if field in _READ or field in _WITHOUT_EFFECT:
-                continue
-            allowed = _REQUIRED.get(field, (None, False))
-            if value not in allowed:
-                raise ValueError(
-                    f"{field} must be {' or '.join(map(repr, allowed))} in a DeepFloyd IF stage I "
-                    f"or II, got {value!r}"
-                )
+        given = published.read_fields(
+            fields,
+            class_name="UNet2DConditionModel",
+            defaults=_DEFAULTS,
+            required=_REQUIRED,
+            without_effect=_WITHOUT_EFFECT,
+            network="a DeepFloyd IF stage I or II",
+        )
         if given["class_embed_type"] not in (None, "timestep"):
             raise ValueError(
                 f"class_embed_type must be None (stage I) or 'timestep' (stage II), "
@@ -154,7 +151,7 @@ class IFUNetConfig:
                 f"resnet_skip_time_act; got {act!r}, {given['time_embedding_act_fn']!r} and "
                 f"{given['resnet_skip_time_act']!r}"
             )
-        channels = _integer(given, "in_channels")
+        channels = published.integer(given, "in_channels")
         if lowres and channels % 2:
             raise ValueError(f"in_channels must be even in a super-resolution U-Net, {channels=}")
         levels, middle = _levels(given)
@@ -163,14 +160,14 @@ class IFUNetConfig:
             levels=levels,
             middle_attention=middle,
             in_channels=channels // 2 if lowres else channels,
-            out_channels=_integer(given, "out_channels"),
-            text_width=_integer(given, "encoder_hid_dim"),
-            cross_width=_integer(given, "cross_attention_dim"),
+            out_channels=published.integer(given, "out_channels"),
+            text_width=published.integer(given, "encoder_hid_dim"),
+            cross_width=published.integer(given, "cross_attention_dim"),
             emb_width=given["time_embedding_dim"] or 4 * widths[0],
-            head_width=_integer(given, "attention_head_dim"),
-            pool_heads=_integer(given, "addition_embed_type_num_heads"),
+            head_width=published.integer(given, "attention_head_dim"),
+            pool_heads=published.integer(given, "addition_embed_type_num_heads"),
             lowres=lowres,
-            groups=_integer(given, "norm_num_groups"),
+            groups=published.integer(given, "norm_num_groups"),
             epsilon=float(given["norm_eps"]),
             residual_scale=1 / given["resnet_out_scale_factor"],
             middle_scale=1 / given["mid_block_scale_factor"],
@@ -505,7 +502,6 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
 }
-_READ = _DEFAULTS.keys() - _REQUIRED.keys()
 # They speak of training, of the pipeline, or of blocks that IF does not have.
 _WITHOUT_EFFECT = {
     *("sample_size", "dropout", "downsample_padding", "upcast_attention", "use_linear_projection"),
@@ -515,46 +511,19 @@ _WITHOUT_EFFECT = {
 
 def _levels(given: Mapping[str, Any]) -> tuple[tuple[IFLevel, ...], Sees]:
     """The levels, and what the middle attends to."""
-    downs, ups = given["down_block_types"], given["up_block_types"]
-    for field, names, known in (
-        ("down_block_types", downs, _DOWN),
-        ("up_block_types", ups, _UP),
-    ):
-        if not isinstance(names, list | tuple) or not set(names) <= known.keys():
-            raise ValueError(f"{field} must be of {' and '.join(known)}, got {names!r}")
-    count = len(downs)
-    if [_DOWN[name] for name in downs] != [_UP[name] for name in reversed(ups)]:
-        raise ValueError(
-            f"up_block_types must mirror down_block_types, attention for attention, got {ups!r}"
-        )
-    widths = given["block_out_channels"]
-    blocks, only = given["layers_per_block"], given["only_cross_attention"]
-    blocks = [blocks] * count if isinstance(blocks, int) else blocks
-    middle = given["mid_block_only_cross_attention"]
+    attends = published.levels_with(given, _DOWN, _UP)
+    count = len(attends)
+    only, middle = given["only_cross_attention"], given["mid_block_only_cross_attention"]
     if middle is None:
         middle = only is True
-    only = [only] * count if isinstance(only, bool) else only
-    for field, values in (
-        ("block_out_channels", widths),
-        ("layers_per_block", blocks),
-        ("only_cross_attention", only),
-    ):
-        if not isinstance(values, list | tuple) or len(values) != count:
-            raise ValueError(f"{field} must have {count} values as down_block_types, {values!r}")
+    widths = published.one_each(given, "block_out_channels", int, count)
+    blocks = published.one_each(given, "layers_per_block", int, count)
+    only = published.one_each(given, "only_cross_attention", bool, count)
     levels = tuple(
-        IFLevel(width=width, blocks=b, attention=_SEES[o] if _DOWN[name] else None)
-        for width, b, o, name in zip(widths, blocks, only, downs, strict=True)
+        IFLevel(width=width, blocks=b, attention=_SEES[o] if a else None)
+        for width, b, o, a in zip(widths, blocks, only, attends, strict=True)
     )
     return levels, _SEES[middle]
-
-
-def _integer(given: Mapping[str, Any], field: str) -> int:
-    """The field, or the one value of its list: diffusers lets some go by level."""
-    values = set(v) if isinstance(v := given[field], list | tuple) else {v}
-    value = values.pop() if len(values) == 1 else None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field} must be one positive integer, got {given[field]!r}")
-    return value
 
 
 def _attentions(config: IFUNetConfig, level: IFLevel, count: int, rngs: nnx.Rngs) -> Any:

@@ -1,0 +1,68 @@
+"""Fields of a published config.json: those it lacks have the reference implementation's defaults,
+those that ask for another network are refused by name.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+
+def read_fields(
+    fields: Mapping[str, Any],
+    *,
+    class_name: str,
+    defaults: Mapping[str, Any],
+    required: Mapping[str, tuple[Any, ...]],
+    without_effect: Collection[str],
+    network: str,
+) -> dict[str, Any]:
+    """All fields that a network is made of, checked where few values are right.
+
+    defaults: of every field that is read or required and may be missing. required: the values
+    that a field may have. A field in none of the three must be None or False: it asks for what
+    the network lacks. network: what errors call it. Raises ValueError naming the field.
+    """
+    if (name := fields.get("_class_name", class_name)) != class_name:
+        raise ValueError(f"_class_name must be {class_name!r}, got {name!r}")
+    given = {**defaults, **{k: v for k, v in fields.items() if not k.startswith("_")}}
+    read = defaults.keys() - required.keys()
+    for field, value in given.items():
+        if field in read or field in without_effect:
+            continue
+        allowed = required.get(field, (None, False))
+        if value not in allowed:
+            raise ValueError(
+                f"{field} must be {' or '.join(map(repr, allowed))} in {network}, got {value!r}"
+            )
+    return given
+
+
+def integer(given: Mapping[str, Any], field: str) -> int:
+    """The field, or the one value of its list: diffusers lets some go by level."""
+    values = set(v) if isinstance(v := given[field], list | tuple) else {v}
+    value = values.pop() if len(values) == 1 else None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field} must be one positive integer, got {given[field]!r}")
+    return value
+
+
+def one_each(given: Mapping[str, Any], field: str, kind: type, levels: int) -> list[Any]:
+    """The field's list with a value for each level, or its one value for all of them."""
+    values = [v] * levels if isinstance(v := given[field], kind) else v
+    if not isinstance(values, list | tuple) or len(values) != levels:
+        raise ValueError(f"{field} must have {levels} values as down_block_types, {v!r}")
+    return list(values)
+
+
+def levels_with(
+    given: Mapping[str, Any], down: Mapping[str, bool], up: Mapping[str, bool]
+) -> list[bool]:
+    """Which levels, from full resolution down, attend: of {block type: whether it does}."""
+    downs, ups = given["down_block_types"], given["up_block_types"]
+    for field, names, known in (("down_block_types", downs, down), ("up_block_types", ups, up)):
+        if not isinstance(names, list | tuple) or not set(names) <= known.keys():
+            raise ValueError(f"{field} must be of {' and '.join(known)}, got {names!r}")
+    if [down[name] for name in downs] != [up[name] for name in reversed(ups)]:
+        raise ValueError(
+            f"up_block_types must mirror down_block_types, attention for attention, got {ups!r}"
+        )
+    return [down[name] for name in downs]

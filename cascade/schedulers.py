@@ -1,0 +1,112 @@
+"""diffusers' schedulers: a `scheduler_config.json` -> our schedule, grid, sampler and threshold."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.config import read_json
+from cascade.diffusion import denoise, grids, process, samplers
+from cascade.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """What a scheduler comes to here."""
+
+    schedule: process.Discrete
+    prediction: process.Prediction
+    sampler: samplers.Ancestral | samplers.DDIM
+    threshold: denoise.Threshold
+    grid: grids.OnTable
+
+
+def read_scheduler(file: Path) -> Scheduler:
+    """Of a DDPMScheduler or a DDIMScheduler, with their defaults for fields that the file lacks.
+
+    Raises UserError naming the file and the field that has no counterpart here.
+    """
+    fields = read_json(file)
+    name = fields.get("_class_name", "DDPMScheduler")
+    if name not in ("DDPMScheduler", "DDIMScheduler"):
+        raise UserError(
+            f"{file}: _class_name must be 'DDPMScheduler' or 'DDIMScheduler', got {name!r}"
+        )
+    given = {**_DEFAULTS, **{k: v for k, v in fields.items() if not k.startswith("_")}}
+
+    def one_of(field: str, known: dict[Any, Any]) -> Any:
+        if given[field] not in known:
+            names = " or ".join(map(repr, known))
+            raise UserError(f"{file}: {field} must be {names}, got {given[field]!r}")
+        return known[given[field]]
+
+    for field in ("trained_betas", "rescale_betas_zero_snr"):
+        one_of(field, {_DEFAULTS[field]: None})
+    steps = given["num_train_timesteps"]
+    spacing = one_of("timestep_spacing", {"leading": "leading", "trailing": "trailing"})
+    if given["thresholding"]:
+        ratio, largest = given["dynamic_thresholding_ratio"], float(given["sample_max_value"])
+        threshold = functools.partial(denoise.Threshold, percentile=ratio, cap=largest)
+    else:
+        one_of("clip_sample_range", {1.0: None})
+        kind = "static" if given["clip_sample"] else "none"
+        threshold = functools.partial(denoise.Threshold, kind=kind)
+    if name == "DDIMScheduler":
+        sampler = samplers.DDIM()
+    else:
+        gamma = one_of("variance_type", {"learned_range": "learned", "fixed_small": 0.0})
+        sampler = samplers.Ancestral(gamma=gamma)
+    try:
+        return Scheduler(
+            schedule=process.Discrete(
+                betas=one_of(
+                    "beta_schedule",
+                    {
+                        "squaredcos_cap_v2": "cosine",
+                        "linear": "linear",
+                        "scaled_linear": "scaled linear",
+                    },
+                ),
+                steps=steps,
+                first=given["beta_start"],
+                last=given["beta_end"],
+            ),
+            prediction=one_of(
+                "prediction_type", {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+            ),
+            sampler=sampler,
+            threshold=threshold(),
+            grid=grids.OnTable(
+                spacing=spacing,
+                entries=steps,
+                offset=given["steps_offset"] if spacing == "leading" else 0,
+                ends_clean=name == "DDPMScheduler" or given["set_alpha_to_one"],
+            ),
+        )
+    except UserError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{file}: {e}") from None
+
+
+# Of both, for fields that a scheduler_config.json lacks.
+_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "set_alpha_to_one": True,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "rescale_betas_zero_snr": False,
+}

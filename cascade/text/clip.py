@@ -1,0 +1,159 @@
+"""A frozen CLIP text encoder with its tokenizer: what latent diffusion is told of a prompt.
+
+A pipeline's folder holds `text_encoder/` (config.json, safetensors) and `tokenizer/` (vocab.json,
+merges.txt and what else transformers' CLIPTokenizer reads).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from cascade.errors import UserError
+from cascade.models import CLIPTextConfig, Network
+from cascade.pretrained import weights
+from cascade.pretrained.published import Published, Shapes, read_config
+from cascade.pretrained.weights import Origin
+from cascade.text.encoder import TextEmbedding
+from cascade.text.tokenizer import Tokens
+
+
+class CLIPTextEncoder:
+    """CLIP's text encoder: texts in, an embedding for each of their tokens and of padding out.
+
+    Frozen: no training mode; its parameters belong in no optimizer and no checkpoint.
+    """
+
+    def __init__(self, config: CLIPTextConfig, params: dict, tokenizer: Any):
+        """params: nested dict of CLIPTextModel's arrays. tokenizer: transformers' CLIPTokenizer."""
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        network = Network(config)
+        self._jitted = jax.jit(lambda params, ids: network.bind(params)(ids))
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    ) -> CLIPTextEncoder:
+        """Of a folder with text_encoder/ and tokenizer/. compute_dtype: of the parameters too.
+
+        Raises UserError saying what is missing, damaged, or of another model.
+        """
+        network = text_encoder(folder)
+        config = dataclasses.replace(network.config, compute_dtype=compute_dtype)
+        return cls(config, network.read(compute_dtype), read_tokenizer(folder))
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        return self.config.max_position_embeddings
+
+    def __call__(self, texts: Sequence[str]) -> TextEmbedding:
+        return self.embed(self.tokenize(texts))
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Rows of beginning, pieces, end, padding: max_tokens in all.
+
+        A text that is too long keeps its beginning and the end of sequence, and is marked in
+        `truncated`.
+        """
+        tokenizer, length = self.tokenizer, self.max_tokens
+        ids = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
+        lengths = np.zeros(len(texts), np.int64)
+        truncated = np.zeros(len(texts), bool)
+        for i, text in enumerate(texts):
+            pieces = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            truncated[i] = len(pieces) > length - 2
+            row = [tokenizer.bos_token_id, *pieces[: length - 2], tokenizer.eos_token_id]
+            ids[i, : len(row)], lengths[i] = row, len(row)
+        return Tokens(ids=ids, mask=np.arange(length) < lengths[:, None], truncated=truncated)
+
+    def embed(self, tokens: Tokens) -> TextEmbedding:
+        """Jitted: one compilation per batch size. The mask changes no value."""
+        values = self._jitted(self.params, tokens.ids)
+        return TextEmbedding(values=values, mask=jax.numpy.asarray(tokens.mask))
+
+
+def text_encoder(folder: Path) -> Published:
+    """The network of `folder/text_encoder`. Raises UserError naming the file and the field."""
+    folder, model = folder / "text_encoder", "transformers.CLIPTextModel"
+    return Published(
+        folder=folder,
+        config=read_config(folder, CLIPTextConfig.from_hf_dict, model),
+        what="CLIP text encoder",
+        model=model,
+        stem="model",
+        origins=origins,
+        ignored=r".*position_ids$",
+    )
+
+
+def origins(target: Any, shapes: Shapes) -> dict[str, Origin]:
+    """Where in the files each parameter is. transformers 5 has dropped a prefix of all names."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
+
+    def origin(path: str, leaf: jax.ShapeDtypeStruct) -> Origin:
+        if path.endswith("_embedding"):
+            return Origin((f"{prefix}embeddings.{path}.weight",))
+        *modules, last = path.split("/")
+        last, axes = {"kernel": ("weight", (1, 0)), "scale": ("weight", None)}.get(
+            last, (last, None)
+        )
+        if modules[0] != "layers":
+            return Origin((".".join([prefix + modules[0], *modules[1:], last]),), axes)
+        within = ".".join([*modules[1:], last])
+        names = (f"{prefix}encoder.layers.{i}.{within}" for i in range(leaf.shape[0]))
+        return Origin(tuple(names), axes, stacked=True)
+
+    return {path: origin(path, leaf) for path, leaf in weights.leaves(target)}
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """transformers' CLIPTokenizer of `folder/tokenizer`."""
+    folder = folder / "tokenizer"
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise UserError(f"CLIP tokenizer {folder}: {name} is missing; download it again")
+    # Or it remarks on stderr that torch, which tokenizers do not need, is missing.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    try:
+        return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # several libraries' errors about files that are not what they should be
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(f"CLIP tokenizer {folder}: {reason}; download it again") from None
+
+
+def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
+    """text_encoder/ and tokenizer/ of `source`, tensor by tensor, as folders of `folder`.
+
+    dtype: of the tensors there, in safetensors' spelling; None is that of each.
+    """
+    network = text_encoder(source)
+    read_tokenizer(source)
+    where = folder / "text_encoder"
+    with network.opened() as (opened, found):
+        names = [name for origin in found.values() for name in origin.names]
+        where.mkdir(parents=True)
+        shutil.copy(network.folder / "config.json", where)
+        weights.write(
+            where / "model.safetensors",
+            [(name, opened.shapes[name], dtype or opened.dtype(name)) for name in names],
+            lambda name: opened[name, (slice(None),) * len(opened.shapes[name])],
+        )
+    (folder / "tokenizer").mkdir()
+    for file in sorted((source / "tokenizer").iterdir()):
+        if file.suffix in (".json", ".txt"):
+            shutil.copy(file, folder / "tokenizer")
