@@ -23,7 +23,8 @@ class DeepFloydOptions:
     """Convert DeepFloyd IF from diffusers' pipelines to a model folder.
 
     OUT gets config.json, one folder a stage (config.json, model.safetensors; in stage III also its
-    own text_encoder/ and tokenizer/) and text_encoder/. It must be new or empty. Weights pass tensor by tensor: memory for the largest one is enough.
+    own text_encoder/ and tokenizer/) and text_encoder/. It must be new or empty. Weights pass
+    tensor by tensor: memory for the largest one is enough.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]

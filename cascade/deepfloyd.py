@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from cascade.config import read_json
 from cascade import upscaler
+from cascade.config import read_json
 from cascade.diffusion import loss
 from cascade.errors import UserError
 from cascade.pretrained import deepfloyd, published, weights

@@ -69,8 +69,7 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
 
     lowres_resolution: of the stage before; None is 256, what DeepFloyd IF's second one draws.
     Settings without a place in the files are the pipeline's defaults, 75 steps with guidance 9 and
-    noise level 20 of 1000; behind DeepFloyd IF, which smooths more, the level is 100, as its
-    authors have it.
+    noise level 20 of 1000; behind another stage the level is 100, as in DeepFloyd IF's README.
     """
     index = folder / "model_index.json"
     low = lowres_resolution or 256

@@ -5,6 +5,7 @@
 >>> y = network(params, x, time, Conditioning())
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -57,13 +58,12 @@ class Network:
 
     def __init__(self, config: DenoiserConfig | AutoencoderConfig | CLIPTextConfig):
         self.config = config
-        self._graphdef, state = nnx.split(nnx.eval_shape(lambda: self._module(_OneKey())))
-        self._paths = [path for path, _ in nnx.to_flat_state(state)]
-        self._abstract = state
+        self._graphdef, self._abstract = _traced(config)
+        self._paths = [path for path, _ in nnx.to_flat_state(self._abstract)]
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters. The same key gives the same ones."""
-        return _named(nnx.state(self._module(nnx.Rngs(key))))
+        return _named(nnx.state(_module(self.config, nnx.Rngs(key))))
 
     def abstract(self) -> Params:
         """The shapes and dtypes of `init`, without any memory."""
@@ -86,20 +86,28 @@ class Network:
         state = nnx.from_flat_state((path, _at(params, path)) for path in self._paths)
         return nnx.merge(self._graphdef, state)
 
-    def _module(self, rngs: nnx.Rngs) -> nnx.Module:
-        match self.config:
-            case UNetConfig():
-                return UNet(self.config, rngs)
-            case EfficientUNetConfig():
-                return EfficientUNet(self.config, rngs)
-            case IFUNetConfig():
-                return IFUNet(self.config, rngs)
-            case UpscalerUNetConfig():
-                return UpscalerUNet(self.config, rngs)
-            case AutoencoderConfig():
-                return Autoencoder(self.config, rngs)
-            case CLIPTextConfig():
-                return CLIPTextModel(self.config, rngs)
+
+def _module(config: Any, rngs: nnx.Rngs) -> nnx.Module:
+    match config:
+        case UNetConfig():
+            return UNet(config, rngs)
+        case EfficientUNetConfig():
+            return EfficientUNet(config, rngs)
+        case IFUNetConfig():
+            return IFUNet(config, rngs)
+        case UpscalerUNetConfig():
+            return UpscalerUNet(config, rngs)
+        case AutoencoderConfig():
+            return Autoencoder(config, rngs)
+        case CLIPTextConfig():
+            return CLIPTextModel(config, rngs)
+    raise TypeError(f"no network has a {type(config).__name__}")
+
+
+@functools.cache
+def _traced(config: Any) -> tuple[Any, Any]:
+    """The network's graph and the shapes of its parameters: seconds of tracing, once a config."""
+    return nnx.split(nnx.eval_shape(lambda: _module(config, _OneKey())))
 
 
 class _OneKey(nnx.Rngs):

@@ -26,7 +26,8 @@ from cascade.models.layers import Linear, stack
 class CLIPTextConfig:
     """Sizes of a CLIP text encoder, under the names of the Hugging Face config.json.
 
-    compute_dtype: of the matrix products (the only field that config.json does not have).
+    hidden_act: gelu or quick_gelu. compute_dtype: of the matrix products (the only field that
+    config.json does not have).
     """
 
     vocab_size: int = 49408
@@ -35,7 +36,7 @@ class CLIPTextConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    hidden_act: Literal["gelu", "quick_gelu"] = "quick_gelu"
+    hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -42,7 +42,7 @@ def read_config(folder: Path, parse: Callable[[Mapping[str, Any]], Config], mode
 
 
 def by_name(target: Any, shapes: Shapes | None = None) -> dict[str, Origin]:
-    """Where in the files each parameter is, of a network whose modules carry the published names."""
+    """Where in the files each parameter is, of a network whose modules have the published names."""
     return {path: _origin(path, len(leaf.shape)) for path, leaf in weights.leaves(target)}
 
 

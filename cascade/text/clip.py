@@ -1,7 +1,7 @@
 """A frozen CLIP text encoder with its tokenizer: what latent diffusion is told of a prompt.
 
-A pipeline's folder holds `text_encoder/` (config.json, safetensors) and `tokenizer/` (vocab.json,
-merges.txt and what else transformers' CLIPTokenizer reads).
+A pipeline's folder holds `text_encoder/` (config.json, safetensors) and `tokenizer/` (vocab.json
+and merges.txt, or tokenizer.json, and what else transformers' CLIPTokenizer reads).
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def origins(target: Any, shapes: Shapes) -> dict[str, Origin]:
 def read_tokenizer(folder: Path) -> Any:
     """transformers' CLIPTokenizer of `folder/tokenizer`."""
     folder = folder / "tokenizer"
-    for name in ("vocab.json", "merges.txt"):
+    whole = (folder / "tokenizer.json").is_file()
+    for name in () if whole else ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise UserError(f"CLIP tokenizer {folder}: {name} is missing; download it again")
     # Or it remarks on stderr that torch, which tokenizers do not need, is missing.
