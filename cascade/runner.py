@@ -357,6 +357,8 @@ def _shared_encoder(
 ) -> TextEncoder:
     """That of the stages without their own, or where all have one, the first of those."""
     sharing = [stage.config for stage, _ in stages if stage.config.name not in own_encoders]
+    if not sharing and chosen:
+        raise UserError(f"text encoder {chosen}: this model has its own and takes no other")
     if not sharing:
         return own_encoders[stages[0][0].config.name]
     encoder = T5Encoder.load(

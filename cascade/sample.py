@@ -336,12 +336,14 @@ def _write(
 
 
 def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
-    cut = cascade.encoder.tokenize(list(prompts)).truncated
+    encoders = [cascade.encoder, *cascade.own_encoders.values()]
+    cuts = [encoder.tokenize(list(prompts)).truncated for encoder in encoders]
     for i, prompt in enumerate(prompts):
         short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
-        if cut is not None and cut[i]:
+        cutting = [e for e, cut in zip(encoders, cuts, strict=True) if cut is not None and cut[i]]
+        if cutting:
             print(
-                f"warning: prompt {short!r} is longer than {cascade.encoder.max_tokens} tokens; "
+                f"warning: prompt {short!r} is longer than {cutting[0].max_tokens} tokens; "
                 "what comes after them is not seen",
                 file=sys.stderr,
             )

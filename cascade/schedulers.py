@@ -49,10 +49,11 @@ def read_scheduler(file: Path) -> Scheduler:
     if given["thresholding"]:
         ratio, largest = given["dynamic_thresholding_ratio"], float(given["sample_max_value"])
         threshold = functools.partial(denoise.Threshold, percentile=ratio, cap=largest)
-    else:
+    elif given["clip_sample"]:
         one_of("clip_sample_range", {1.0: None})
-        kind = "static" if given["clip_sample"] else "none"
-        threshold = functools.partial(denoise.Threshold, kind=kind)
+        threshold = functools.partial(denoise.Threshold, kind="static")
+    else:
+        threshold = functools.partial(denoise.Threshold, kind="none")
     if name == "DDIMScheduler":
         sampler = samplers.DDIM()
     else:

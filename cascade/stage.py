@@ -390,14 +390,12 @@ class Stage:
             settings, guidance=0.0 if settings.guided else 1.0, aug_level=0.0
         )
         inputs = (cond, negative, lowres, keys, scalars)
-        if self.autoencoder is None:
+        latent = self.config.autoencoder
+        if latent is None:
             return _sample(self.config, (size, size, 3), settings, params, *inputs)
-        side, latent = (
-            size // self.autoencoder.config.factor,
-            self.autoencoder.config.latent_channels,
-        )
-        drawn = _sample(self.config, (side, side, latent), settings, params["network"], *inputs)
-        return _decode(self.autoencoder.config, params["autoencoder"], drawn)
+        shape = (size // latent.factor, size // latent.factor, latent.latent_channels)
+        drawn = _sample(self.config, shape, settings, params["network"], *inputs)
+        return _decode(latent, params["autoencoder"], drawn)
 
     def _predict(self, params, x_t, logsnr, cond, key=None):
         """-> (prediction in the space of config.prediction, gamma), gamma None unless learned."""

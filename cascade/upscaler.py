@@ -94,7 +94,7 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
 
     try:
         return StageConfig(
-            name=f"x{autoencoder.factor}",
+            name=f"x{autoencoder.factor}_{low * autoencoder.factor}",
             resolution=low * autoencoder.factor,
             lowres_resolution=low,
             network=network,
