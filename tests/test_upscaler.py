@@ -272,11 +272,11 @@ def test_attention_over_many_pixels_in_parts_is_attention_over_all():
     layer = _Attention(config, 4, nnx.Rngs(0))
 
     def whole(x):
-        y = layer.group_norm(x).reshape(1, -1, 4)
+        y = layer.group_norm(x).reshape(2, -1, 4)
         y = attend(layer.to_q(y), layer.to_k(y), layer.to_v(y), None, 4)
         return x + layer.to_out[0](y).reshape(x.shape)
 
-    x = jnp.asarray(noise(5, (1, 33, 40, 4)))  # 1320 pixels: two parts
+    x = jnp.asarray(noise(5, (2, 33, 40, 4)))  # 1320 pixels: two parts
     np.testing.assert_allclose(*jax.jit(lambda x: (layer(x), whole(x)))(x), atol=1e-5)
 
 
