@@ -28,7 +28,7 @@ from cascade.checkpoint import load_safetensors
 from cascade.config import from_json, read_json, to_json
 from cascade.errors import UserError
 from cascade.models import Conditioning, IFUNetConfig
-from cascade.stage import Sampling, Stage, StageConfig
+from cascade.stage import Edit, Sampling, Stage, StageConfig
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, TextEmbedding, TextEncoder
 from cascade.text.captions import Captions
 
@@ -180,6 +180,9 @@ class Cascade:
         num: int = 1,
         until: int | None = None,
         lowres: UInt8[np.ndarray, "h w 3"] | None = None,
+        init: UInt8[np.ndarray, "h w 3"] | None = None,
+        mask: UInt8[np.ndarray, "mh mw"] | None = None,
+        strength: Sequence[float] | None = None,
         negative: str | None = None,
         settings: Sequence[Sampling] | None = None,
         batch_size: int | None = None,
@@ -192,6 +195,9 @@ class Cascade:
         comes from the picture's own seed, and batches have one fixed size, filled up at the end.
         until: stop at the stage that draws this many pixels. lowres: start from this picture (its
         side chooses the stage) instead of from text alone. negative: what guidance moves away from.
+        init: draw this picture anew (its central square, at every stage's size); mask: of its
+        size, 0 where it stays and 255 where it is drawn anew. strength: `Edit.strength` of each
+        stage that draws; None is `default_strength`.
         settings: one Sampling for each stage that draws (see `select`). batch_size: pictures drawn
         together; None is `default_batch_size()`. share: (i, n) draws batches i, i + n, ... of all,
         the pictures that `numbers` names, for process i of n. progress: called with (stage's name,
@@ -201,6 +207,7 @@ class Cascade:
         settings = [s.config.sampling for s, _ in stages] if settings is None else list(settings)
         if len(settings) != len(stages):
             raise ValueError(f"settings: {len(settings)} for {len(stages)} stages")
+        edits = self._edits(stages, settings, init, mask, strength)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if seed < 0 or seed + num > 2**32:
             raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
@@ -216,12 +223,12 @@ class Cascade:
             rows = np.array([p for p, _ in filled])
             seeds = np.array([s for _, s in filled], np.uint32)
             drawn = self._draw_batch(
-                stages, settings, text, unguided, rows, seeds, lowres, progress
+                stages, settings, text, unguided, rows, seeds, lowres, edits, progress
             )
             for i, (p, s) in enumerate(batch):
                 pictures = {side: batch_of_side[i] for side, batch_of_side in drawn.items()}
                 metadata = self._metadata(
-                    prompts[p], s, stages, settings, negative, lowres is not None
+                    prompts[p], s, stages, settings, negative, lowres is not None, edits
                 )
                 yield Picture(prompts[p], s, pictures, metadata)
 
@@ -250,12 +257,42 @@ class Cascade:
         words = re.findall(r"[\w'-]+", prompt.lower()) if self.known_words else []
         return sorted({w for w in words if w not in self.known_words})
 
-    def _draw_batch(self, stages, settings, text, unguided, rows, seeds, lowres, progress):
+    def _edits(self, stages, settings, init, mask, strength) -> list[Edit | None]:
+        """What each stage begins from, one picture each. UserError for what does not fit."""
+        if init is None:
+            if mask is not None or strength is not None:
+                raise UserError("mask and strength say what becomes of the picture init: give one")
+            return [None] * len(stages)
+        if mask is not None and mask.shape != init.shape[:2]:
+            raise UserError(
+                f"the mask is {mask.shape[1]}x{mask.shape[0]} px, the picture "
+                f"{init.shape[1]}x{init.shape[0]} px: they must be of one size"
+            )
+        if strength is None:
+            strength = [default_strength(stage.config, mask is not None) for stage, _ in stages]
+        if len(strength) != len(stages):
+            raise ValueError(f"strength: {len(strength)} for {len(stages)} stages")
+        edits = []
+        for (stage, _), options, s in zip(stages, settings, strength, strict=True):
+            side, repaint = stage.config.resolution, None
+            if mask is not None:
+                repaint = _square(mask, side)[..., :1] >= 128
+            try:
+                edit = Edit(
+                    picture=images.to_float(_square(init, side)), repaint=repaint, strength=s
+                )
+                edit.skipped(options.steps)
+            except ValueError as e:
+                raise UserError(f"stage {stage.config.name}: {e}") from None
+            edits.append(edit)
+        return edits
+
+    def _draw_batch(self, stages, settings, text, unguided, rows, seeds, lowres, edits, progress):
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
         cond, negative = _rows(text, rows), unguided and _rows(unguided, np.zeros_like(rows))
         low = None if lowres is None else np.broadcast_to(lowres, (len(rows), *lowres.shape))
         drawn = {}
-        for (stage, params), options in zip(stages, settings, strict=True):
+        for (stage, params), options, edit in zip(stages, settings, edits, strict=True):
             resolution = stage.config.resolution
             low = images.to_uint8(
                 stage.sample(
@@ -266,6 +303,7 @@ class Cascade:
                     settings=options,
                     lowres=None if low is None else images.to_float(jnp.asarray(low)),
                     negative=negative,
+                    edit=jax.tree.map(lambda x: np.broadcast_to(x, (len(rows), *x.shape)), edit),
                 )
             )
             drawn[resolution] = low
@@ -273,12 +311,19 @@ class Cascade:
                 progress(stage.config.name, len(rows))
         return drawn
 
-    def _metadata(self, prompt, seed, stages, settings, negative, from_lowres) -> dict[str, Any]:
+    def _metadata(
+        self, prompt, seed, stages, settings, negative, from_lowres, edits
+    ) -> dict[str, Any]:
+        edited = {} if edits[0] is None else {"masked": edits[0].repaint is not None}
+        if edited:
+            names = (stage.config.name for stage, _ in stages)
+            edited["strength"] = {n: e.strength for n, e in zip(names, edits, strict=True)}
         return {
             "prompt": prompt,
             "seed": seed,
             "negative": negative,
             "from_lowres": from_lowres,
+            "edited": edited or None,
             "model": self.name,
             "model_sha256": self.digest,
             "stages": {
@@ -291,6 +336,14 @@ class Cascade:
 def default_batch_size() -> int:
     """Pictures drawn together: 1 on a CPU, 8 elsewhere."""
     return 1 if jax.default_backend() == "cpu" else 8
+
+
+def default_strength(stage: StageConfig, masked: bool) -> float:
+    """Of an edit: .7 where there is text alone (1 for a part of the picture), .8 in
+    super-resolution, as diffusers' pipelines of DeepFloyd IF have it."""
+    if stage.lowres_resolution is not None:
+        return 0.8
+    return 1.0 if masked else 0.7
 
 
 def numbers(total: int, batch_size: int, share: tuple[int, int]) -> list[int]:
@@ -327,6 +380,11 @@ def _update(digest: Any, file: Path) -> None:
 
 def _rows(text: TextEmbedding, rows: np.ndarray) -> Conditioning:
     return Conditioning(text=text.values[rows], text_mask=text.mask[rows])
+
+
+def _square(picture: UInt8[np.ndarray, "h w *c"], side: int) -> UInt8[np.ndarray, "s s 3"]:
+    """The central square of a picture or mask at that side, as IF's pipelines shrink them."""
+    return images.square(Image.fromarray(picture), side, Image.Resampling.BICUBIC)
 
 
 def _is_plain_name(name: Any) -> bool:
