@@ -94,7 +94,7 @@ def bench_train(options: TrainOptions) -> dict[str, Any]:
     key = jax.random.key(0, impl="rbg")
 
     def init(key):
-        return train.init_state(optimizer, stage.init(key))
+        return train.begin(settings, optimizer, stage.init(key))
 
     placement = sharding.shardings(jax.eval_shape(init, key), mesh)
     state = jax.jit(init, out_shardings=placement)(key)

@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--sample-batch must be positive, and goes with --sample")
     if options.suggest and options.sample:
         raise UserError("--suggest is for training: leave out --sample, or --suggest")
-    default = configs.load(path)
+    default, rest = configs.load_with(path, rest)
     if not isinstance(default, TrainConfig):
         raise UserError(f"config {path}: config() must return a TrainConfig")
     config = configs.parse(TrainConfig, rest, default=default, prog=f"cascade plan {path}")
@@ -451,7 +451,7 @@ def _state_of(config: TrainConfig) -> Any:
     stage, optimizer = Stage(config.stage), train.make_optimizer(config)
 
     def init(key):
-        return train.init_state(optimizer, stage.init(key), config.ema_profiles)
+        return train.begin(config, optimizer, stage.init(key))
 
     return jax.eval_shape(init, jax.random.key(0))
 

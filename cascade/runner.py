@@ -89,18 +89,20 @@ class Cascade:
         *,
         text_encoder: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        t5_int8: bool = False,
     ) -> Cascade:
         """The cascade that ships (`scenes`), one from a folder that `cascade export` or `cascade
         convert` wrote, or DeepFloyd IF in diffusers' layout: its stages' folders, or their names
         on the Hugging Face hub, with a comma between them.
 
         text_encoder: name or folder of another encoder of the same width. dtype: of DeepFloyd IF's
-        weights and what it and its text encoder compute in. Runs no code from the folder. Raises
-        UserError that says what is missing or damaged.
+        weights and what it and its text encoder compute in. t5_int8: keep the text encoder's
+        matrices in a byte a weight. Runs no code from the folder. Raises UserError that says what
+        is missing or damaged.
         """
         names = str(name_or_dir).split(",")
         if deepfloyd.is_pipeline(names[0]):
-            return cls._of_pipelines(names, text_encoder, dtype)
+            return cls._of_pipelines(names, text_encoder, dtype, t5_int8)
         folder = pretrained.find(name_or_dir)
         described = read_json(folder / "config.json")
         if not isinstance(described, dict) or described.get("format") != "cascade":
@@ -135,6 +137,7 @@ class Cascade:
             tokens,
             captions=from_json(Captions, described.get("captions", "verbatim"), "captions"),
             compute_dtype=dtype,
+            int8=t5_int8,
         )
         _check_widths(stages, encoder, text_encoder)
         return cls(
@@ -146,7 +149,9 @@ class Cascade:
         )
 
     @classmethod
-    def _of_pipelines(cls, names: Sequence[str], text_encoder: str | None, dtype: Any) -> Cascade:
+    def _of_pipelines(
+        cls, names: Sequence[str], text_encoder: str | None, dtype: Any, t5_int8: bool
+    ) -> Cascade:
         stages, digest = [], hashlib.sha256()
         pipelines = deepfloyd.pipelines(names)
         for pipeline in pipelines:
@@ -159,6 +164,7 @@ class Cascade:
             deepfloyd.MAX_TOKENS,
             captions=deepfloyd.CAPTIONS,
             compute_dtype=dtype,
+            int8=t5_int8,
         )
         _check_widths(stages, encoder, text_encoder)
         return cls(stages, encoder, name=",".join(names), digest=digest.hexdigest())
@@ -212,10 +218,11 @@ class Cascade:
         if seed < 0 or seed + num > 2**32:
             raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
         batch_size = batch_size or default_batch_size()
-        # DeepFloyd IF has no null condition: without text it is told "".
-        told = any(isinstance(s.config.network, IFUNetConfig) for s, _ in stages)
         text = self.encoder(prompts)
-        unguided = self.encoder([negative or ""]) if negative or told else None
+        without = negative or next(
+            (p for s, _ in stages if (p := s.config.network.null_prompt) is not None), None
+        )
+        unguided = None if without is None else self.encoder([without])
         jobs = [(p, seed + k) for p in range(len(prompts)) for k in range(num)]
         for start in range(share[0] * batch_size, len(jobs), share[1] * batch_size):
             batch = jobs[start : start + batch_size]
@@ -314,16 +321,17 @@ class Cascade:
     def _metadata(
         self, prompt, seed, stages, settings, negative, from_lowres, edits
     ) -> dict[str, Any]:
-        edited = {} if edits[0] is None else {"masked": edits[0].repaint is not None}
-        if edited:
+        edited: dict[str, Any] | None = None
+        if edits[0] is not None:
             names = (stage.config.name for stage, _ in stages)
-            edited["strength"] = {n: e.strength for n, e in zip(names, edits, strict=True)}
+            strength = {n: e.strength for n, e in zip(names, edits, strict=True)}
+            edited = {"masked": edits[0].repaint is not None, "strength": strength}
         return {
             "prompt": prompt,
             "seed": seed,
             "negative": negative,
             "from_lowres": from_lowres,
-            "edited": edited or None,
+            "edited": edited,
             "model": self.name,
             "model_sha256": self.digest,
             "stages": {

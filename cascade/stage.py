@@ -155,7 +155,7 @@ class StageConfig:
     stage then draws the enlargement, not nothing. For prediction="x0".
     variance: if the network also predicts the variance of each step, by as many output channels
     more, how that is trained. condition_dropout: share of training examples whose text is replaced
-    by the null condition.
+    by the null condition, the embedding of the network's null_prompt if it has one.
     """
 
     name: str
@@ -260,6 +260,8 @@ class Stage:
 
         batch: image uint8 [b, s, s, 3] (any crop of the stage's resolution); for super-resolution
         lowres uint8 [b, s/f, s/f, 3], aligned with it; text f32 [b, l, d], text_mask bool [b, l].
+        Where the network has a null_prompt, whoever embeds the text has dropped it already: only
+        they know that prompt's embedding.
         part: (i, n) if it is rows i, i + n, ... of a batch n times as large: the mean of the parts'
         losses is then that batch's, dropout masks aside.
         """
@@ -268,8 +270,9 @@ class Stage:
         x0 = images.to_float(batch["image"])
         cond = Conditioning(text=batch["text"], text_mask=batch["text_mask"])
         rows = x0.shape[:1]
-        drop = functools.partial(jax.random.bernoulli, k_drop, config.condition_dropout)
-        cond = cond.dropped(loss.draw(drop, rows, part))
+        if config.network.null_prompt is None:
+            drop = functools.partial(jax.random.bernoulli, k_drop, config.condition_dropout)
+            cond = cond.dropped(loss.draw(drop, rows, part))
         if config.lowres_resolution is not None:
             level = loss.draw(functools.partial(jax.random.uniform, k_level), rows, part)
             level = config.augmentation.max_level * level
@@ -319,7 +322,7 @@ class Stage:
         """
         kind, learned = self.config.prediction, self.config.variance is not None
         plain = isinstance(guidance, (int, float)) and guidance == 1
-        if negative is None and not plain and isinstance(self.config.network, IFUNetConfig):
+        if negative is None and not plain and self.config.network.null_prompt is not None:
             raise ValueError(
                 f'stage {self.config.name}: guidance needs `negative`, the embedding of "" unless '
                 "it is a text; DeepFloyd IF knows no other way to have no text"

@@ -25,6 +25,7 @@ BELOW = {
     "data": {"errors", "images", "text", "config", "checkpoint"},
     "pretrained": {"config", "errors", "models"},
     "stage": {"diffusion", "images", "models"},
+    "lora": set(),
     "deepfloyd": {"config", "diffusion", "errors", "models", "pretrained", "stage"},
     "runner": {
         "deepfloyd",
@@ -39,7 +40,7 @@ BELOW = {
     },
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
-        *("data", "stage", "sharding", "checkpoint", "config"),
+        *("data", "deepfloyd", "lora", "stage", "sharding", "checkpoint", "config"),
         *("ema", "errors", "flops", "images", "models", "pretrained", "text", "training_log"),
     },
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
