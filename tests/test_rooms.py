@@ -53,6 +53,7 @@ DOORS = {
     "sample",
     "export",
     "bench",
+    "bench_unet",
     "plan",
     "train_command",
     "__init__",
