@@ -10,6 +10,7 @@ unless its `text_encoder` names one on the Hugging Face hub.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,6 +91,7 @@ class Cascade:
         text_encoder: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         t5_int8: bool = False,
+        offload: bool = False,
     ) -> Cascade:
         """The cascade that ships (`scenes`), one from a folder that `cascade export` or `cascade
         convert` wrote, or DeepFloyd IF in diffusers' layout: its stages' folders, or their names
@@ -97,12 +99,13 @@ class Cascade:
 
         text_encoder: name or folder of another encoder of the same width. dtype: of DeepFloyd IF's
         weights and what it and its text encoder compute in. t5_int8: keep the text encoder's
-        matrices in a byte a weight. Runs no code from the folder. Raises UserError that says what
-        is missing or damaged.
+        matrices in a byte a weight. offload: keep all weights in the host's memory, and on the
+        device only those of the text encoder or stage that is at work. Runs no code from the
+        folder. Raises UserError that says what is missing or damaged.
         """
         names = str(name_or_dir).split(",")
         if deepfloyd.is_pipeline(names[0]):
-            return cls._of_pipelines(names, text_encoder, dtype, t5_int8)
+            return cls._of_pipelines(names, text_encoder, dtype, t5_int8, offload)
         folder = pretrained.find(name_or_dir)
         described = read_json(folder / "config.json")
         if not isinstance(described, dict) or described.get("format") != "cascade":
@@ -114,7 +117,7 @@ class Cascade:
             raise UserError(
                 f"{folder / 'config.json'}: stages must list folder names, got {names!r}"
             )
-        stages, digest = [], hashlib.sha256()
+        stages, digest, held = [], hashlib.sha256(), _held(offload)
         for stage_name in names:
             where = folder / stage_name
             config = from_json(
@@ -123,10 +126,10 @@ class Cascade:
             file = where / "model.safetensors"
             if isinstance(config.network, IFUNetConfig):
                 config = deepfloyd.computing_in(config, dtype)
-                stages.append((Stage(config), deepfloyd.read_converted(where, config)))
+                stages.append((Stage(config), held(deepfloyd.read_converted(where, config))))
             else:
                 stage = Stage(config)
-                stages.append((stage, load_safetensors(file, stage.abstract())))
+                stages.append((stage, held(load_safetensors(file, stage.abstract()))))
             _update(digest, file)
         own = described.get("text_encoder") or str(folder / "text_encoder")
         tokens = described.get("max_tokens", DEFAULT_MAX_TOKENS)
@@ -139,9 +142,10 @@ class Cascade:
             compute_dtype=dtype,
             int8=t5_int8,
         )
+        encoder.params = held(encoder.params)
         _check_widths(stages, encoder, text_encoder)
         return cls(
-            [(stage, jax.tree.map(jnp.asarray, params)) for stage, params in stages],
+            stages,
             encoder,
             name=str(name_or_dir),
             digest=digest.hexdigest(),
@@ -150,13 +154,18 @@ class Cascade:
 
     @classmethod
     def _of_pipelines(
-        cls, names: Sequence[str], text_encoder: str | None, dtype: Any, t5_int8: bool
+        cls,
+        names: Sequence[str],
+        text_encoder: str | None,
+        dtype: Any,
+        t5_int8: bool,
+        offload: bool,
     ) -> Cascade:
-        stages, digest = [], hashlib.sha256()
+        stages, digest, held = [], hashlib.sha256(), _held(offload)
         pipelines = deepfloyd.pipelines(names)
         for pipeline in pipelines:
             config = deepfloyd.computing_in(pipeline.config, dtype)
-            stages.append((Stage(config), pipeline.params(dtype)))
+            stages.append((Stage(config), held(pipeline.params(dtype))))
             for file in pipeline.files:
                 _update(digest, file)
         encoder = T5Encoder.load(
@@ -166,6 +175,7 @@ class Cascade:
             compute_dtype=dtype,
             int8=t5_int8,
         )
+        encoder.params = held(encoder.params)
         _check_widths(stages, encoder, text_encoder)
         return cls(stages, encoder, name=",".join(names), digest=digest.hexdigest())
 
@@ -186,7 +196,7 @@ class Cascade:
         num: int = 1,
         until: int | None = None,
         lowres: UInt8[np.ndarray, "h w 3"] | None = None,
-        init: UInt8[np.ndarray, "h w 3"] | None = None,
+        init: UInt8[np.ndarray, "ih iw 3"] | None = None,
         mask: UInt8[np.ndarray, "mh mw"] | None = None,
         strength: Sequence[float] | None = None,
         negative: str | None = None,
@@ -366,6 +376,12 @@ def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list
         dataclasses.replace(s, **{k: v[i] for k, v in options.items()})
         for i, s in enumerate(settings)
     ]
+
+
+def _held(offload: bool) -> Callable[[Any], Any]:
+    """Where weights are kept: NumPy arrays stay on the host, and a compiled program that is given
+    them has them on its device for as long as it runs."""
+    return functools.partial(jax.tree.map, np.array if offload else jnp.asarray)
 
 
 def _check_widths(

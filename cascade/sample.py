@@ -46,6 +46,9 @@ class Options:
     t5_int8: bool = False
     """Keep the text encoder's matrices in int8, one scale for each output: half the memory of
     bfloat16, a quarter of float32, for embeddings that point almost where they did."""
+    offload: bool = False
+    """Keep weights in the host's memory, and on the device only those of the text encoder or the
+    stage at work: for models that are larger than the device."""
     out: Path = Path("samples")
     """The folder to write into; made if it is missing."""
     seed: int = 0
@@ -126,6 +129,7 @@ def _sample(options: Options, prompts: list[str], folder: Path) -> None:
         text_encoder=options.text_encoder,
         dtype=options.dtype,
         t5_int8=options.t5_int8,
+        offload=options.offload,
     )
     stages = cascade.select(
         until=options.until, lowres=None if lowres is None else lowres.shape[:2]

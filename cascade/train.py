@@ -68,24 +68,24 @@ class TrainConfig:
 
     text_tokens: length that captions are padded or cut to, unless the text encoder's own window is
     shorter (the paper states none). captions: what is done to them first, see `cascade.text`;
-    DeepFloyd IF has 77 tokens of "clean" ones. images: training examples in all, repetitions
-    counted. batch_size: examples a step, over all devices and microbatches. microbatches: gradients
-    of equal parts of the batch are averaged, for less memory and the same result. crop: side in
-    pixels of the aligned crops a super-resolution stage trains on; None is the whole picture.
-    degradation: how its low-resolution pictures are spoiled; None is plain means over blocks. init:
-    a model, as `cascade sample --model` names it, whose stage of the same name gives the first
-    weights; None is fresh ones. lora_rank: train adapters of that rank to the projections of
-    attention instead of the weights of `init` (`cascade.lora`), which must stay where it is; 0
-    trains the weights themselves. ema_decay: per step, reached gradually as (1 + step) / (10 +
-    step). ema_profiles: relative widths (sigma_rel of `cascade.ema`) of averages kept besides, each
-    costing the memory of the weights and written every ema_snapshot_images to
-    ema/STEP_WIDTH.safetensors; from the snapshots of two, such as .05 and .1 (Karras et al. 2024),
-    `cascade export --ema` makes any other. workers: processes of each host that prepare data; 0
-    uses threads of the one that trains. preview_prompts: drawn with the EMA weights every
-    preview_every_images (0: never). keep: newest checkpoints kept. skip_limit: updates that are not
-    finite are left out; after so many in a row training stops. wandb: a Weights & Biases project
-    that is sent the figures too. profile_steps: so many steps after the first three are traced into
-    WORKDIR/profile (jax.profiler).
+    DeepFloyd IF has 77 tokens of "clean" ones. text_int8: keep the text encoder's matrices in int8.
+    images: training examples in all, repetitions counted. batch_size: examples a step, over all
+    devices and microbatches. microbatches: gradients of equal parts of the batch are averaged, for
+    less memory and the same result. crop: side in pixels of the aligned crops a super-resolution
+    stage trains on; None is the whole picture. degradation: how its low-resolution pictures are
+    spoiled; None is plain means over blocks. init: a model, as `cascade sample --model` names it,
+    whose stage of the same name gives the first weights; None is fresh ones. lora_rank: train
+    adapters of that rank to the projections of attention instead of the weights of `init`
+    (`cascade.lora`), which must stay where it is; 0 trains the weights themselves. ema_decay: per
+    step, reached gradually as (1 + step) / (10 + step). ema_profiles: relative widths (sigma_rel of
+    `cascade.ema`) of averages kept besides, each costing the memory of the weights and written
+    every ema_snapshot_images to ema/STEP_WIDTH.safetensors; from the snapshots of two, such as .05
+    and .1 (Karras et al. 2024), `cascade export --ema` makes any other. workers: processes of each
+    host that prepare data; 0 uses threads of the one that trains. preview_prompts: drawn with the
+    EMA weights every preview_every_images (0: never). keep: newest checkpoints kept. skip_limit:
+    updates that are not finite are left out; after so many in a row training stops. wandb: a
+    Weights & Biases project that is sent the figures too. profile_steps: so many steps after the
+    first three are traced into WORKDIR/profile (jax.profiler).
     """
 
     stage: StageConfig
@@ -93,6 +93,7 @@ class TrainConfig:
     text_encoder: str = "scenes"
     text_tokens: int = DEFAULT_MAX_TOKENS
     captions: Captions = "verbatim"
+    text_int8: bool = False
     images: int
     batch_size: int
     microbatches: int = 1
@@ -328,6 +329,7 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
         config.text_encoder,
         config.text_tokens,
         captions=config.captions,
+        int8=config.text_int8,
         shardings=functools.partial(sharding.shardings, mesh=mesh),
     )
     _check_text_width(config.stage, encoder)

@@ -46,17 +46,22 @@ STAGE = StageConfig(
 )
 
 
+def write_model(folder):
+    """A converted IF of one tiny stage."""
+    (folder / "if8").mkdir(parents=True)
+    shutil.copytree(T5, folder / "text_encoder")
+    about = {"format": "cascade", "stages": ["if8"], "max_tokens": 77, "captions": "clean"}
+    write_json(folder / "config.json", about)
+    write_json(folder / "if8" / "config.json", to_json(STAGE))
+    save_safetensors(folder / "if8" / "model.safetensors", testing.lively(Stage(STAGE)))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A converted IF of one tiny stage, and eight pictures to train on."""
+    """A model, and eight pictures to train it on."""
     folder = tmp_path_factory.mktemp("finetuning")
-    (folder / "if" / "if8").mkdir(parents=True)
-    shutil.copytree(T5, folder / "if" / "text_encoder")
-    about = {"format": "cascade", "stages": ["if8"], "max_tokens": 77, "captions": "clean"}
-    write_json(folder / "if" / "config.json", about)
-    write_json(folder / "if" / "if8" / "config.json", to_json(STAGE))
-    params = testing.lively(Stage(STAGE))
-    save_safetensors(folder / "if" / "if8" / "model.safetensors", params)
+    write_model(folder / "if")
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for i in range(8):

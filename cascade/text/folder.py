@@ -43,6 +43,11 @@ def read_folder(
     return config, _read_parameters(folder, config, shardings), vocabulary.read_bytes()
 
 
+def read_config(folder: Path) -> T5Config:
+    """What the config.json of such a folder says; no other file need be there."""
+    return _read_config(_weights_folder(folder) / "config.json")
+
+
 def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
     """What read_folder reads of `source`, as a T5 folder of its own, tensor by tensor.
 
@@ -148,10 +153,7 @@ def check(name: str, shapes: Mapping[str, Sequence[int]], config: T5Config) -> d
 
 def _places(folder: Path) -> tuple[Path, Path, Path]:
     """The folder of the weights, its config.json, and the spiece.model."""
-    if not folder.is_dir():
-        raise UserError(f"text encoder {folder}: no such folder")
-    if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
-        folder = folder / "text_encoder"
+    folder = _weights_folder(folder)
     config_file, vocabulary = folder / "config.json", folder / "spiece.model"
     if not vocabulary.is_file():
         beside = folder.parent / "tokenizer" / vocabulary.name
@@ -165,9 +167,20 @@ def _places(folder: Path) -> tuple[Path, Path, Path]:
     return folder, config_file, vocabulary
 
 
+def _weights_folder(folder: Path) -> Path:
+    """The folder itself, or the text_encoder/ of a pipeline's."""
+    if not folder.is_dir():
+        raise UserError(f"text encoder {folder}: no such folder")
+    if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
+        return folder / "text_encoder"
+    return folder
+
+
 def _read_config(file: Path) -> T5Config:
     try:
         return T5Config.from_hf_dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"text encoder {file}: no such file") from None
     except (AttributeError, TypeError, ValueError) as e:
         raise UserError(f"text encoder {file}: {e}") from None
 
