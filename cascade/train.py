@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -376,7 +377,7 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
             waited = time.perf_counter() - before
             batch = sharding.shard_batch(batch, mesh)
             ids, mask = batch.pop("tokens"), batch.pop("token_mask")
-            batch |= embed(encoder.params, ids, mask, jnp.int32(step))
+            batch |= embed(encoder.params, ids, mask, np.int32(step))
             if log is None:
                 log = _log(config, workdir, step, state, batch)
             profile.before_step()

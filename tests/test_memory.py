@@ -47,7 +47,9 @@ def test_a_plan_needs_no_weights_and_adds_up_what_each_part_takes(model):
     network = jax.tree.leaves(Network(STAGE.network).abstract())
     stage, text = got["parts"]["if8"], got["parts"]["text encoder"]
     assert stage["weight_bytes"] == 2 * sum(math.prod(leaf.shape) for leaf in network)
-    encoder = dataclasses.replace(read_config(model / "text_encoder"), int8=True, compute_dtype="bfloat16")
+    encoder = dataclasses.replace(
+        read_config(model / "text_encoder"), int8=True, compute_dtype="bfloat16"
+    )
     assert text["weight_bytes"] == sum(
         math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target(encoder))
     )
