@@ -53,7 +53,8 @@ class TrainOptions:
 
 
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
-       cascade bench train --config FILE [--batch-size N] [--steps N] [--tokens N]"""
+       cascade bench train --config FILE [--batch-size N] [--steps N] [--tokens N]
+       cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,8 +67,13 @@ def main(argv: Sequence[str]) -> None:
         options = config.parse(TrainOptions, argv[1:], prog="cascade bench train")
         xla_flags.apply(xla_flags.expected_backend(), os.environ)
         print(json.dumps(bench_train(options), indent=2))
+    elif argv[0] == "unet":
+        from cascade.bench_unet import UNetOptions, bench_unet
+
+        options = config.parse(UNetOptions, argv[1:], prog="cascade bench unet")
+        print(json.dumps(bench_unet(options), indent=2))
     else:
-        raise UserError(f"cascade bench {argv[0]}: must be sample or train")
+        raise UserError(f"cascade bench {argv[0]}: must be sample, train or unet")
 
 
 def bench_train(options: TrainOptions) -> dict[str, Any]:
@@ -94,7 +100,7 @@ def bench_train(options: TrainOptions) -> dict[str, Any]:
     key = jax.random.key(0, impl="rbg")
 
     def init(key):
-        return train.init_state(optimizer, stage.init(key))
+        return train.begin(settings, optimizer, stage.init(key))
 
     placement = sharding.shardings(jax.eval_shape(init, key), mesh)
     state = jax.jit(init, out_shardings=placement)(key)

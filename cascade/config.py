@@ -1,8 +1,9 @@
 """Configurations: frozen dataclasses, written in Python files, saved as JSON, overridden by tyro.
 
-A config file is a Python file with a function `config()` that returns a dataclass. Files are only
-run when a person names them (`cascade train FILE`). What is stored beside weights is JSON, and
-reading it runs no code: it can only name dataclasses that the expected type itself mentions.
+A config file is a Python file with a function `config()` that returns a dataclass; if it takes
+arguments, they come from the command line. Files are only run when a person names them (`cascade
+train FILE`). What is stored beside weights is JSON, and reading it runs no code: it can only name
+dataclasses that the expected type itself mentions.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import json
 import re
@@ -27,6 +29,15 @@ T = TypeVar("T")
 
 def load(path: str) -> Any:
     """Run a config file and return what its `config()` returns."""
+    return load_with(path, ())[0]
+
+
+def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
+    """What a config file's function returns, given its arguments from the command line.
+
+    `def config(init: str)` is called with the VALUE of `--init VALUE`. Also returns the words that
+    are left. Raises UserError for an argument without a default that is missing.
+    """
     file = Path(path)
     if not file.is_file():
         raise UserError(
@@ -40,12 +51,32 @@ def load(path: str) -> Any:
         raise UserError(f"config {path}: {e}") from None
     if not callable(names.get("config")):
         raise UserError(f"config {path}: defines no function config(); it must return the config")
+    given, rest = {}, list(words)
+    for name, parameter in inspect.signature(names["config"]).parameters.items():
+        value, rest = take(rest, f"--{name}")
+        if value is not None:
+            given[name] = value
+        elif parameter.default is inspect.Parameter.empty:
+            raise UserError(f"config {path}: --{name} is missing; see the head of that file")
     try:
-        return names["config"]()
+        return names["config"](**given), rest
     except TypeError as e:  # an unknown or missing field of a dataclass
         raise UserError(f"config {path}: {_with_nearest_field(str(e), names)}") from None
     except ValueError as e:
         raise UserError(f"config {path}: {e}") from None
+
+
+def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """Cut `flag VALUE` or `flag=VALUE` out of the words: (VALUE or None, the others)."""
+    words = list(words)
+    for i, word in enumerate(words):
+        if word == flag:
+            if i + 1 == len(words):
+                raise UserError(f"{flag} needs a value")
+            return words[i + 1], words[:i] + words[i + 2 :]
+        if word.startswith(flag + "="):
+            return word.partition("=")[2], words[:i] + words[i + 1 :]
+    return None, words
 
 
 def parse(

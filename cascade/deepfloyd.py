@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from cascade import upscaler
-from cascade.config import read_json
+from cascade import pretrained, upscaler
+from cascade.config import from_json, read_json
 from cascade.diffusion import loss
 from cascade.errors import UserError
 from cascade.pretrained import deepfloyd, published, weights
@@ -59,14 +59,72 @@ class Pipeline:
         return deepfloyd.unet(self.folder / "unet", network)
 
 
-def read_converted(folder: Path, config: StageConfig) -> dict[str, Any]:
-    """The parameters of a stage that `cascade convert` wrote, in the dtype it computes in."""
-    dtype = jnp.dtype(config.network.compute_dtype)
-    target = weights.as_target(Stage(config).abstract(), lambda _: dtype)
+def read_converted(
+    folder: Path,
+    config: StageConfig,
+    *,
+    dtype: Dtype | None = None,
+    shardings: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """The parameters of a stage that `cascade convert` wrote; dtype None is what it computes in."""
+    kind = jnp.dtype(dtype or config.network.compute_dtype)
+    target = weights.as_target(Stage(config).abstract(), lambda _: kind, shardings)
     origins = weights.own_origins(target)
     with weights.opened(folder, "model", what="stage", convert="`cascade convert`") as opened:
         weights.fit(opened.name, opened.shapes, origins, target)
         return weights.read(opened, origins, target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A model that training begins from, as `cascade sample --model` names it: a folder that
+    `cascade convert` or `cascade export` wrote, or the folders or hub names of its pipelines."""
+
+    model: str
+
+    def stages(self) -> list[StageConfig]:
+        """Smallest first; no weights are read."""
+        if found := self._pipelines():
+            return [pipeline.config for pipeline in found]
+        folder = pretrained.find(self.model)
+        names = read_json(folder / "config.json").get("stages", ())
+        files = [folder / name / "config.json" for name in names]
+        return [from_json(StageConfig, read_json(file), str(file)) for file in files]
+
+    def text_encoder(self) -> str:
+        """What `T5Encoder.load` takes: that of the model."""
+        if found := self._pipelines():
+            return str(found[0].folder)
+        folder = pretrained.find(self.model)
+        return read_json(folder / "config.json").get("text_encoder", str(folder / "text_encoder"))
+
+    def params(
+        self, config: StageConfig, dtype: Dtype, shardings: Callable[[Any], Any] | None = None
+    ) -> dict[str, Any]:
+        """Of its stage of that name, each read straight onto its devices.
+
+        UserError unless the stage is there and its network is the config's, however that computes.
+        """
+        for own in self.stages():
+            if own.name == config.name:
+                break
+        else:
+            known = ", ".join(own.name for own in self.stages())
+            raise UserError(f"init={self.model}: has no stage {config.name}, only {known}")
+        free = {f: getattr(config.network, f) for f in ("compute_dtype", "remat")}
+        if dataclasses.replace(own.network, **free) != config.network:
+            raise UserError(
+                f"init={self.model}: the network of its {config.name} is not that of the config"
+            )
+        if found := self._pipelines():
+            pipeline = next(p for p in found if p.config.name == config.name)
+            return pipeline.params(dtype, shardings)
+        folder = pretrained.find(self.model) / config.name
+        return read_converted(folder, config, dtype=dtype, shardings=shardings)
+
+    def _pipelines(self) -> list[Pipeline]:
+        names = self.model.split(",")
+        return pipelines(names) if is_pipeline(names[0]) else []
 
 
 def computing_in(config: StageConfig, dtype: Dtype) -> StageConfig:
@@ -166,6 +224,7 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
             network=network,
             schedule=scheduler.schedule,
             prediction=scheduler.prediction,
+            loss=loss.Loss(space=scheduler.prediction),
             variance=loss.LearnedVariance() if network.learned_variance else None,
             sampling=sampling,
             **lowres,

@@ -54,10 +54,12 @@ def export(
     """
     import numpy as np
 
+    from cascade import lora
     from cascade.checkpoint import Checkpoints, WholeFolder, save_safetensors, write_json
     from cascade.data import known_words
-    from cascade.text.encoder import T5Encoder, is_hub_name
-    from cascade.train import TrainConfig
+    from cascade.text.encoder import is_hub_name, locate
+    from cascade.text.folder import copy_folder
+    from cascade.train import TrainConfig, init_params
 
     runs = []
     for workdir in workdirs:
@@ -71,6 +73,8 @@ def export(
         run = config.from_json(TrainConfig, saved, str(workdir))
         if ema is not None:
             step, weights = _reconstructed(workdir, run.stage, step, ema)
+        if run.lora_rank:
+            weights = lora.merged(init_params(run), weights)
         runs.append((run, step, weights))
     runs.sort(key=lambda run: run[0].stage.resolution)
     names = [run.stage.name for run, _, _ in runs]
@@ -88,11 +92,15 @@ def export(
     tokens = {run.text_tokens for run, _, _ in runs}
     if len(tokens) > 1:
         raise UserError(f"the stages were trained on captions of {sorted(tokens)} tokens")
+    captions = {run.captions for run, _, _ in runs}
+    if len(captions) > 1:
+        raise UserError(f"the stages were trained on captions {' and '.join(sorted(captions))}")
     report = {
         "format": "cascade",
         "version": 1,
         "stages": names,
         "max_tokens": tokens.pop(),
+        "captions": captions.pop(),
         "trained": {},
     }
     if words := known_words([run.data for run, _, _ in runs]):
@@ -113,7 +121,7 @@ def export(
         if is_hub_name(encoder := encoders.pop()):
             report["text_encoder"] = encoder
         else:
-            T5Encoder.load(encoder).save(folder / "text_encoder")
+            copy_folder(locate(encoder), folder / "text_encoder")
         write_json(folder / "config.json", report)
     return report
 

@@ -49,12 +49,14 @@ def upsample(image: Float[Any, "b h w c"], size: tuple[int, int]) -> Any:
     return jax.image.resize(image, (b, *size, c), "bilinear", antialias=False)
 
 
-def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """Centre-crop a PIL picture to a square and resize it to `size`, antialiased (Lanczos)."""
+def square(
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> UInt8[np.ndarray, "s s 3"]:
+    """Centre-crop a PIL picture to a square and resize it to `size`, antialiased."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
-    resized = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=box)
+    resized = image.convert("RGB").resize((size, size), resample, box=box)
     return np.asarray(resized)
 
 

@@ -24,7 +24,7 @@ import re
 import sys
 import time
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,11 +32,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cascade import config as configs
-from cascade import flops, plan_hlo, sharding, train
+from cascade import deepfloyd, flops, plan_hlo, sharding, train
 from cascade.chips import CHIPS, Chip, chip_named
 from cascade.errors import UserError
-from cascade.models import Conditioning
+from cascade.models import Conditioning, IFUNetConfig
 from cascade.stage import Stage, StageConfig
+from cascade.text.encoder import T5Encoder, locate
+from cascade.text.folder import read_config, target
+from cascade.text.tokenizer import Tokenizer
 from cascade.train import TrainConfig
 
 PAPER_STEPS = 2_500_000
@@ -49,17 +52,22 @@ LIBTPU = {
 }
 
 USAGE = """usage: cascade plan CONFIG --topology CHIP:SHAPE [--FIELD VALUE ...]
+       cascade plan MODEL --sample --topology CHIP:SHAPE [--dtype D] [--t5-int8]
 
 What a training run would need on accelerators that are not here: a table on stderr, and all
 figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, which takes minutes.
 
   CONFIG               a config file of `cascade train`
+  MODEL                a model as `cascade sample` takes it, of which only the config.json files
+                       need be there: the memory of its text encoder and of every stage
   --topology NAME      chips along each axis of a TPU slice, such as v4:2x2x4, v5e:16x16, v5p:4x4x4,
                        v6e:16x16 (needs pip install 'cascade-diffusion[plan]'), or a number of
                        GPUs: a100:N, h100:N, h200:N
   --sample             the sampling of a batch instead of a training step
   --sample-batch N     pictures drawn together (default: one for each part of the batch)
   --tokens N           length of the text (default 128)
+  --dtype D            of a MODEL's DeepFloyd IF weights: float32 or (default) bfloat16
+  --t5-int8            with the text encoder of a MODEL in int8
   --suggest            try meshes, remat and microbatches, and name the fastest that fits
   --FIELD VALUE        override a field of the config: --mesh.fsdp 16, --batch-size 2048"""
 
@@ -77,6 +85,8 @@ def main(argv: Sequence[str]) -> None:
     own.add_argument("--sample-batch", type=int)
     own.add_argument("--tokens", type=int, default=128)
     own.add_argument("--suggest", action="store_true")
+    own.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    own.add_argument("--t5-int8", action="store_true")
     try:
         options, rest = own.parse_known_args(words)
     except argparse.ArgumentError as e:
@@ -87,9 +97,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--tokens must be positive, got {options.tokens}")
     if (options.sample_batch is not None) > options.sample or (options.sample_batch or 1) < 1:
         raise UserError("--sample-batch must be positive, and goes with --sample")
+    if not path.endswith(".py"):
+        print(json.dumps(_plan_model(path, options, rest), indent=2))
+        return
     if options.suggest and options.sample:
         raise UserError("--suggest is for training: leave out --sample, or --suggest")
-    default = configs.load(path)
+    default, rest = configs.load_with(path, rest)
     if not isinstance(default, TrainConfig):
         raise UserError(f"config {path}: config() must return a TrainConfig")
     config = configs.parse(TrainConfig, rest, default=default, prog=f"cascade plan {path}")
@@ -188,25 +201,11 @@ def plan_sampling(
     """The figures of drawing one batch with the config's sampling settings, all steps of it."""
     if topology.devices is None:
         raise UserError("--sample needs a compiler, and GPUs have none for absent machines")
-    stage, settings = Stage(config.stage), config.stage.sampling
+    stage = Stage(config.stage)
     mesh = _mesh(config, topology)
     b = batch_size or _batch_parts(mesh)
     params = stage.abstract()
-    shapes = batch_of(config, tokens, b)
-    inputs = {
-        "text": shapes["text"],
-        "text_mask": shapes["text_mask"],
-        "keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
-    }
-    if (low := config.stage.lowres_resolution) is not None:
-        inputs["lowres"] = jax.ShapeDtypeStruct((b, low, low, 3), jnp.float32)
-
-    def draw(params, inputs):
-        cond = Conditioning(text=inputs["text"], text_mask=inputs["text_mask"])
-        return stage.sample(
-            params, cond, inputs["keys"], settings=settings, lowres=inputs.get("lowres")
-        )
-
+    draw, inputs = drawing(stage, tokens, b)
     work = flops.count(draw, params, inputs)
     rows = sharding.batch_sharding(mesh)
     jitted = jax.jit(
@@ -214,6 +213,116 @@ def plan_sampling(
     )
     measured = _compiled(jitted, (params, inputs), topology)
     return _figures(config, topology, mesh, params, measured, model=work, executed=work, images=b)
+
+
+def drawing(stage: Stage, tokens: int, b: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The program (params, inputs) -> b pictures of a stage by its own settings, and the shapes of
+    its inputs."""
+    config = stage.config
+    text = {
+        "text": jax.ShapeDtypeStruct((b, tokens, config.network.text_width or 1), jnp.float32),
+        "text_mask": jax.ShapeDtypeStruct((b, tokens), jnp.bool_),
+    }
+    inputs: dict[str, Any] = {
+        "cond": text,
+        "keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
+    }
+    if config.network.null_prompt is not None:
+        inputs["negative"] = text
+    if (low := config.lowres_resolution) is not None:
+        inputs["lowres"] = jax.ShapeDtypeStruct((b, low, low, 3), jnp.float32)
+
+    def draw(params, inputs):
+        negative = inputs.get("negative")
+        return stage.sample(
+            params,
+            Conditioning(**inputs["cond"]),
+            inputs["keys"],
+            settings=config.sampling,
+            lowres=inputs.get("lowres"),
+            negative=None if negative is None else Conditioning(**negative),
+        )
+
+    return draw, inputs
+
+
+def plan_model(
+    model: str, topology: Topology, *, tokens: int, batch_size: int, dtype: Any, int8: bool
+) -> Figures:
+    """The memory of one chip while a model draws a batch on it, part by part, from configs alone.
+
+    model: as `cascade sample --model` has it. Without a compiler for the topology temporaries are
+    unknown, and what is said of fitting is of weights alone.
+    """
+    start = deepfloyd.Start(model=model)
+    encoder_config = dataclasses.replace(
+        read_config(locate(start.text_encoder())), compute_dtype=dtype, int8=int8
+    )
+    encoder = T5Encoder(encoder_config, {}, Tokenizer(b"", tokens))  # tokenizes nothing
+    ids = jax.ShapeDtypeStruct((batch_size, tokens), jnp.int32)
+    mask = jax.ShapeDtypeStruct((batch_size, tokens), jnp.bool_)
+    programs: dict[str, Any] = {
+        "text encoder": (encoder.apply, target(encoder_config), (ids, mask))
+    }
+    for config in start.stages():
+        kind = jnp.dtype("float32")
+        if isinstance(config.network, IFUNetConfig):
+            config, kind = deepfloyd.computing_in(config, dtype), jnp.dtype(dtype)
+        stage = Stage(config)
+        draw, inputs = drawing(stage, tokens, batch_size)
+        params = jax.tree.map(lambda a, k=kind: jax.ShapeDtypeStruct(a.shape, k), stage.abstract())
+        programs[config.name] = (draw, params, (inputs,))
+    parts: dict[str, Figures] = {}
+    for name, (program, params, inputs) in programs.items():
+        parts[name] = {"weight_bytes": _size(params), "temporary_bytes": None}
+        if topology.devices is not None:
+            print(f"compiling {name} ...", file=sys.stderr)
+            one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+            measured = _compiled(jax.jit(program, in_shardings=one), (params, *inputs), topology)
+            parts[name] |= {k: measured[k] for k in ("temporary_bytes", "peak_bytes")}
+    largest = max(p.get("peak_bytes") or p["weight_bytes"] for p in parts.values())
+    return {
+        "model": model,
+        "topology": topology.name,
+        "batch": batch_size,
+        "dtype": dtype,
+        "parts": parts,
+        "together_weight_bytes": sum(p["weight_bytes"] for p in parts.values()),
+        "largest_bytes": largest,
+        "hbm_bytes": topology.chip.hbm,
+        "fits_part_by_part": largest <= topology.chip.hbm,
+    }
+
+
+def _plan_model(model: str, options: argparse.Namespace, rest: Sequence[str]) -> Figures:
+    if rest:
+        raise UserError(f"cascade plan {model}: a model has no field {rest[0]}")
+    if not options.sample or options.suggest:
+        raise UserError(f"cascade plan {model}: a model is sampled: add --sample, no --suggest")
+    jax.config.update("jax_platforms", "cpu")
+    figures = plan_model(
+        model,
+        open_topology(options.topology),
+        tokens=options.tokens,
+        batch_size=options.sample_batch or 1,
+        dtype=options.dtype,
+        int8=options.t5_int8,
+    )
+
+    def size(value: float | None) -> str:
+        return "unknown" if value is None else f"{value / 2**30:#.3g} GiB"
+
+    for name, part in figures["parts"].items():
+        told = ", ".join(f"{k.removesuffix('_bytes')} {size(v)}" for k, v in part.items())
+        print(f"{name:<14}{told}", file=sys.stderr)
+    fits = "fits" if figures["fits_part_by_part"] else "does NOT fit"
+    print(
+        f"part by part (--offload) it {fits}: {size(figures['largest_bytes'])} of "
+        f"{size(figures['hbm_bytes'])}; all weights together take "
+        f"{size(figures['together_weight_bytes'])}",
+        file=sys.stderr,
+    )
+    return figures
 
 
 def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
@@ -451,7 +560,7 @@ def _state_of(config: TrainConfig) -> Any:
     stage, optimizer = Stage(config.stage), train.make_optimizer(config)
 
     def init(key):
-        return train.init_state(optimizer, stage.init(key), config.ema_profiles)
+        return train.begin(config, optimizer, stage.init(key))
 
     return jax.eval_shape(init, jax.random.key(0))
 

@@ -11,6 +11,7 @@ encoder, stable-diffusion-x4-upscaler, has its own in its folder.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from cascade.checkpoint import load_safetensors
 from cascade.config import from_json, read_json, to_json
 from cascade.errors import UserError
 from cascade.models import Conditioning, UpscalerUNetConfig
-from cascade.stage import Sampling, Stage, StageConfig
+from cascade.stage import Edit, Sampling, Stage, StageConfig
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, TextEmbedding, TextEncoder
 from cascade.text.captions import Captions
 from cascade.text.clip import CLIPTextEncoder
@@ -95,18 +96,22 @@ class Cascade:
         *,
         text_encoder: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        t5_int8: bool = False,
+        offload: bool = False,
     ) -> Cascade:
         """The cascade that ships (`scenes`), one from a folder that `cascade export` or `cascade
         convert` wrote, or DeepFloyd IF in diffusers' layout: its stages' folders, or their names
         on the Hugging Face hub, with a comma between them.
 
         text_encoder: name or folder of another encoder of the same width. dtype: of DeepFloyd IF's
-        weights and what it and its text encoder compute in. Runs no code from the folder. Raises
-        UserError that says what is missing or damaged.
+        weights and what it and its text encoder compute in. t5_int8: keep the text encoder's
+        matrices in a byte a weight. offload: keep all weights in the host's memory, and on the
+        device only those of the text encoder or stage that is at work. Runs no code from the
+        folder. Raises UserError that says what is missing or damaged.
         """
         names = str(name_or_dir).split(",")
         if deepfloyd.is_pipeline(names[0]):
-            return cls._of_pipelines(names, text_encoder, dtype)
+            return cls._of_pipelines(names, text_encoder, dtype, t5_int8, offload)
         folder = pretrained.find(name_or_dir)
         described = read_json(folder / "config.json")
         if not isinstance(described, dict) or described.get("format") != "cascade":
@@ -118,7 +123,7 @@ class Cascade:
             raise UserError(
                 f"{folder / 'config.json'}: stages must list folder names, got {names!r}"
             )
-        stages, own_encoders, digest = [], {}, hashlib.sha256()
+        stages, own_encoders, digest, held = [], {}, hashlib.sha256(), _held(offload)
         for stage_name in names:
             where = folder / stage_name
             config = from_json(
@@ -127,11 +132,11 @@ class Cascade:
             file = where / "model.safetensors"
             if config.published:
                 config = deepfloyd.computing_in(config, dtype)
-                stages.append((Stage(config), deepfloyd.read_converted(where, config)))
+                stages.append((Stage(config), held(deepfloyd.read_converted(where, config))))
                 own_encoders |= _own_encoder(config, where, dtype)
             else:
                 stage = Stage(config)
-                stages.append((stage, load_safetensors(file, stage.abstract())))
+                stages.append((stage, held(load_safetensors(file, stage.abstract()))))
             _update(digest, file)
         own = described.get("text_encoder") or str(folder / "text_encoder")
         tokens = described.get("max_tokens", DEFAULT_MAX_TOKENS)
@@ -145,9 +150,11 @@ class Cascade:
             max_tokens=tokens,
             captions=from_json(Captions, described.get("captions", "verbatim"), "captions"),
             compute_dtype=dtype,
+            int8=t5_int8,
         )
+        _hold([encoder, *own_encoders.values()], held)
         return cls(
-            [(stage, jax.tree.map(jnp.asarray, params)) for stage, params in stages],
+            stages,
             encoder,
             name=str(name_or_dir),
             digest=digest.hexdigest(),
@@ -156,12 +163,19 @@ class Cascade:
         )
 
     @classmethod
-    def _of_pipelines(cls, names: Sequence[str], text_encoder: str | None, dtype: Any) -> Cascade:
-        stages, own_encoders, digest = [], {}, hashlib.sha256()
+    def _of_pipelines(
+        cls,
+        names: Sequence[str],
+        text_encoder: str | None,
+        dtype: Any,
+        t5_int8: bool,
+        offload: bool,
+    ) -> Cascade:
+        stages, own_encoders, digest, held = [], {}, hashlib.sha256(), _held(offload)
         pipelines = deepfloyd.pipelines(names)
         for pipeline in pipelines:
             config = deepfloyd.computing_in(pipeline.config, dtype)
-            stages.append((Stage(config), pipeline.params(dtype)))
+            stages.append((Stage(config), held(pipeline.params(dtype))))
             own_encoders |= _own_encoder(config, pipeline.folder, dtype)
             for file in pipeline.files:
                 _update(digest, file)
@@ -173,7 +187,9 @@ class Cascade:
             max_tokens=deepfloyd.MAX_TOKENS,
             captions=deepfloyd.CAPTIONS,
             compute_dtype=dtype,
+            int8=t5_int8,
         )
+        _hold([encoder, *own_encoders.values()], held)
         return cls(
             stages,
             encoder,
@@ -199,6 +215,9 @@ class Cascade:
         num: int = 1,
         until: int | None = None,
         lowres: UInt8[np.ndarray, "h w 3"] | None = None,
+        init: UInt8[np.ndarray, "ih iw 3"] | None = None,
+        mask: UInt8[np.ndarray, "mh mw"] | None = None,
+        strength: Sequence[float] | None = None,
         negative: str | None = None,
         settings: Sequence[Sampling] | None = None,
         batch_size: int | None = None,
@@ -211,6 +230,9 @@ class Cascade:
         comes from the picture's own seed, and batches have one fixed size, filled up at the end.
         until: stop at the stage that draws this many pixels. lowres: start from this picture (its
         side chooses the stage) instead of from text alone. negative: what guidance moves away from.
+        init: draw this picture anew (its central square, at every stage's size); mask: of its
+        size, 0 where it stays and 255 where it is drawn anew. strength: `Edit.strength` of each
+        stage that draws; None is `default_strength`.
         settings: one Sampling for each stage that draws (see `select`). batch_size: pictures drawn
         together; None is `default_batch_size()`. share: (i, n) draws batches i, i + n, ... of all,
         the pictures that `numbers` names, for process i of n. progress: called with (stage's name,
@@ -220,6 +242,7 @@ class Cascade:
         settings = [s.config.sampling for s, _ in stages] if settings is None else list(settings)
         if len(settings) != len(stages):
             raise ValueError(f"settings: {len(settings)} for {len(stages)} stages")
+        edits = self._edits(stages, settings, init, mask, strength)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if seed < 0 or seed + num > 2**32:
             raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
@@ -231,11 +254,11 @@ class Cascade:
             filled = batch + batch[-1:] * (batch_size - len(batch))
             rows = np.array([p for p, _ in filled])
             seeds = np.array([s for _, s in filled], np.uint32)
-            drawn = self._draw_batch(stages, settings, texts, rows, seeds, lowres, progress)
+            drawn = self._draw_batch(stages, settings, texts, rows, seeds, lowres, edits, progress)
             for i, (p, s) in enumerate(batch):
                 pictures = {side: batch_of_side[i] for side, batch_of_side in drawn.items()}
                 metadata = self._metadata(
-                    prompts[p], s, stages, settings, negative, lowres is not None
+                    prompts[p], s, stages, settings, negative, lowres is not None, edits
                 )
                 yield Picture(prompts[p], s, pictures, metadata)
 
@@ -268,24 +291,61 @@ class Cascade:
         self, stages: Sequence[tuple[Stage, Any]], prompts: list[str], negative: str | None
     ) -> list[tuple[TextEmbedding, TextEmbedding | None]]:
         """For each stage the embeddings of the prompts, and of what guidance moves away from."""
-        # Public networks have no null condition: without text they are told "".
-        told = any(stage.config.published for stage, _ in stages)
+        without = negative or next(
+            (p for s, _ in stages if (p := s.config.network.null_prompt) is not None), None
+        )
         embedded: dict[str | None, tuple[TextEmbedding, TextEmbedding | None]] = {}
         texts = []
         for stage, _ in stages:
             own = stage.config.name if stage.config.name in self.own_encoders else None
             if own not in embedded:
                 encoder = self.encoder if own is None else self.own_encoders[own]
-                away = encoder([negative or ""]) if negative or told else None
-                embedded[own] = encoder(prompts), away
+                embedded[own] = encoder(prompts), None if without is None else encoder([without])
             texts.append(embedded[own])
         return texts
 
-    def _draw_batch(self, stages, settings, texts, rows, seeds, lowres, progress):
+    def _edits(self, stages, settings, init, mask, strength) -> list[Edit | None]:
+        """What each stage begins from, one picture each. UserError for what does not fit."""
+        if init is None:
+            if mask is not None or strength is not None:
+                raise UserError("mask and strength say what becomes of the picture init: give one")
+            return [None] * len(stages)
+        if mask is not None and mask.shape != init.shape[:2]:
+            raise UserError(
+                f"the mask is {mask.shape[1]}x{mask.shape[0]} px, the picture "
+                f"{init.shape[1]}x{init.shape[0]} px: they must be of one size"
+            )
+        if strength is None:
+            strength = [default_strength(stage.config, mask is not None) for stage, _ in stages]
+        if len(strength) != len(stages):
+            raise ValueError(f"strength: {len(strength)} for {len(stages)} stages")
+        edits = []
+        for (stage, _), options, s in zip(stages, settings, strength, strict=True):
+            side, repaint = stage.config.resolution, None
+            if stage.config.autoencoder is not None:
+                raise UserError(
+                    f"stage {stage.config.name} draws in latents and begins from no picture: leave "
+                    "it out with --until"
+                )
+            if mask is not None:
+                repaint = _square(mask, side)[..., :1] >= 128
+            try:
+                edit = Edit(
+                    picture=images.to_float(_square(init, side)), repaint=repaint, strength=s
+                )
+                edit.skipped(options.steps)
+            except ValueError as e:
+                raise UserError(f"stage {stage.config.name}: {e}") from None
+            edits.append(edit)
+        return edits
+
+    def _draw_batch(self, stages, settings, texts, rows, seeds, lowres, edits, progress):
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
         low = None if lowres is None else np.broadcast_to(lowres, (len(rows), *lowres.shape))
         drawn = {}
-        for (stage, params), options, (text, away) in zip(stages, settings, texts, strict=True):
+        for (stage, params), options, edit, (text, away) in zip(
+            stages, settings, edits, texts, strict=True
+        ):
             cond, negative = _rows(text, rows), away and _rows(away, np.zeros_like(rows))
             resolution = stage.config.resolution
             low = images.to_uint8(
@@ -297,6 +357,7 @@ class Cascade:
                     settings=options,
                     lowres=None if low is None else images.to_float(jnp.asarray(low)),
                     negative=negative,
+                    edit=jax.tree.map(lambda x: np.broadcast_to(x, (len(rows), *x.shape)), edit),
                 )
             )
             drawn[resolution] = low
@@ -304,12 +365,20 @@ class Cascade:
                 progress(stage.config.name, len(rows))
         return drawn
 
-    def _metadata(self, prompt, seed, stages, settings, negative, from_lowres) -> dict[str, Any]:
+    def _metadata(
+        self, prompt, seed, stages, settings, negative, from_lowres, edits
+    ) -> dict[str, Any]:
+        edited: dict[str, Any] | None = None
+        if edits[0] is not None:
+            names = (stage.config.name for stage, _ in stages)
+            strength = {n: e.strength for n, e in zip(names, edits, strict=True)}
+            edited = {"masked": edits[0].repaint is not None, "strength": strength}
         return {
             "prompt": prompt,
             "seed": seed,
             "negative": negative,
             "from_lowres": from_lowres,
+            "edited": edited,
             "model": self.name,
             "model_sha256": self.digest,
             "stages": {
@@ -324,6 +393,14 @@ def default_batch_size() -> int:
     return 1 if jax.default_backend() == "cpu" else 8
 
 
+def default_strength(stage: StageConfig, masked: bool) -> float:
+    """Of an edit: .7 where there is text alone (1 for a part of the picture), .8 in
+    super-resolution, as diffusers' pipelines of DeepFloyd IF have it."""
+    if stage.lowres_resolution is not None:
+        return 0.8
+    return 1.0 if masked else 0.7
+
+
 def numbers(total: int, batch_size: int, share: tuple[int, int]) -> list[int]:
     """Which of `total` pictures, counted from 0, a share of `Cascade.draw` holds, in its order."""
     starts = range(share[0] * batch_size, total, share[1] * batch_size)
@@ -336,6 +413,17 @@ def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list
         dataclasses.replace(s, **{k: v[i] for k, v in options.items()})
         for i, s in enumerate(settings)
     ]
+
+
+def _held(offload: bool) -> Callable[[Any], Any]:
+    """Where weights are kept: NumPy arrays stay on the host, and a compiled program that is given
+    them has them on its device for as long as it runs."""
+    return functools.partial(jax.tree.map, np.array if offload else jnp.asarray)
+
+
+def _hold(encoders: Sequence[Any], held: Callable[[Any], Any]) -> None:
+    for encoder in encoders:
+        encoder.params = held(encoder.params)
 
 
 def _own_encoder(config: StageConfig, folder: Path, dtype: Any) -> dict[str, TextEncoder]:
@@ -354,6 +442,7 @@ def _shared_encoder(
     max_tokens: int,
     captions: Captions,
     compute_dtype: Any,
+    int8: bool,
 ) -> TextEncoder:
     """That of the stages without their own, or where all have one, the first of those."""
     sharing = [stage.config for stage, _ in stages if stage.config.name not in own_encoders]
@@ -362,7 +451,11 @@ def _shared_encoder(
     if not sharing:
         return own_encoders[stages[0][0].config.name]
     encoder = T5Encoder.load(
-        chosen or default, max_tokens, captions=captions, compute_dtype=compute_dtype
+        chosen or default,
+        max_tokens,
+        captions=captions,
+        compute_dtype=compute_dtype,
+        int8=int8,
     )
     for config in sharing:
         if config.network.text_width not in (0, encoder.width):
@@ -382,6 +475,11 @@ def _update(digest: Any, file: Path) -> None:
 
 def _rows(text: TextEmbedding, rows: np.ndarray) -> Conditioning:
     return Conditioning(text=text.values[rows], text_mask=text.mask[rows])
+
+
+def _square(picture: UInt8[np.ndarray, "h w *c"], side: int) -> UInt8[np.ndarray, "s s 3"]:
+    """The central square of a picture or mask at that side, as IF's pipelines shrink them."""
+    return images.square(Image.fromarray(picture), side, Image.Resampling.BICUBIC)
 
 
 def _is_plain_name(name: Any) -> bool:

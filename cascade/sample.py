@@ -45,6 +45,12 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of DeepFloyd IF's and the upscaler's weights, and of what they and their text encoders
     compute in."""
+    t5_int8: bool = False
+    """Keep the text encoder's matrices in int8, one scale for each output: half the memory of
+    bfloat16, a quarter of float32, for embeddings that point almost where they did."""
+    offload: bool = False
+    """Keep weights in the host's memory, and on the device only those of the text encoder or the
+    stage at work: for models that are larger than the device."""
     out: Path = Path("samples")
     """The folder to write into; made if it is missing."""
     seed: int = 0
@@ -55,6 +61,13 @@ class Options:
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
     lowres: Path | None = None
     """Start from this 64 or 256 px picture: super-resolution only."""
+    init_image: Path | None = None
+    """Draw this picture anew, as far as --strength goes: its central square, of any size."""
+    mask: Path | None = None
+    """Which part of --init-image, in a picture of its size: white is drawn anew, black stays."""
+    strength: str | None = None
+    """Of --init-image, by stage: the share of the steps taken, from little (above 0) to all (1) of
+    it changed. Default .7 in a stage that has text alone, 1 there with --mask, .8 in the others."""
     steps: str | None = None
     """Sampling steps, by stage: a number, or a list of DeepFloyd IF's such as smart50."""
     grid: str | None = None
@@ -89,7 +102,7 @@ class Options:
 def main(argv: Sequence[str]) -> None:
     options = config.parse(Options, argv, prog="cascade sample")
     prompts = _prompts(options)
-    _check_numbers(options)
+    _check_words(options)
     folder = _output_folder(options.out)
     if options.compilation_cache:
         use_compilation_cache()
@@ -101,15 +114,25 @@ def _sample(options: Options, prompts: list[str], folder: Path) -> None:
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
+    from PIL import Image
 
     from cascade.images import grid, load_image, save_png
     from cascade.runner import Cascade, default_batch_size, numbers
 
     share = (jax.process_index(), jax.process_count())
-    lowres = None
-    if options.lowres is not None:
-        lowres = np.asarray(load_image(options.lowres))
-    cascade = Cascade.load(options.model, text_encoder=options.text_encoder, dtype=options.dtype)
+    lowres, init, mask = (
+        None if file is None else np.asarray(load_image(file))
+        for file in (options.lowres, options.init_image, options.mask)
+    )
+    if mask is not None:
+        mask = np.asarray(Image.fromarray(mask).convert("L"))
+    cascade = Cascade.load(
+        options.model,
+        text_encoder=options.text_encoder,
+        dtype=options.dtype,
+        t5_int8=options.t5_int8,
+        offload=options.offload,
+    )
     stages = cascade.select(
         until=options.until, lowres=None if lowres is None else lowres.shape[:2]
     )
@@ -131,6 +154,9 @@ def _sample(options: Options, prompts: list[str], folder: Path) -> None:
             num=options.num,
             until=options.until,
             lowres=lowres,
+            init=init,
+            mask=mask,
+            strength=_strength(options, len(stages)),
             negative=options.negative,
             settings=settings,
             batch_size=batch_size,
@@ -257,6 +283,23 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
     return settings
 
 
+def _strength(options: Options, stages: int) -> list[float] | None:
+    """By stage, as `Cascade.draw` takes it."""
+    if options.strength is None:
+        return None
+    words = options.strength.split(",")
+    try:
+        values = [float(word) for word in words]
+    except ValueError as e:
+        raise UserError(f"--strength {options.strength}: {e}") from None
+    if len(values) not in (1, stages):
+        raise UserError(
+            f"--strength {options.strength}: {len(values)} values for {stages} stages; give one "
+            "for each, or a single one for all"
+        )
+    return values * stages if len(values) == 1 else values
+
+
 def _one_of(values: Mapping[str, Any], word: str) -> Any:
     if word not in values:
         raise ValueError(f"must be one of {', '.join(values)}")
@@ -290,12 +333,15 @@ def _prompts(options: Options) -> list[str]:
     return [prompt for prompt, _ in prompts]
 
 
-def _check_numbers(options: Options) -> None:
+def _check_words(options: Options) -> None:
     if options.seed < 0:
         raise UserError(f"--seed must be 0 or more, got {options.seed}")
     for flag, value in (("--num", options.num), ("--batch-size", options.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be 1 or more, got {value}")
+    for flag, value in (("--mask", options.mask), ("--strength", options.strength)):
+        if value is not None and options.init_image is None:
+            raise UserError(f"{flag} {value}: goes with --init-image, which is missing")
 
 
 def _output_folder(out: Path) -> Path:

@@ -117,6 +117,41 @@ class Sampling:
         return self.guidance != 1 or isinstance(self.guidance_plan, denoise.PerStep)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("picture", "repaint"),
+    meta_fields=("strength",),
+)
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Pictures to begin from instead of noise alone, to be drawn anew as a whole or in part.
+
+    picture: [b, h, w, 3] in [-1, 1], of the size that is drawn. repaint: [b, h, w, 1] bool, True
+    where it is drawn anew, False where it stays as it is; None redraws all of it.
+    strength: in (0, 1], the share of the steps that are taken. They are the last ones, and the
+    picture is noised to where they begin: Meng et al. 2022 ("SDEdit").
+    """
+
+    # Any, since transformations also build this pytree of shapes and placeholders.
+    picture: Any
+    repaint: Any = None
+    strength: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"Edit.strength must be in (0, 1], got {self.strength}")
+
+    def skipped(self, steps: int) -> int:
+        """How many of the steps are left out. ValueError when that is all of them."""
+        taken = int(steps * self.strength)
+        if taken < 1:
+            raise ValueError(
+                f"Edit.strength {self.strength} of {steps} steps takes none: it must be at least "
+                f"{1 / steps:.3g}"
+            )
+        return steps - taken
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage of a cascade: what it draws, with which network, process and objective.
@@ -130,7 +165,7 @@ class StageConfig:
     {"network": ..., "autoencoder": ...}. Such a stage is drawn from, not trained.
     variance: if the network also predicts the variance of each step, by as many output channels
     more, how that is trained. condition_dropout: share of training examples whose text is replaced
-    by the null condition.
+    by the null condition, the embedding of the network's null_prompt if it has one.
     """
 
     name: str
@@ -269,6 +304,8 @@ class Stage:
 
         batch: image uint8 [b, s, s, 3] (any crop of the stage's resolution); for super-resolution
         lowres uint8 [b, s/f, s/f, 3], aligned with it; text f32 [b, l, d], text_mask bool [b, l].
+        Where the network has a null_prompt, whoever embeds the text has dropped it already: only
+        they know that prompt's embedding.
         part: (i, n) if it is rows i, i + n, ... of a batch n times as large: the mean of the parts'
         losses is then that batch's, dropout masks aside.
         """
@@ -277,8 +314,9 @@ class Stage:
         x0 = images.to_float(batch["image"])
         cond = Conditioning(text=batch["text"], text_mask=batch["text_mask"])
         rows = x0.shape[:1]
-        drop = functools.partial(jax.random.bernoulli, k_drop, config.condition_dropout)
-        cond = cond.dropped(loss.draw(drop, rows, part))
+        if config.network.null_prompt is None:
+            drop = functools.partial(jax.random.bernoulli, k_drop, config.condition_dropout)
+            cond = cond.dropped(loss.draw(drop, rows, part))
         if config.lowres_resolution is not None:
             level = loss.draw(functools.partial(jax.random.uniform, k_level), rows, part)
             level = config.augmentation.max_level * level
@@ -329,7 +367,7 @@ class Stage:
         """
         kind, learned = self.config.prediction, self.config.variance is not None
         plain = isinstance(guidance, (int, float)) and guidance == 1
-        if negative is None and not plain and self.config.published:
+        if negative is None and not plain and self.config.network.null_prompt is not None:
             raise ValueError(
                 f'stage {self.config.name}: guidance needs `negative`, the embedding of "" unless '
                 "it is a text; its network knows no other way to have no text"
@@ -367,15 +405,18 @@ class Stage:
         lowres: Float[Array, "b h w 3"] | None = None,
         negative: Conditioning | None = None,
         size: int | None = None,
-    ) -> Float[Array, "b s s 3"]:
+        edit: Edit | None = None,
+    ) -> Float[Array, "b h2 w2 3"]:
         """Draw one picture in [-1, 1] for each row of `cond`, as one compiled program.
 
         keys: [b], one a picture; a picture depends on its own key and row alone. lowres: for a
         super-resolution stage, the smaller pictures in [-1, 1]; they are augmented once, here.
-        size: side of the pictures drawn, if not the stage's resolution (crops).
+        size: side of the pictures drawn, if not the stage's resolution (crops). edit: begin from
+        these pictures, whose size it is then.
         """
         self.config.check(settings)
-        size = size or self.config.resolution
+        side = size or self.config.resolution
+        shape = (side, side) if edit is None else edit.picture.shape[1:3]
         if (lowres is None) != (self.config.lowres_resolution is None):
             raise ValueError(
                 f"stage {self.config.name}: lowres pictures must be given exactly when "
@@ -389,12 +430,14 @@ class Stage:
         settings = dataclasses.replace(
             settings, guidance=0.0 if settings.guided else 1.0, aug_level=0.0
         )
-        inputs = (cond, negative, lowres, keys, scalars)
+        inputs = (cond, negative, lowres, edit, keys, scalars)
         latent = self.config.autoencoder
         if latent is None:
-            return _sample(self.config, (size, size, 3), settings, params, *inputs)
-        shape = (size // latent.factor, size // latent.factor, latent.latent_channels)
-        drawn = _sample(self.config, shape, settings, params["network"], *inputs)
+            return _sample(self.config, (*shape, 3), settings, params, *inputs)
+        if edit is not None:
+            raise ValueError(f"stage {self.config.name}: its diffusion in latents takes no edit")
+        inner = (*(side // latent.factor for side in shape), latent.latent_channels)
+        drawn = _sample(self.config, inner, settings, params["network"], *inputs)
         return _decode(latent, params["autoencoder"], drawn)
 
     def _predict(self, params, x_t, logsnr, cond, key=None):
@@ -443,7 +486,7 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(config, shape, settings, params, cond, negative, lowres, keys, scalars):
+def _sample(config, shape, settings, params, cond, negative, lowres, edit, keys, scalars):
     """-> [b, *shape], pictures or latents."""
     stage, b = Stage(config), keys.shape[0]
     k_noise, k_steps, k_augment = jnp.moveaxis(
@@ -471,13 +514,18 @@ def _sample(config, shape, settings, params, cond, negative, lowres, keys, scala
         threshold=settings.threshold,
         negative=negative,
     )
+    x, after_step = samplers.initial_noise(k_noise, shape), None
+    if edit is not None:
+        times = times[edit.skipped(settings.steps) :]
+        x, after_step = _edited(config, edit, x, times)
     return samplers.sample(
         denoiser,
-        samplers.initial_noise(k_noise, shape),
+        x,
         schedule=config.schedule,
         times=times,
         step=settings.sampler,
         keys=k_steps,
+        after_step=after_step,
     )
 
 
@@ -486,3 +534,32 @@ def _decode(config, params, latents):
     # Picture by picture: at full resolution the activations of one, not the weights, fill memory.
     autoencoder = Network(config).bind(params)
     return jax.lax.map(lambda latent: autoencoder.decode(latent[None])[0], latents)
+
+
+def _edited(config, edit, noise, times):
+    """(what the sampler starts from, its `after_step`): an edit's picture, and what stays of it.
+
+    DeepFloyd IF's pipelines leave clean what stays, from the start to the end; other networks have
+    never met a picture whose parts are unequally noisy, and get it as noisy as the rest (Song et
+    al. 2021, "Score-Based Generative Modeling through SDEs", App. I.2).
+    """
+    picture, clean = edit.picture.astype(jnp.float32), isinstance(config.network, IFUNetConfig)
+
+    def at(t):
+        return jnp.broadcast_to(config.schedule.logsnr(t), picture.shape[:1])
+
+    x = process.corrupt(picture, noise, at(times[0]))
+    if edit.repaint is None:
+        return x, None
+
+    def after_step(x_s, logsnr_s, keys):
+        known = picture
+        if not clean:
+            drawn = samplers.initial_noise(keys, picture.shape[1:])
+            noised = process.corrupt(picture, drawn, logsnr_s)
+            # The last step ends in pictures, of which the known part is known exactly.
+            ends = (logsnr_s >= at(times[-1]))[:, None, None, None]
+            known = jnp.where(ends, picture, noised)
+        return jnp.where(edit.repaint, x_s, known)
+
+    return jnp.where(edit.repaint, x, picture) if clean else x, after_step

@@ -21,12 +21,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from cascade import deepfloyd, flops, images, lora, pretrained, sharding
 from cascade import ema as averages
-from cascade import flops, images, pretrained, sharding
 from cascade.checkpoint import Checkpoints, load_safetensors, save_safetensors
 from cascade.config import to_json
 from cascade.data import Degradation, FolderData, ScenesData, TFDSData, batches
@@ -34,6 +35,7 @@ from cascade.errors import UserError
 from cascade.models import Conditioning, IFUNetConfig, placing
 from cascade.stage import Stage, StageConfig
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
+from cascade.text.captions import Captions
 from cascade.training_log import TrainingLog
 
 State = dict[str, Any]
@@ -66,33 +68,40 @@ class TrainConfig:
     """Everything that decides a run's result.
 
     text_tokens: length that captions are padded or cut to, unless the text encoder's own window is
-    shorter (the paper states none). images: training examples in all, repetitions counted.
-    batch_size: examples a step, over all devices and microbatches. microbatches: gradients of equal
-    parts of the batch are averaged, for less memory and the same result. crop: side in pixels of
-    the aligned crops a super-resolution stage trains on; None is the whole picture. degradation:
-    how its low-resolution pictures are spoiled; None is plain means over blocks. init: a model, as
-    `cascade sample --model` names it, whose stage of the same name gives the first weights; None is
-    fresh ones. ema_decay: per step, reached gradually as (1 + step) / (10 + step). ema_profiles:
-    relative widths (sigma_rel of `cascade.ema`) of averages kept besides, each costing the memory
-    of the weights and written every ema_snapshot_images to ema/STEP_WIDTH.safetensors; from the
-    snapshots of two, such as .05 and .1 (Karras et al. 2024), `cascade export --ema` makes any
-    other. workers: processes of each host that prepare data; 0 uses threads of the one that trains.
-    preview_prompts: drawn with the EMA weights every preview_every_images (0: never). keep: newest
-    checkpoints kept. skip_limit: updates that are not finite are left out; after so many in a row
-    training stops. wandb: a Weights & Biases project that is sent the figures too. profile_steps:
-    so many steps after the first three are traced into WORKDIR/profile (jax.profiler).
+    shorter (the paper states none). captions: what is done to them first, see `cascade.text`;
+    DeepFloyd IF has 77 tokens of "clean" ones. text_int8: keep the text encoder's matrices in int8.
+    images: training examples in all, repetitions counted. batch_size: examples a step, over all
+    devices and microbatches. microbatches: gradients of equal parts of the batch are averaged, for
+    less memory and the same result. crop: side in pixels of the aligned crops a super-resolution
+    stage trains on; None is the whole picture. degradation: how its low-resolution pictures are
+    spoiled; None is plain means over blocks. init: a model, as `cascade sample --model` names it,
+    whose stage of the same name gives the first weights; None is fresh ones. lora_rank: train
+    adapters of that rank to the projections of attention instead of the weights of `init`
+    (`cascade.lora`), which must stay where it is; 0 trains the weights themselves. ema_decay: per
+    step, reached gradually as (1 + step) / (10 + step). ema_profiles: relative widths (sigma_rel of
+    `cascade.ema`) of averages kept besides, each costing the memory of the weights and written
+    every ema_snapshot_images to ema/STEP_WIDTH.safetensors; from the snapshots of two, such as .05
+    and .1 (Karras et al. 2024), `cascade export --ema` makes any other. workers: processes of each
+    host that prepare data; 0 uses threads of the one that trains. preview_prompts: drawn with the
+    EMA weights every preview_every_images (0: never). keep: newest checkpoints kept. skip_limit:
+    updates that are not finite are left out; after so many in a row training stops. wandb: a
+    Weights & Biases project that is sent the figures too. profile_steps: so many steps after the
+    first three are traced into WORKDIR/profile (jax.profiler).
     """
 
     stage: StageConfig
     data: ScenesData | TFDSData | FolderData = field(default_factory=ScenesData)
     text_encoder: str = "scenes"
     text_tokens: int = DEFAULT_MAX_TOKENS
+    captions: Captions = "verbatim"
+    text_int8: bool = False
     images: int
     batch_size: int
     microbatches: int = 1
     crop: int | None = None
     degradation: Degradation | None = None
     init: str | None = None
+    lora_rank: int = 0
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema_decay: float = 0.9999
     ema_profiles: tuple[float, ...] = ()
@@ -115,10 +124,10 @@ class TrainConfig:
                 f"TrainConfig.batch_size must be a multiple of microbatches={self.microbatches}, "
                 f"got {self.batch_size}"
             )
-        if isinstance(self.stage.network, IFUNetConfig):
+        if self.lora_rank < 0 or (self.lora_rank and self.init is None):
             raise ValueError(
-                "TrainConfig.stage.network must not be an IFUNetConfig: training drops text to "
-                "zeros, and DeepFloyd IF's way to have no text is the embedding of ''"
+                "TrainConfig.lora_rank must be 0, or positive with an init whose weights it adapts "
+                f"to, got {self.lora_rank}"
             )
         if self.stage.autoencoder is not None:
             raise ValueError(
@@ -127,6 +136,8 @@ class TrainConfig:
             )
         if self.text_tokens < 1:
             raise ValueError(f"TrainConfig.text_tokens must be at least 1, got {self.text_tokens}")
+        if self.lora_rank and self.ema_profiles:
+            raise ValueError("TrainConfig.ema_profiles are of weights: none with a lora_rank")
         for width in self.ema_profiles:
             averages.gamma_from_sigma_rel(width)
         if self.skip_limit < 1:
@@ -185,6 +196,49 @@ def init_state(
     return {"train": train, "ema": jax.tree.map(jnp.copy, params)}
 
 
+def begin(config: TrainConfig, optimizer: optax.GradientTransformation, params: Any) -> State:
+    """The state of a run whose network has these weights.
+
+    With a lora_rank, what trains are the adapters, and "frozen" holds the weights, in the dtype
+    that the network computes in; it is in no checkpoint.
+    """
+    if not config.lora_rank:
+        return init_state(optimizer, params, config.ema_profiles)
+    dtype = jnp.dtype(config.stage.network.compute_dtype)
+    frozen = jax.tree.map(lambda x: x.astype(dtype), params)
+    key = jax.random.key(config.seed, impl="rbg")
+    adapters = lora.adapters(frozen, config.lora_rank, key)
+    return init_state(optimizer, adapters, config.ema_profiles) | {"frozen": frozen}
+
+
+def whole(state: State, trained: Any) -> Any:
+    """The network's weights when what trains is `trained`: state's params, or its ema."""
+    return lora.merged(state["frozen"], trained) if "frozen" in state else trained
+
+
+def make_embedder(
+    config: TrainConfig, encoder: T5Encoder
+) -> Callable[[Any, Any, Any, Any], dict[str, Any]]:
+    """A pure (encoder.params, token ids, token mask, step) -> the text of a batch.
+
+    Where the network has a null_prompt, that stands in the place of condition_dropout of the
+    captions, drawn from the config's seed and the step.
+    """
+    prompt, share = config.stage.network.null_prompt, config.stage.condition_dropout
+    null = None if prompt is None else encoder.tokenize([prompt])
+
+    def embed(params, ids, mask, step):
+        if null is not None:
+            # The loss has split the step's key in five; this is the sixth.
+            key = jax.random.fold_in(_step_key(config, step), 5)
+            drop = jax.random.bernoulli(key, share, ids.shape[:1])[:, None]
+            ids, mask = jnp.where(drop, null.ids, ids), jnp.where(drop, null.mask, mask)
+        text = encoder.apply(params, ids, mask)
+        return {"text": text.values, "text_mask": text.mask}
+
+    return embed
+
+
 def make_train_step(
     config: TrainConfig,
     stage: Stage,
@@ -200,34 +254,34 @@ def make_train_step(
     gammas = {str(width): averages.gamma_from_sigma_rel(width) for width in config.ema_profiles}
     place = sharding.activations(mesh) if mesh else lambda x, role: x
 
-    def loss_and_grads(params, batch, key, part=None):
+    def loss_and_grads(state, batch, key, part=None):
+        def loss(params):
+            return stage.loss(whole(state, params), batch, key, part)
+
         with placing(place):
-            (_, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(
-                params, batch, key, part
-            )
+            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["train"]["params"])
         return metrics, grads
 
-    def accumulated(params, batch, key):
+    def accumulated(state, batch, key):
         """Mean over microbatches, one after the other: rows i, i + n, ... are microbatch i."""
         n = config.microbatches
         parts = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch
         )
-        shapes = jax.eval_shape(loss_and_grads, params, jax.tree.map(lambda x: x[0], parts), key)
+        shapes = jax.eval_shape(loss_and_grads, state, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def add(total, x):
             i, part = x
-            return jax.tree.map(jnp.add, total, loss_and_grads(params, part, key, (i, n))), None
+            return jax.tree.map(jnp.add, total, loss_and_grads(state, part, key, (i, n))), None
 
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
         return jax.tree.map(lambda x: x / n, total)
 
     def train_step(state, batch):
         train, ema = state["train"], state["ema"]
-        key = jax.random.fold_in(jax.random.key(config.seed), train["step"])
         compute = accumulated if config.microbatches > 1 else loss_and_grads
-        metrics, grads = compute(train["params"], batch, key)
+        metrics, grads = compute(state, batch, _step_key(config, train["step"]))
         updates, opt_state = optimizer.update(grads, train["opt_state"], train["params"])
         params = optax.apply_updates(train["params"], updates)
         step = train["step"] + 1
@@ -249,9 +303,10 @@ def make_train_step(
         }
         finite = jnp.isfinite(jnp.stack([metrics["loss"], *map(metrics.get, NORMS)])).all()
         kept = {key: ema if key == "ema" else train[key] for key in moved}
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
-        ema = state.pop("ema")
-        return {"train": {**state, "step": step}, "ema": ema}, metrics | {"skipped": ~finite}
+        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+        ema = moved.pop("ema")
+        state = {**state, "train": {**moved, "step": step}, "ema": ema}
+        return state, metrics | {"skipped": ~finite}
 
     return train_step
 
@@ -279,6 +334,8 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
     encoder = T5Encoder.load(
         config.text_encoder,
         config.text_tokens,
+        captions=config.captions,
+        int8=config.text_int8,
         shardings=functools.partial(sharding.shardings, mesh=mesh),
     )
     _check_text_width(config.stage, encoder)
@@ -298,7 +355,7 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
     state, placement = _initial_state(config, stage, optimizer, mesh, checkpoints, data)
     step = int(state["train"]["step"])
     last = config.steps if until is None else min(config.steps, -(-until // config.batch_size))
-    embed = jax.jit(encoder.apply, out_shardings=sharding.batch_sharding(mesh))
+    embed = jax.jit(make_embedder(config, encoder), out_shardings=sharding.batch_sharding(mesh))
     train_step = jax.jit(
         make_train_step(config, stage, optimizer, mesh),
         in_shardings=(placement, sharding.batch_sharding(mesh)),
@@ -324,8 +381,8 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
             batch = next(data)
             waited = time.perf_counter() - before
             batch = sharding.shard_batch(batch, mesh)
-            text = embed(encoder.params, batch.pop("tokens"), batch.pop("token_mask"))
-            batch |= {"text": text.values, "text_mask": text.mask}
+            ids, mask = batch.pop("tokens"), batch.pop("token_mask")
+            batch |= embed(encoder.params, ids, mask, np.int32(step))
             if log is None:
                 log = _log(config, workdir, step, state, batch)
             profile.before_step()
@@ -340,13 +397,15 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
                 loss = log.write(step)["loss"]
                 bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             if ends or _due(step, config.save_every_images, config):
-                checkpoints.save(step, **state, config=to_json(config), data=data.get_state())
+                kept = {"train": state["train"], "ema": state["ema"]}
+                checkpoints.save(step, **kept, config=to_json(config), data=data.get_state())
             if config.ema_profiles and (ends or _due(step, config.ema_snapshot_images, config)):
                 _snapshot(state["train"]["profiles"], workdir, step)
             if config.preview_every_images and (
                 step == last or _due(step, config.preview_every_images, config)
             ):
-                _preview(config, stage, state["ema"], encoder, batch, workdir, step)
+                drawing = whole(state, state["ema"])
+                _preview(config, stage, drawing, encoder, batch, workdir, step)
     checkpoints.close()
     if log is not None:
         log.close()
@@ -376,20 +435,17 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
     key = jax.random.key(config.seed, impl="rbg")
 
     def init(key):
-        return init_state(optimizer, stage.init(key), config.ema_profiles)
+        return begin(config, optimizer, stage.init(key))
 
     abstract = jax.eval_shape(init, key)
     placement = sharding.shardings(abstract, mesh)
+    place = functools.partial(sharding.shardings, mesh=mesh)
     if not checkpoints.steps():
         if config.init is None:
             return jax.jit(init, out_shardings=placement)(key), placement
-        params = _exported(config.init, config.stage, stage.abstract())
-        params = sharding.place(params, placement["train"]["params"])
-
-        def begin(params):
-            return init_state(optimizer, params, config.ema_profiles)
-
-        return jax.jit(begin, out_shardings=placement)(params), placement
+        start = functools.partial(begin, config, optimizer)
+        start = jax.jit(start, out_shardings=placement, donate_argnums=0)
+        return start(init_params(config, place)), placement
     saved = checkpoints.read_config()
     if saved["stage"] != to_json(config.stage):
         raise UserError(
@@ -397,20 +453,46 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
             f"({_difference(saved['stage'], to_json(config.stage))}); use its config, or another "
             "folder"
         )
+    for name, default in (("lora_rank", 0), ("init", None)):
+        was, now = saved.get(name, default), getattr(config, name)
+        if was != now and (name == "lora_rank" or config.lora_rank):
+            raise UserError(
+                f"{checkpoints.directory.parent}: holds a run with {name}={was}, not {now}; give "
+                "that, or another folder"
+            )
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
     )
+    target.pop("frozen", None)
     _, train_state, ema, data_state = checkpoints.restore(**target)
     data.set_state(data_state)
-    return {"train": train_state, "ema": ema}, placement
+    state = {"train": train_state, "ema": ema}
+    if config.lora_rank:
+        state["frozen"] = init_params(config, place)
+    return state, placement
 
 
-def _exported(model: str, stage: StageConfig, abstract: Any) -> Any:
-    """The weights of a model folder's stage; UserError unless they fit `stage`'s network."""
+def init_params(config: TrainConfig, shardings: Callable[[Any], Any] | None = None) -> Any:
+    """The weights of `init`'s stage, in float32; those that a lora_rank leaves alone, in the dtype
+    that the network computes in.
+
+    shardings: where they are put; DeepFloyd IF's as they are read. UserError unless they fit the
+    network.
+    """
+    stage, model = config.stage, str(config.init)
+    dtype = stage.network.compute_dtype if config.lora_rank else "float32"
+    if isinstance(stage.network, IFUNetConfig):
+        return deepfloyd.Start(model=model).params(stage, dtype, shardings)
     folder = pretrained.find(model) / stage.name
     if not folder.is_dir():
         raise UserError(f"init={model}: has no stage {stage.name}; it has no folder {folder}")
-    return load_safetensors(folder / "model.safetensors", abstract)
+    params = load_safetensors(folder / "model.safetensors", Stage(stage).abstract())
+    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    return params if shardings is None else sharding.place(params, shardings(params))
+
+
+def _step_key(config: TrainConfig, step: Any) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), step)
 
 
 def _due(step: int, every_images: int, config: TrainConfig) -> bool:
@@ -430,20 +512,23 @@ def _snapshot(profiles: dict[str, Any], workdir: Path, step: int) -> None:
             save_safetensors(folder / f"{step:010d}_{width}.safetensors", params)
 
 
-def _preview(config, stage, ema, encoder, batch, workdir, step) -> None:
+def _preview(config, stage, weights, encoder, batch, workdir, step) -> None:
     """Write previews/IMAGES.png: drawn from the prompts (base), or low | drawn | true rows (SR)."""
     if config.stage.lowres_resolution is None and not config.preview_prompts:
         return
     text = encoder(list(config.preview_prompts or ("",)))
-    cond = Conditioning(text=text.values, text_mask=text.mask)
-    cond, params, batch = sharding.fetch((cond, ema, batch))
+    cond, negative = Conditioning(text=text.values, text_mask=text.mask), None
+    if (null := config.stage.network.null_prompt) is not None:
+        text = encoder([null] * len(cond.text))
+        negative = Conditioning(text=text.values, text_mask=text.mask)
+    cond, negative, params, batch = sharding.fetch((cond, negative, weights, batch))
     if jax.process_index() != 0:
         return
     settings = config.stage.sampling
     if config.stage.lowres_resolution is None:
         keys = jax.vmap(jax.random.key)(jnp.arange(len(config.preview_prompts)))
-        rows = images.to_uint8(stage.sample(params, cond, keys, settings=settings))
-        picture = images.grid(rows)
+        rows = stage.sample(params, cond, keys, settings=settings, negative=negative)
+        picture = images.grid(images.to_uint8(rows))
     else:
         n = min(4, config.batch_size)
         batch = {k: v[:n] for k, v in batch.items()}
@@ -451,7 +536,10 @@ def _preview(config, stage, ema, encoder, batch, workdir, step) -> None:
         keys = jax.vmap(jax.random.key)(jnp.arange(n))
         low = images.to_float(batch["lowres"])
         side = batch["image"].shape[1]
-        drawn = stage.sample(params, cond, keys, settings=settings, lowres=low, size=side)
+        negative = negative and jax.tree.map(lambda x: x[:1].repeat(n, 0), negative)
+        drawn = stage.sample(
+            params, cond, keys, settings=settings, lowres=low, negative=negative, size=side
+        )
         shown = images.to_uint8(images.upsample(low, (side, side)))
         columns = zip(shown, images.to_uint8(drawn), batch["image"], strict=True)
         picture = images.grid([image for row in columns for image in row], columns=3)

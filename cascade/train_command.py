@@ -18,7 +18,8 @@ Train one stage of a cascade, or a text encoder, as the config file says.
   --workdir DIR  the run's folder: checkpoints, metrics.jsonl, tensorboard/, previews/, loss.png.
                  If it holds a checkpoint, the run continues from there.
   --until N      stop, with a checkpoint, after N images in all
-  --FIELD VALUE  override a field of the config
+  --FIELD VALUE  override a field of the config; or an argument of its function config(), such as
+                 the --init MODEL of configs/if/finetune_base64.py
 
 `cascade train CONFIG --help` lists the config's fields with their values.
 
@@ -35,9 +36,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"the first word must be a config file, got {path}; see cascade train --help"
         )
-    defaults = config.load(path)
-    workdir, rest = _take(rest, "--workdir")
-    until, rest = _take(rest, "--until")
+    workdir, rest = config.take(rest, "--workdir")
+    until, rest = config.take(rest, "--until")
+    defaults, rest = config.load_with(path, rest)
     xla_flags.apply(xla_flags.expected_backend(), os.environ)
     from cascade.text_pretraining import TextPretraining, pretrain
     from cascade.train import TrainConfig, train
@@ -53,18 +54,6 @@ def main(argv: Sequence[str]) -> None:
         with distributed.processes():
             train(settings, folder, until=images)
     print(f"done: {folder}", file=sys.stderr)
-
-
-def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """Cut `flag VALUE` or `flag=VALUE` out of the words."""
-    for i, word in enumerate(words):
-        if word == flag:
-            if i + 1 == len(words):
-                raise UserError(f"{flag} needs a value")
-            return words[i + 1], words[:i] + words[i + 2 :]
-        if word.startswith(flag + "="):
-            return word.partition("=")[2], words[:i] + words[i + 1 :]
-    return None, words
 
 
 def _workdir(name: str | None) -> Path:

@@ -25,6 +25,7 @@ BELOW = {
     "data": {"errors", "images", "text", "config", "checkpoint"},
     "pretrained": {"config", "errors", "models"},
     "stage": {"diffusion", "images", "models"},
+    "lora": set(),
     "schedulers": {"config", "diffusion", "errors"},
     "upscaler": {"config", "errors", "pretrained", "schedulers", "stage", "text"},
     "deepfloyd": {
@@ -44,7 +45,7 @@ BELOW = {
     },
     "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
     "train": {
-        *("data", "stage", "sharding", "checkpoint", "config"),
+        *("data", "deepfloyd", "lora", "stage", "sharding", "checkpoint", "config"),
         *("ema", "errors", "flops", "images", "models", "pretrained", "text", "training_log"),
     },
     "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
@@ -57,6 +58,7 @@ DOORS = {
     "sample",
     "export",
     "bench",
+    "bench_unet",
     "plan",
     "train_command",
     "__init__",

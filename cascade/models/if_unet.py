@@ -115,6 +115,11 @@ class IFUNetConfig:
             )
 
     @property
+    def null_prompt(self) -> str:
+        """The prompt whose embedding stands for no text (see NetworkConfig)."""
+        return ""
+
+    @property
     def learned_variance(self) -> bool:
         return self.out_channels > self.in_channels
 

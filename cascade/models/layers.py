@@ -83,6 +83,12 @@ class NetworkConfig:
             )
 
     @property
+    def null_prompt(self) -> str | None:
+        """The prompt whose embedding stands for no text. None: no text is tokens of zero, masked,
+        beside which the network has a null token of its own."""
+        return None
+
+    @property
     def attended_width(self) -> int:
         """Of the text tokens in attention layers."""
         return self.context_width or self.text_width

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class T5Config:
 
     num_heads * d_kv need not equal d_model. num_decoder_layers: None means num_layers.
     n_positions: the longest input in tokens that is meant; relative positions set no bound.
-    compute_dtype: of the matrix products (the only field that config.json does not have).
+    compute_dtype: of the matrix products. int8: the layers' matrices are kept as `quantized`.
+    config.json has neither of these two.
     """
 
     vocab_size: int
@@ -50,6 +51,7 @@ class T5Config:
     eos_token_id: int = 1
     n_positions: int = 512
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    int8: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "d_kv"):
@@ -74,7 +76,7 @@ class T5Config:
         """
         if (kind := fields.get("model_type", "t5")) != "t5":
             raise ValueError(f"model_type must be 't5', got {kind!r}: the config of another model")
-        known = {f.name for f in dataclasses.fields(cls)} - {"compute_dtype"}
+        known = {f.name for f in dataclasses.fields(cls)} - _OURS
         # Absent means the original T5's relu there, not our default.
         given: dict[str, Any] = {"feed_forward_proj": "relu"}
         given |= {k: v for k, v in fields.items() if k in known}
@@ -85,8 +87,7 @@ class T5Config:
 
     def to_hf_dict(self) -> dict[str, Any]:
         """The fields of a Hugging Face config.json for the encoder of this model."""
-        fields = dataclasses.asdict(self)
-        del fields["compute_dtype"]
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in _OURS}
         if fields["num_decoder_layers"] is None:
             del fields["num_decoder_layers"]
         return {
@@ -176,6 +177,22 @@ def relative_position_bucket(
     return offset + np.where(distance < exact, distance, far)
 
 
+def quantized(
+    kernel: Float[np.ndarray, "*l i o"],
+) -> tuple[Int8[np.ndarray, "*l i o"], Float[np.ndarray, "*l o"]]:
+    """(int8 kernel, float32 scale of each output), whose product is the kernel up to rounding.
+
+    An output's largest weight becomes 127; every output has its own scale, so that one with large
+    weights costs the others nothing.
+    """
+    kernel = np.asarray(kernel, np.float32)
+    largest = np.abs(kernel).max(-2)
+    scale = np.where(largest > 0, largest, 1) / np.float32(127)
+    return np.rint(kernel / scale[..., None, :]).astype(np.int8), scale.astype(np.float32)
+
+
+_OURS = {"compute_dtype", "int8"}
+
 # Finite, so that a row with nothing to attend to is not NaN.
 _MASKED = -1e9
 
@@ -260,7 +277,30 @@ class _Linear(nnx.Linear):
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-def _linear(config: T5Config, inputs: int, outputs: int, std: float, rngs: nnx.Rngs) -> _Linear:
+class _Int8Linear(nnx.Module):
+    """A _Linear whose kernel is `quantized`: cast at its use, the scale put on its outputs."""
+
+    def __init__(self, config: T5Config, inputs: int, outputs: int):
+        self.config = config
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
+        self.scale = nnx.Param(jnp.ones(outputs))
+
+    def __call__(self, x: Array) -> Array:
+        dtype = jnp.dtype(self.config.compute_dtype)
+        y = jnp.matmul(
+            x.astype(dtype),
+            self.kernel[...].astype(dtype),
+            precision=_precision(self.config),
+            preferred_element_type=jnp.float32,
+        )
+        return (y * self.scale[...]).astype(dtype)
+
+
+def _linear(
+    config: T5Config, inputs: int, outputs: int, std: float, rngs: nnx.Rngs
+) -> _Linear | _Int8Linear:
+    if config.int8:
+        return _Int8Linear(config, inputs, outputs)
     return _Linear(
         inputs,
         outputs,

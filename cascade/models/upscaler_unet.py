@@ -88,6 +88,11 @@ class UpscalerUNetConfig:
             )
 
     @property
+    def null_prompt(self) -> str:
+        """The prompt whose embedding stands for no text (see layers.NetworkConfig)."""
+        return ""
+
+    @property
     def lowres(self) -> bool:
         """It always enlarges a picture."""
         return True

@@ -79,6 +79,7 @@ class T5Encoder:
         *,
         captions: Captions = "verbatim",
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        int8: bool = False,
         shardings: Callable[[Any], Any] | None = None,
     ) -> "T5Encoder":
         """The shipped encoder ("scenes"), a local folder, or a Hugging Face name, in this order.
@@ -86,7 +87,8 @@ class T5Encoder:
         A folder is that of any google/t5-v1_1-* (the decoder of a full checkpoint is not read), or
         a DeepFloyd IF pipeline, or the text_encoder/ of one. Weights in safetensors, whole, in
         shards or as a variant (fp16); parameters are float32, or with compute_dtype bfloat16 the
-        matrices of the layers are bfloat16.
+        matrices of the layers are bfloat16. int8: these matrices take one byte a weight, rounded as
+        they are read, with a scale for each output (`cascade.models.t5.quantized`).
 
         max_tokens: the length that prompts are padded or cut to, or the config's n_positions if
         that is less. captions: what is done to a prompt first; DeepFloyd IF takes max_tokens=77,
@@ -95,13 +97,16 @@ class T5Encoder:
         Raises UserError saying what is missing and what to do.
         """
         config, params, spiece = read_folder(
-            locate(name_or_dir), compute_dtype=compute_dtype, shardings=shardings
+            locate(name_or_dir), compute_dtype=compute_dtype, int8=int8, shardings=shardings
         )
         max_tokens = min(max_tokens, config.n_positions)
         return cls(config, params, Tokenizer(spiece, max_tokens, captions))
 
     def save(self, folder: Path) -> None:
-        """Write the encoder as a folder that `load` reads, in float16."""
+        """Write the encoder as a folder that `load` reads, in float16. ValueError for an int8 one,
+        whose weights are rounded already."""
+        if self.config.int8:
+            raise ValueError("T5Encoder.save: load it without int8 to keep its weights")
         write_folder(folder, self.config, self.params, self.tokenizer.model)
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from cascade.errors import UserError
-from cascade.models.t5 import T5Config, T5EncoderModel
+from cascade.models.t5 import T5Config, T5EncoderModel, quantized
 from cascade.pretrained import weights
 from cascade.pretrained.weights import Origin
 
@@ -25,6 +25,7 @@ def read_folder(
     folder: Path,
     *,
     compute_dtype: str = "float32",
+    int8: bool = False,
     shardings: Callable[[Any], Any] | None = None,
 ) -> tuple[T5Config, dict, bytes]:
     """Returns (config, parameters as a nested dict for T5EncoderModel, bytes of the spiece.model).
@@ -32,14 +33,19 @@ def read_folder(
     folder: a T5's; or a diffusers pipeline's, or the text_encoder/ of one, beside which it keeps
         spiece.model in tokenizer/.
     Parameters are float32 whatever the file holds; with compute_dtype bfloat16 the matrices of the
-    layers are bfloat16 (half the memory; they would be cast at each use anyway). Each goes from
-    disk to its device before the next is read.
+    layers are bfloat16 (half the memory; they would be cast at each use anyway), and with int8 they
+    are `quantized` (a quarter) as they are read. Each goes from disk to its device before the next.
     shardings: parameters as ShapeDtypeStructs -> the placement of each; None is the default device.
     Raises UserError when a file or tensor is missing, damaged, left over or of another shape.
     """
     folder, config_file, vocabulary = _places(folder)
-    config = dataclasses.replace(_read_config(config_file), compute_dtype=compute_dtype)
+    config = dataclasses.replace(_read_config(config_file), compute_dtype=compute_dtype, int8=int8)
     return config, _read_parameters(folder, config, shardings), vocabulary.read_bytes()
+
+
+def read_config(folder: Path) -> T5Config:
+    """What the config.json of such a folder says; no other file need be there."""
+    return _read_config(_weights_folder(folder) / "config.json")
 
 
 def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
@@ -130,6 +136,8 @@ def target(config: T5Config, shardings: Callable[[Any], Any] | None = None) -> A
     abstract = nnx.to_pure_dict(nnx.state(model))
 
     def dtype(leaf: jax.ShapeDtypeStruct) -> Any:
+        if leaf.dtype == jnp.int8:
+            return leaf.dtype
         return jnp.dtype(config.compute_dtype if len(leaf.shape) == 3 else "float32")
 
     return weights.as_target(abstract, dtype, shardings)
@@ -145,10 +153,7 @@ def check(name: str, shapes: Mapping[str, Sequence[int]], config: T5Config) -> d
 
 def _places(folder: Path) -> tuple[Path, Path, Path]:
     """The folder of the weights, its config.json, and the spiece.model."""
-    if not folder.is_dir():
-        raise UserError(f"text encoder {folder}: no such folder")
-    if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
-        folder = folder / "text_encoder"
+    folder = _weights_folder(folder)
     config_file, vocabulary = folder / "config.json", folder / "spiece.model"
     if not vocabulary.is_file():
         beside = folder.parent / "tokenizer" / vocabulary.name
@@ -162,9 +167,20 @@ def _places(folder: Path) -> tuple[Path, Path, Path]:
     return folder, config_file, vocabulary
 
 
+def _weights_folder(folder: Path) -> Path:
+    """The folder itself, or the text_encoder/ of a pipeline's."""
+    if not folder.is_dir():
+        raise UserError(f"text encoder {folder}: no such folder")
+    if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
+        return folder / "text_encoder"
+    return folder
+
+
 def _read_config(file: Path) -> T5Config:
     try:
         return T5Config.from_hf_dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"text encoder {file}: no such file") from None
     except (AttributeError, TypeError, ValueError) as e:
         raise UserError(f"text encoder {file}: {e}") from None
 
@@ -173,8 +189,42 @@ def _read_parameters(
     folder: Path, config: T5Config, shardings: Callable[[Any], Any] | None
 ) -> dict:
     with weights.opened(folder, "model", what="text encoder", convert=CONVERT) as opened:
-        found = check(opened.name, opened.shapes, config)
-        return weights.read(opened, found, target(config, shardings))
+        found = check(opened.name, opened.shapes, dataclasses.replace(config, int8=False))
+        wanted = target(config, shardings)
+        return (
+            _read_int8(opened, found, wanted)
+            if config.int8
+            else weights.read(opened, found, wanted)
+        )
+
+
+def _read_int8(opened: weights.Weights, found: Mapping[str, Origin], wanted: Any) -> dict:
+    """`weights.read`, with the int8 kernels made of the file's floats, a layer at a time."""
+    leaves = dict(weights.leaves(wanted))
+    kernels = [path for path, leaf in leaves.items() if leaf.dtype == jnp.int8]
+    made = {}
+    for path in kernels:
+        scale_path = path.removesuffix("kernel") + "scale"
+        kernel, scale = leaves.pop(path), leaves.pop(scale_path)
+        filled = np.empty(kernel.shape, np.int8), np.empty(scale.shape, np.float32)
+        for i, name in enumerate(found[path].names):
+            layer = opened.whole(Origin((name,), found[path].axes), kernel.shape[1:])
+            filled[0][i], filled[1][i] = quantized(layer)
+        for name, leaf, value in zip((path, scale_path), (kernel, scale), filled, strict=True):
+            made[name] = jax.device_put(value, leaf.sharding)
+    made |= weights.leaves(weights.read(opened, found, _nested(leaves)))
+    return _nested(made)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
 
 
 def _leaf(tree: Any, path: str) -> Any:

@@ -1,0 +1,209 @@
+"""Training that begins from DeepFloyd IF's weights: all of them, or LoRA's adapters."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_deepfloyd import write_pipeline
+
+from cascade import cli, deepfloyd, lora, testing, train
+from cascade.checkpoint import Checkpoints, load_safetensors, save_safetensors, write_json
+from cascade.config import load, to_json
+from cascade.diffusion import denoise, loss, process, samplers
+from cascade.errors import UserError
+from cascade.models import IFLevel, IFUNetConfig
+from cascade.runner import Cascade
+from cascade.stage import Sampling, Stage, StageConfig
+from cascade.text import T5Encoder
+from cascade.train import TrainConfig
+
+T5 = Path(__file__).parent / "fixtures" / "t5"
+CONFIG = str(Path(__file__).parents[1] / "configs" / "if" / "finetune_base64.py")
+STAGE = StageConfig(
+    name="if8",
+    resolution=8,
+    network=IFUNetConfig(
+        levels=(IFLevel(width=16, blocks=1),),
+        text_width=16,
+        cross_width=32,
+        emb_width=16,
+        head_width=8,
+        pool_heads=2,
+        groups=4,
+    ),
+    schedule=process.Discrete(),
+    prediction="eps",
+    loss=loss.Loss(space="eps"),
+    variance=loss.LearnedVariance(),
+    sampling=Sampling(
+        steps=4, sampler=samplers.Ancestral(gamma="learned"), threshold=denoise.Threshold(cap=1.5)
+    ),
+)
+
+
+def write_model(folder):
+    """A converted IF of one tiny stage."""
+    (folder / "if8").mkdir(parents=True)
+    shutil.copytree(T5, folder / "text_encoder")
+    about = {"format": "cascade", "stages": ["if8"], "max_tokens": 77, "captions": "clean"}
+    write_json(folder / "config.json", about)
+    write_json(folder / "if8" / "config.json", to_json(STAGE))
+    save_safetensors(folder / "if8" / "model.safetensors", testing.lively(Stage(STAGE)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and eight pictures to train it on."""
+    folder = tmp_path_factory.mktemp("finetuning")
+    write_model(folder / "if")
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 256, (2, 2, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+        (folder / "pictures" / f"{i}.txt").write_text(f"Picture number {i}")
+    return folder
+
+
+def weights(file):
+    return load_safetensors(file / "if8" / "model.safetensors", Stage(STAGE).abstract())
+
+
+@pytest.fixture(scope="module")
+def loss_of(folder):
+    """weights -> (their loss, its gradient), at the same pictures, times and noises for all."""
+    files = [folder / "pictures" / f"{i % 8}.png" for i in range(16)]
+    text = T5Encoder.load(T5, 77)([f"picture number {i % 8}" for i in range(16)])
+    image = np.stack([np.asarray(Image.open(file)) for file in files])
+    batch = {"image": jnp.asarray(image), "text": text.values, "text_mask": text.mask}
+
+    def loss(params):
+        return Stage(STAGE).loss(params, batch, jax.random.key(7))[0]
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def test_all_weights_learn_from_where_they_were(folder, loss_of):
+    config = TrainConfig(stage=STAGE, images=64, batch_size=8, init=str(folder / "if"))
+    params = train.init_params(config)
+    jax.tree.map(np.testing.assert_array_equal, params, weights(folder / "if"))
+    state = train.begin(config, train.make_optimizer(config), params)
+    assert "frozen" not in state and state["train"]["params"] is params
+    first, gradient = loss_of(params)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+    for _ in range(10):
+        gradient = loss_of(params)[1]
+        params = jax.tree.map(lambda p, g: np.asarray(p) - 0.01 * np.asarray(g), params, gradient)
+    assert loss_of(params)[0] < 0.9 * first
+
+
+def test_lora_trains_beside_the_weights_and_merges_into_them(folder, loss_of, tmp_path, capsys):
+    run, out, base = tmp_path / "run", tmp_path / "out", folder / "if"
+    words = [*("train", CONFIG, "--init", base, "--workdir", run, "--lora-rank", 2)]
+    words += ["--data.path", folder / "pictures", "--images", 160, "--batch-size", 8]
+    words += ["--stage.network.compute-dtype", "float32", "--stage.network.remat", "False"]
+    words += ["--optimizer.learning-rate", 0.1, "--preview-every-images", 0]
+    words += ["--optimizer.warmup-images", 8]
+    words = list(map(str, words))
+    cli.main(words)
+    cli.main(words)  # resumed at its end: the frozen weights come from init again
+    checkpoints = Checkpoints(run)
+    _, adapters, saved = checkpoints.restore_ema()
+    checkpoints.close()
+    assert saved["captions"] == "clean" and saved["text_tokens"] == 77
+    cli.main(["export", str(run), str(out)])
+    before, after = weights(base), weights(out)
+    changed = set()
+
+    def compare(path, old, new):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if np.array_equal(old, new):
+            return
+        changed.add(name)
+        part = adapters
+        for key in name.split("/"):
+            part = part[key]
+        assert part["a"].shape[1] == part["b"].shape[0] == 2
+        np.testing.assert_allclose(new, old + part["a"] @ part["b"], atol=1e-6)
+
+    jax.tree.map_with_path(compare, before, after)
+    attention = "mid_block/attentions/0"
+    projections = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out/0")
+    assert changed == {f"{attention}/{name}/kernel" for name in projections}
+    assert loss_of(after)[0] < 0.97 * loss_of(before)[0]
+    cascade = Cascade.load(out)
+    assert (cascade.encoder.max_tokens, cascade.encoder.tokenizer.captions) == (77, "clean")
+    # Adapters of other weights would be nonsense.
+    shutil.copytree(base, other := tmp_path / "other")
+    capsys.readouterr()
+    for changes, message in (
+        (["--init", str(other)], f"holds a run with init={base}, not {other}"),
+        (["--lora-rank", "0"], "holds a run with lora_rank=2, not 0"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*words[:2], *changes, *(w for w in _without(words[2:], changes[0]))])
+        assert message in capsys.readouterr().err
+
+
+def _without(words, flag):
+    return [w for i, w in enumerate(words) if w != flag and (i == 0 or words[i - 1] != flag)]
+
+
+def test_adapters_change_nothing_to_begin_with_in_any_network():
+    stage = Stage(testing.base_stage())
+    params = testing.lively(stage)
+    made = lora.adapters(params, 3, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, lora.merged(params, made), params)
+    kernels = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(made)]
+    assert kernels and all("attention" in k and k.endswith(("['a']", "['b']")) for k in kernels)
+    moved = jax.tree.map(jnp.ones_like, made)
+    added = jax.tree.map(jnp.subtract, lora.merged(params, moved), params)
+    assert {tuple(np.unique(x.round(4))) for x in jax.tree.leaves(added)} == {(0.0,), (3.0,)}
+    with pytest.raises(ValueError, match="no attention"):
+        lora.adapters({"conv": {"kernel": jnp.ones((3, 3, 2, 2))}}, 3, jax.random.key(0))
+
+
+def test_text_is_dropped_to_the_embedding_of_no_text():
+    encoder = T5Encoder.load(T5, 12)
+    config = TrainConfig(stage=STAGE, images=64, batch_size=64)
+    tokens = encoder.tokenize([f"a red circle number {i}" for i in range(64)])
+    embed = jax.jit(train.make_embedder(config, encoder))
+    own, empty = encoder.embed(tokens), encoder([""])
+    dropped = []
+    for step in (0, 0, 1):
+        text = embed(encoder.params, tokens.ids, tokens.mask, step)
+        lost = np.isclose(text["text"], empty.values, atol=1e-5).all((1, 2))
+        np.testing.assert_allclose(text["text"][~lost], own.values[~lost], atol=1e-5)
+        np.testing.assert_array_equal(text["text_mask"].sum(1) == 1, lost)
+        dropped.append(lost.tolist())
+    assert dropped[0] == dropped[1] != dropped[2] and 1 <= sum(dropped[0]) <= 16
+
+
+def test_a_start_is_read_in_either_layout(folder, tmp_path):
+    published = deepfloyd.Start(model=str(write_pipeline(tmp_path, 1)))
+    (config,) = published.stages()
+    assert config.loss.space == "eps" and published.text_encoder() == str(tmp_path)
+    params = published.params(config, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    converted = deepfloyd.Start(model=str(folder / "if"))
+    assert converted.stages() == [STAGE]
+    params = converted.params(STAGE, "float32")
+    jax.tree.map(np.testing.assert_array_equal, params, weights(folder / "if"))
+    with pytest.raises(UserError, match="the network of its if8 is not that of the config"):
+        converted.params(config, "float32")
+    with pytest.raises(UserError, match="has no stage if16, only if8"):
+        converted.params(dataclasses.replace(STAGE, name="if16"), "float32")
+
+
+def test_a_config_that_needs_a_start_says_so(capsys):
+    with pytest.raises(UserError, match="finetune_base64.py: --init is missing"):
+        load(CONFIG)
+    with pytest.raises(SystemExit):
+        cli.main(["train", CONFIG, "--workdir", "x", "--init", "no/such"])
+    assert "model no/such: no such folder" in capsys.readouterr().err
