@@ -48,7 +48,7 @@ def test_compiling_is_timed_without_parameters_or_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(Stage, "init", refuse)
     got = bench.bench_compile(CompileOptions(config=file))
     assert got["hlo_bytes"] > 10_000 and got["hlo_bytes_compiled"] > 10_000
-    assert got["lower_seconds"] > 0 and got["compile_seconds"] > 0
+    assert min(got[f"{name}_seconds"] for name in ("lower", "compile", "cpu")) > 0
     abstract = Stage(config.load(str(file)).stage).abstract()
     assert got["parameters"] == sum(x.size for x in jax.tree.leaves(abstract))
     with pytest.raises(UserError, match="--tokens must be 1 or more"):

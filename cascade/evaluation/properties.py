@@ -92,7 +92,8 @@ def following(
     than chance, which is what true pictures show of other prompts. Both are of the same pictures.
 
     The weight goes from 1, none, to that of the base stage's settings by way of their mean. Scores
-    level off somewhere: from the mean on, they may not fall.
+    level off somewhere, as guidance takes its toll of the pictures: from the mean on, they need not
+    rise, but may not fall.
     """
     base = drawing.cascade.stages[0][0].config
     weights = weights_of(drawing)
@@ -107,7 +108,7 @@ def following(
     grows = Property(
         title="prompt-following grows with the guidance weight w",
         unit="share of a prompt's facts that its picture shows",
-        how=f"{base.name}, the same prompts and noise at every w, the last of which is its own",
+        how=f"{base.name}, the same prompts and noise at every w",
         figures={
             **{f"w={w:g}": score for w, score in own.items()},
             "true pictures": _own_score(true, prompts),
@@ -131,11 +132,7 @@ def following(
         figures={"own prompt": own[last], "other prompts": others},
         claims=[
             above("own prompt above other prompts", own[last], others),
-            above(
-                f"other prompts above chance by less than {SLACK:g}",
-                chance + SLACK,
-                others,
-            ),
+            above(f"other prompts above chance by less than {SLACK:g}", chance + SLACK, others),
         ],
         chance=float(chance.mean()),
     )
