@@ -10,6 +10,7 @@ score of a picture is the share of its prompt's facts that it shows.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -321,7 +322,8 @@ def plot(path: Path, properties: Mapping[str, Property]) -> None:
             panel.legend(fontsize=8)
         panel.set_xticks(range(len(one.figures)), list(one.figures), rotation=30, ha="right")
         verdict = "holds" if one.holds else "does not hold"
-        panel.set_title(f"({name}) {one.title}: {verdict}", fontsize=9, wrap=True)
+        title = textwrap.fill(f"({name}) {one.title}: {verdict}", 55)
+        panel.set_title(title, fontsize=9)
         panel.set_ylabel(one.unit, fontsize=8)
     figure.savefig(path, dpi=120)
 
