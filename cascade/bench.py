@@ -52,8 +52,22 @@ class TrainOptions:
     """Tokens of each text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """Time the compiler on a config's loss and its gradient, for one device of this machine.
+
+    Nothing is run and no parameter exists, so a stage of any size will do.
+    """
+
+    config: Path
+    """A config file, as `cascade train` takes it."""
+    tokens: int = 128
+    """Tokens of each text."""
+
+
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
        cascade bench train --config FILE [--batch-size N] [--steps N] [--tokens N]
+       cascade bench compile --config FILE [--tokens N]
        cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]"""
 
 
@@ -67,13 +81,18 @@ def main(argv: Sequence[str]) -> None:
         options = config.parse(TrainOptions, argv[1:], prog="cascade bench train")
         xla_flags.apply(xla_flags.expected_backend(), os.environ)
         print(json.dumps(bench_train(options), indent=2))
+    elif argv[0] == "compile":
+        options = config.parse(CompileOptions, argv[1:], prog="cascade bench compile")
+        # A program found in a cache would say nothing of the compiler.
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        print(json.dumps(bench_compile(options), indent=2))
     elif argv[0] == "unet":
         from cascade.bench_unet import UNetOptions, bench_unet
 
         options = config.parse(UNetOptions, argv[1:], prog="cascade bench unet")
         print(json.dumps(bench_unet(options), indent=2))
     else:
-        raise UserError(f"cascade bench {argv[0]}: must be sample, train or unet")
+        raise UserError(f"cascade bench {argv[0]}: must be sample, train, compile or unet")
 
 
 def bench_train(options: TrainOptions) -> dict[str, Any]:
@@ -84,9 +103,7 @@ def bench_train(options: TrainOptions) -> dict[str, Any]:
     from cascade.chips import chip_of
     from cascade.stage import Stage
 
-    settings = config.load(str(options.config))
-    if not isinstance(settings, train.TrainConfig):
-        raise UserError(f"config {options.config}: config() must return a TrainConfig")
+    settings = _train_config(options.config)
     if options.steps < 1:
         raise UserError(f"--steps must be 1 or more, got {options.steps}")
     try:
@@ -137,6 +154,52 @@ def bench_train(options: TrainOptions) -> dict[str, Any]:
         "mfu": round(rate / chip.flops, 4) if chip else None,
         "peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
     }
+
+
+def bench_compile(options: CompileOptions) -> dict[str, Any]:
+    """Seconds to lower and to compile forward and backward, and the size of what is compiled.
+
+    cpu_seconds: of both together, over all cores, which other work on the machine does not stretch.
+    hlo_bytes: of the program's text; hlo_bytes_compiled: of its text once optimized.
+    """
+    import jax
+
+    from cascade.plan import batch_of
+    from cascade.stage import Stage
+
+    settings = _train_config(options.config)
+    if options.tokens < 1:
+        raise UserError(f"--tokens must be 1 or more, got {options.tokens}")
+    stage = Stage(settings.stage)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, batch = stage.abstract(), batch_of(settings, options.tokens)
+    start, worked = time.perf_counter(), time.process_time()
+    print("lowering ...", file=sys.stderr)
+    lowered = jax.jit(jax.value_and_grad(stage.loss, has_aux=True)).lower(params, batch, key)
+    compiling = time.perf_counter()
+    print("compiling ...", file=sys.stderr)
+    program = lowered.compile()
+    done, worked = time.perf_counter(), time.process_time() - worked
+    return {
+        "stage": settings.stage.name,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "batch_size": settings.batch_size,
+        "device": jax.devices()[0].device_kind,
+        "lower_seconds": round(compiling - start, 2),
+        "compile_seconds": round(done - compiling, 2),
+        "cpu_seconds": round(worked, 2),
+        "hlo_bytes": len(lowered.as_text()),
+        "hlo_bytes_compiled": len(program.as_text() or ""),
+    }
+
+
+def _train_config(path: Path) -> Any:
+    from cascade.train import TrainConfig
+
+    settings = config.load(str(path))
+    if not isinstance(settings, TrainConfig):
+        raise UserError(f"config {path}: config() must return a TrainConfig")
+    return settings
 
 
 def _random_batch(settings: Any, tokens: int) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Start:
         folder = pretrained.find(self.model) / config.name
         return read_converted(folder, config, dtype=dtype, shardings=shardings)
 
-    def _pipelines(self) -> list[Pipeline]:
+    def _pipelines(self) -> Sequence[Pipeline | UpscalePipeline]:
         names = self.model.split(",")
         return pipelines(names) if is_pipeline(names[0]) else []
 

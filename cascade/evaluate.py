@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from cascade.errors import UserError
 if TYPE_CHECKING:
     from cascade.evaluation.drawing import Drawing
 
-USAGE = """usage: cascade eval {scenes,sr,sweep} ...
+USAGE = """usage: cascade eval {scenes,sr,sweep,properties} ...
 
 Figures of merit as JSON on stdout, pictures and plots into --out.
 
-  scenes  draw prompts, read the pictures back, count the facts that they show
-  sr      super-resolution of true small pictures: PSNR, sharpness, FD-proxy
-  sweep   facts right against FD-proxy, by guidance and augmentation level
+  scenes      draw prompts, read the pictures back, count the facts that they show
+  sr          super-resolution of true small pictures: PSNR, sharpness, FD-proxy
+  sweep       facts right against FD-proxy, by guidance and augmentation level
+  properties  whether guidance, thresholding and augmentation do their work
 
 `cascade eval scenes --help` shows what a command takes, with units and defaults."""
 
@@ -102,6 +104,25 @@ class SweepOptions(_Options):
     """Prompts drawn at each combination."""
     until: int | None = None
     """Stop at the stage that draws this side, in pixels; 1024 takes long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PropertiesOptions(_Options):
+    """Whether the mechanisms of an Imagen cascade do their work: six properties, three seeds.
+
+    (a) prompt-following grows with guidance; (b) shuffled captions fall to chance; (c) saturated
+    pixels: none > static > dynamic thresholding; (d) super-resolution trained with augmentation
+    survives a noisy small picture, without it does not (two small stages are trained for each seed:
+    this one is not about the model); (e) sensitivity to the prompt grows with the augmentation
+    level; (f) the last stage runs on larger images than its crops. On stdout: the figures of each
+    seed, and for each claim its margin; a claim holds from two standard errors, a property if all
+    of its claims do. A table on stderr.
+    """
+
+    out: Path | None = None
+    """A folder for results.json and properties.png; new or empty."""
+    prompts: int = 24
+    """Prompts of each seed, half as many for e and f; 8 or more."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -203,10 +224,51 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
     return report
 
 
+def properties(options: PropertiesOptions) -> dict[str, Any]:
+    """Fills options.out, if one is named; returns what goes to stdout."""
+    _check(options, "--prompts", options.prompts, least=8, seeds=3)
+    from cascade.checkpoint import WholeFolder
+    from cascade.evaluation import augmentation, scenes, super_resolution
+    from cascade.evaluation import properties as measures
+
+    def run(folder: Path | None) -> dict[str, Any]:
+        drawing = _drawing(options)
+        scenes.check_sides(drawing, drawing.cascade.stages[0][0].config.resolution)
+        super_resolution.super_resolution_stages(drawing)
+        prompts = measures.prompts_of(options.seed, options.prompts)
+        half = measures.half(prompts)
+        with _progress(measures.drawings(prompts)) as advance:
+            a, b = measures.following(drawing, prompts, advance)
+            c = measures.saturation(drawing, prompts, advance)
+            e = measures.sensitivity(drawing, half, advance)
+            f = measures.larger_pictures(drawing, half, advance)
+        seeds = measures.seeds_of(options.seed, options.prompts)
+        d = augmentation.augmentation(seeds, options.prompts)
+        found = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f}
+        print(measures.table(found), file=sys.stderr)
+        report = {
+            **_described(options, drawing),
+            "prompts": options.prompts,
+            "seeds": seeds,
+            "holds": all(one.holds for one in found.values()),
+            "properties": {name: one.as_json() for name, one in found.items()},
+        }
+        if folder is not None:
+            measures.plot(folder / "properties.png", found)
+            _write(folder, report)
+        return report
+
+    if options.out is None:
+        return run(None)
+    with WholeFolder(options.out) as folder:
+        return run(folder)
+
+
 _COMMANDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     "scenes": (ScenesOptions, evaluate_scenes),
     "sr": (SuperResolutionOptions, evaluate_super_resolution),
     "sweep": (SweepOptions, sweep),
+    "properties": (PropertiesOptions, properties),
 }
 
 
@@ -260,11 +322,12 @@ def _progress(total: int) -> Iterator[Callable[[], Any]]:
         yield bar.update
 
 
-def _check(options: _Options, flag: str, count: int, least: int = 1) -> None:
+def _check(options: _Options, flag: str, count: int, least: int = 1, seeds: int = 1) -> None:
+    """count: pictures of each of so many seeds."""
     if count < least:
         raise UserError(f"{flag} must be {least} or more, got {count}")
-    if not 0 <= options.seed <= 2**32 - count:
-        raise UserError(f"--seed must be in [0, 2^32 - {count}], got {options.seed}")
+    if not 0 <= options.seed <= 2**32 - seeds * count:
+        raise UserError(f"--seed must be in [0, 2^32 - {seeds * count}], got {options.seed}")
 
 
 def _numbers(flag: str, text: str) -> tuple[float, ...]:

@@ -1,8 +1,8 @@
 import jax
 import pytest
 
-from cascade import bench, testing
-from cascade.bench import TrainOptions
+from cascade import bench, config, testing
+from cascade.bench import CompileOptions, TrainOptions
 from cascade.errors import UserError
 from cascade.stage import Stage
 
@@ -24,3 +24,32 @@ def test_training_speed_is_measured_on_any_config(tmp_path):
     assert got["tflops_per_device"] > 0 and got["mfu"] is None and got["devices"] == 8
     with pytest.raises(UserError, match="must be a multiple of the 8 parts"):
         bench.bench_train(TrainOptions(config=file, batch_size=4))
+
+
+SMALL = """
+from cascade.models import Level, UNetConfig
+from cascade.stage import StageConfig
+from cascade.train import TrainConfig
+
+def config():
+    network = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8)
+    stage = StageConfig(name="base8", resolution=8, network=network)
+    return TrainConfig(stage=stage, images=8, batch_size=8)
+"""
+
+
+def test_compiling_is_timed_without_parameters_or_steps(tmp_path, monkeypatch):
+    file = tmp_path / "small.py"
+    file.write_text(SMALL)
+
+    def refuse(*_):
+        raise AssertionError("made parameters")
+
+    monkeypatch.setattr(Stage, "init", refuse)
+    got = bench.bench_compile(CompileOptions(config=file))
+    assert got["hlo_bytes"] > 10_000 and got["hlo_bytes_compiled"] > 10_000
+    assert min(got[f"{name}_seconds"] for name in ("lower", "compile", "cpu")) > 0
+    abstract = Stage(config.load(str(file)).stage).abstract()
+    assert got["parameters"] == sum(x.size for x in jax.tree.leaves(abstract))
+    with pytest.raises(UserError, match="--tokens must be 1 or more"):
+        bench.bench_compile(CompileOptions(config=file, tokens=0))

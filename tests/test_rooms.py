@@ -43,7 +43,10 @@ BELOW = {
         "models",
         "pretrained",
     },
-    "evaluation": {"errors", "images", "data", "runner", "stage", "text"},
+    "evaluation": {
+        *("data", "runner", "stage", "text", "train"),
+        *("checkpoint", "diffusion", "errors", "images", "models"),
+    },
     "train": {
         *("data", "deepfloyd", "lora", "stage", "sharding", "checkpoint", "config"),
         *("ema", "errors", "flops", "images", "models", "pretrained", "text", "training_log"),

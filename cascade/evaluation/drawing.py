@@ -1,7 +1,7 @@
 """Draws one picture at a time for an evaluation, each from a seed of its own."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,6 +41,11 @@ class Drawing:
             return self._draw(prompt, seed, until, None)
         small = self._draw(prompt, seed, sides[0], None)
         return {**small, **self._draw(prompt, seed, until, small[sides[0]])}
+
+    def replaced(self, stages: Sequence[str], **fields: Any) -> "Drawing":
+        """With these fields of the named stages' settings replaced."""
+        changed = {name: dataclasses.replace(self.settings[name], **fields) for name in stages}
+        return dataclasses.replace(self, settings={**self.settings, **changed})
 
     def _draw(self, prompt, seed, until, lowres) -> dict[int, np.ndarray]:
         cascade = self.cascade

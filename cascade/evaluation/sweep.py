@@ -6,7 +6,6 @@ picture against the freedom to repair it.
 """
 
 import csv
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def sweep(
     truths = {side: quality.features(render(scene, side) for scene, _ in pairs) for side in sides}
     rows: list[dict[str, Any]] = []
     for weight in guidance:
-        guided = _replaced(drawing, [base.name], guidance=weight)
+        guided = drawing.replaced([base.name], guidance=weight)
         small = []
         for i, (_, said) in enumerate(pairs):
             small.append(guided(said.text, seed + i, until=base.resolution)[base.resolution])
@@ -63,7 +62,7 @@ def sweep(
             continue
         for level in aug_levels:
             upper = [stage.config.name for stage, _ in drawing.cascade.stages[1:]]
-            augmented = _replaced(guided, upper, aug_level=level)
+            augmented = guided.replaced(upper, aug_level=level)
             by_side = {side: _Scores(facts) for side in sides if side != base.resolution}
             for i, (_, said) in enumerate(pairs):
                 pictures = augmented(said.text, seed + i, until=until, lowres=small[i])
@@ -138,8 +137,3 @@ class _Scores:
 
 def _row(guidance: float, level: float | None, side: int, figures: dict[str, Any]):
     return {"guidance": guidance, "aug_level": level, "side": side, **figures}
-
-
-def _replaced(drawing: Drawing, stages: Sequence[str], **fields: float) -> Drawing:
-    changed = {name: dataclasses.replace(drawing.settings[name], **fields) for name in stages}
-    return dataclasses.replace(drawing, settings={**drawing.settings, **changed})

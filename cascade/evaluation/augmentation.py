@@ -1,0 +1,166 @@
+"""What noise conditioning augmentation is for: a stage that trained without it takes the faults of
+the small picture for the truth.
+
+Two small super-resolution stages are trained here for each seed, alike but for the augmentation,
+and are given clean and noisy small pictures (Saharia et al. 2022, sec. 2.4).
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from cascade import images, train
+from cascade.checkpoint import Checkpoints
+from cascade.data import ScenesData
+from cascade.data.pipeline import block_means
+from cascade.data.scenes.render import render
+from cascade.data.scenes.spec import scene_at
+from cascade.diffusion import process
+from cascade.diffusion.loss import Loss
+from cascade.evaluation import quality
+from cascade.evaluation.claims import Property, above
+from cascade.models import Conditioning, EfficientLevel, EfficientUNetConfig
+from cascade.stage import Augmentation, Sampling, Stage, StageConfig
+from cascade.train import Optimizer, TrainConfig
+
+LEVEL = 0.2  # of the noise on the small pictures
+IMAGES = 4_000  # that each stage is trained on
+
+Trained = tuple[Stage, Any]
+"""A stage and its parameters."""
+
+
+def pair_of_configs(seed: int, count: int = IMAGES) -> tuple[TrainConfig, TrainConfig]:
+    """To train 16 -> 64 px on `count` pictures of scenes: with augmentation, and without."""
+    augmented = TrainConfig(
+        stage=StageConfig(
+            name="sr64",
+            resolution=64,
+            lowres_resolution=16,
+            network=EfficientUNetConfig(
+                patch=4,
+                lowres=True,
+                levels=(
+                    EfficientLevel(width=64, blocks=1, stride=1),
+                    EfficientLevel(width=64, blocks=1),
+                ),
+                head_width=32,
+                emb_width=128,
+            ),
+            schedule=process.Cosine(
+                logsnr_max=3.0, shift=process.resolution_shift(64, reference=16)
+            ),
+            prediction="x0",
+            residual=True,
+            loss=Loss(space="v"),
+            augmentation=Augmentation(max_level=0.3),
+            sampling=Sampling(steps=4, guidance=1.0),
+        ),
+        data=ScenesData(split="train", seed=seed),
+        images=count,
+        batch_size=16,
+        optimizer=Optimizer(
+            learning_rate=2e-3, warmup_images=count // 10, cooldown_images=count // 3, b2=0.99
+        ),
+        ema_decay=0.99,
+        seed=seed,
+        save_every_images=count,
+        preview_every_images=0,
+    )
+    plain = dataclasses.replace(augmented.stage, augmentation=Augmentation(max_level=0.0))
+    return augmented, dataclasses.replace(augmented, stage=plain)
+
+
+def trained(config: TrainConfig, folder: Path) -> Trained:
+    """As `cascade train` does it, in `folder`; the averaged weights."""
+    train.train(config, folder)
+    checkpoints = Checkpoints(folder)
+    params = checkpoints.restore_ema()[1]
+    checkpoints.close()
+    return Stage(config.stage), params
+
+
+def augmentation(seeds: Sequence[int], pictures: int) -> Property:
+    """Train two stages for each seed, in a folder that is gone afterwards, and see what `survival`
+    says; as many pictures a seed."""
+    pairs = []
+    with tempfile.TemporaryDirectory(prefix="cascade-properties-") as folder:
+        for seed in seeds:
+            names = ("with", "without")
+            augmented, plain = (
+                trained(config, Path(folder) / f"{name}-{seed}")
+                for name, config in zip(names, pair_of_configs(seed), strict=True)
+            )
+            pairs.append((augmented, plain))
+    return survival(pairs, seeds, pictures)
+
+
+def survival(
+    pairs: Sequence[tuple[Trained, Trained]], seeds: Sequence[int], pictures: int
+) -> Property:
+    """A stage trained with augmentation survives a noisy small picture, one without does not.
+
+    pairs: with and without, for each seed. Both see noise of the same log-SNR in the way they know:
+    the first as alpha x + sigma eps and is told of it, the second as x + (sigma / alpha) eps, which
+    says as much and leaves the contrast alone. Chance is the bilinear enlargement of the latter.
+    """
+    rows: dict[str, list[list[float]]] = {name: [] for name in _NAMES}
+    for ((augmented, own), (plain, other)), seed in zip(pairs, seeds, strict=True):
+        side = augmented.config.resolution
+        factor = side // (augmented.config.lowres_resolution or 1)
+        truths = [render(scene_at(seed, i, "seen"), side) for i in range(pictures)]
+        small = np.stack([block_means(truth, factor) for truth in truths])
+        clean = images.to_float(jnp.asarray(small))
+        k_noise, k_draw = jax.random.split(jax.random.key(seed))
+        logsnr = augmented.config.augmentation.schedule.logsnr(jnp.float32(LEVEL))
+        noisy = clean + jnp.exp(-logsnr / 2) * jax.random.normal(k_noise, clean.shape)
+        keys = jax.random.split(k_draw, pictures)
+        drawn = {
+            "with, clean": _enlarged(augmented, own, clean, keys, 0.0),
+            "with, noisy": _enlarged(augmented, own, clean, keys, LEVEL),
+            "without, clean": _enlarged(plain, other, clean, keys, 0.0),
+            "without, noisy": _enlarged(plain, other, noisy, keys, 0.0),
+            "noisy, enlarged": images.to_uint8(images.upsample(noisy, (side, side))),
+        }
+        for name, some in drawn.items():
+            rows[name].append([quality.psnr(a, b) for a, b in zip(some, truths, strict=True)])
+    figures = {name: np.array(values) for name, values in rows.items()}
+    with_clean, with_noisy, without_clean, without_noisy, enlarged = figures.values()
+    return Property(
+        title="super-resolution trained with augmentation survives noise, without it does not",
+        unit="PSNR in dB",
+        how=f"two stages for each seed, trained on {IMAGES} pictures, alike but for augmentation; "
+        f"true small pictures, clean and with noise of level {LEVEL:g}, of which the latter, "
+        "enlarged, are chance",
+        figures={name: values for name, values in figures.items() if name != "noisy, enlarged"},
+        claims=[
+            above("noisy: with above without", with_noisy, without_noisy),
+            above("noisy: with above enlargement alone", with_noisy, enlarged),
+            above("noisy: without below enlargement alone", enlarged, without_noisy),
+            above(
+                "loss by noise: without above with",
+                without_clean - without_noisy,
+                with_clean - with_noisy,
+            ),
+        ],
+        chance=float(enlarged.mean()),
+    )
+
+
+_NAMES = ("with, clean", "with, noisy", "without, clean", "without, noisy", "noisy, enlarged")
+
+
+def _enlarged(
+    stage: Stage, params: Any, lowres: Float[Array, "b h w 3"], keys: Array, level: float
+) -> UInt8[np.ndarray, "b s s 3"]:
+    settings = dataclasses.replace(stage.config.sampling, aug_level=level)
+    return images.to_uint8(
+        stage.sample(params, Conditioning(), keys, settings=settings, lowres=lowres)
+    )
