@@ -8,6 +8,7 @@ them what samplers take, `sample` draws pictures.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -20,7 +21,14 @@ from jaxtyping import Array, Float, Key
 
 from cascade import images
 from cascade.diffusion import denoise, grids, loss, process, samplers
-from cascade.models import Conditioning, EfficientUNetConfig, IFUNetConfig, Network, UNetConfig
+from cascade.models import (
+    Conditioning,
+    EfficientUNetConfig,
+    IFUNetConfig,
+    Network,
+    UNetConfig,
+    placing,
+)
 
 Schedule = (
     process.Cosine
@@ -322,12 +330,15 @@ class Stage:
         lowres: Float[Array, "b h w 3"] | None = None,
         negative: Conditioning | None = None,
         size: int | None = None,
+        place: Callable[[Array, str], Array] | None = None,
     ) -> Float[Array, "b s s 3"]:
         """Draw one picture in [-1, 1] for each row of `cond`, as one compiled program.
 
         keys: [b], one a picture; a picture depends on its own key and row alone. lowres: for a
         super-resolution stage, the smaller pictures in [-1, 1]; they are augmented once, here.
-        size: side of the pictures drawn, if not the stage's resolution (crops).
+        size: side of the pictures drawn, if not the stage's resolution (crops). place: puts
+        activations on several devices, as for `models.placing`, and the pictures like a "stream";
+        programs are kept by its hash.
         """
         self.config.check(settings)
         size = size or self.config.resolution
@@ -344,7 +355,10 @@ class Stage:
         settings = dataclasses.replace(
             settings, guidance=0.0 if settings.guided else 1.0, aug_level=0.0
         )
-        return _sample(self.config, size, settings, params, cond, negative, lowres, keys, scalars)
+        with placing(place) if place else contextlib.nullcontext():
+            return _sample(
+                self.config, size, settings, place, params, cond, negative, lowres, keys, scalars
+            )
 
     def _predict(self, params, x_t, logsnr, cond, key=None):
         """-> (prediction in the space of config.prediction, gamma), gamma None unless learned."""
@@ -390,8 +404,8 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
     return prediction, (variance + 1) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(config, size, settings, params, cond, negative, lowres, keys, scalars):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sample(config, size, settings, place, params, cond, negative, lowres, keys, scalars):
     stage = Stage(config)
     b, size = keys.shape[0], (size, size)
     k_noise, k_steps, k_augment = jnp.moveaxis(
@@ -419,9 +433,10 @@ def _sample(config, size, settings, params, cond, negative, lowres, keys, scalar
         threshold=settings.threshold,
         negative=negative,
     )
+    noise = samplers.initial_noise(k_noise, (*size, 3))
     return samplers.sample(
         denoiser,
-        samplers.initial_noise(k_noise, (*size, 3)),
+        noise if place is None else place(noise, "stream"),
         schedule=config.schedule,
         times=times,
         step=settings.sampler,
