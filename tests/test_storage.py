@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -72,6 +73,18 @@ def test_a_run_lives_in_object_storage_as_it_does_here(bucket, tmp_path, monkeyp
     assert drawn["0001_8.png"] == drawn["0000_8.png"]
 
 
+def test_a_profile_is_copied_to_object_storage(bucket, monkeypatch):
+    folders = []
+    monkeypatch.setattr(jax.profiler, "start_trace", folders.append)
+    monkeypatch.setattr(
+        jax.profiler, "stop_trace", lambda: (pathlib.Path(folders[0]) / "trace").write_text("all")
+    )
+    with train._Profile(paths.path("gs://bucket/run/profile"), 1) as profile:
+        for _ in range(5):
+            profile.before_step()
+    assert (bucket / "run" / "profile" / "trace").read_text() == "all" and len(folders) == 1
+
+
 def test_pictures_and_captions_are_read_from_object_storage(bucket):
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     images.save_png("gs://bucket/data/a/1.png", picture)
@@ -109,7 +122,7 @@ def test_files_and_folders_appear_whole_or_not_at_all(bucket, tmp_path, where):
 
 def test_names_of_object_storage_survive_pathlib(bucket, tmp_path):
     assert paths.path("gs://bucket/a/b") == epath.Path("gs://bucket/a/b")
-    folded = paths.path(tmp_path.__class__("gs://bucket/a/b"))
+    folded = paths.path(pathlib.Path("gs://bucket/a/b"))
     assert str(folded) == "gs://bucket/a/b" and paths.is_remote(folded)
     assert paths.path(tmp_path) == tmp_path and not paths.is_remote(paths.path("gs"))
 
