@@ -12,12 +12,12 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +28,9 @@ from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from cascade import paths
 from cascade.errors import UserError
+from cascade.paths import Path
 
 
 class Checkpoints:
@@ -36,7 +38,10 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = 3):
         """keep: how many of the newest stay on disk; None keeps all."""
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        folder = paths.path(workdir)
+        if isinstance(folder, pathlib.Path):
+            folder = folder.absolute()  # for Orbax
+        self.directory = folder / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
@@ -159,13 +164,9 @@ def save_safetensors(
         ".".join(str(k.key) for k in keys): np.asarray(leaf).astype(dtype)
         for keys, leaf in jax.tree.leaves_with_path(dict(params))
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(flat, partial, metadata=dict(metadata))
-        partial.chmod(0o644)  # safetensors makes files that only their owner may read
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with paths.writing(path) as file:
+        save_file(flat, file, metadata=dict(metadata))
+        file.chmod(0o644)  # safetensors makes files that only their owner may read
 
 
 def load_safetensors(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +176,8 @@ def load_safetensors(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     over or of another shape.
     """
     try:
-        flat = load_file(path)
+        with paths.reading(path) as file:
+            flat = load_file(file)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; is this a folder that `cascade export` wrote?"
@@ -204,17 +206,23 @@ def load_safetensors(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class WholeFolder:
-    """Context manager: fill a hidden neighbour folder that becomes `path` if all goes well."""
+    """Context manager: fill a hidden neighbour folder that becomes `path` if all goes well.
+
+    In object storage, a temporary folder here, which is copied there, its config.json last.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = paths.path(path)
 
-    def __enter__(self) -> Path:
+    def __enter__(self) -> pathlib.Path:
         if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
             raise UserError(f"{self.path} exists already; name a new or empty folder")
+        if not isinstance(self.path, pathlib.Path):
+            self._partial = pathlib.Path(tempfile.mkdtemp(prefix="cascade-"))
+            return self._partial
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = Path(
+            self._partial = pathlib.Path(
                 tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent)
             )
         except OSError as e:
@@ -222,12 +230,15 @@ class WholeFolder:
         return self._partial
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            if self.path.is_dir():
-                self.path.rmdir()
-            self._partial.chmod(0o755)
-            os.replace(self._partial, self.path)
-        else:
+        try:
+            if kind is None and isinstance(self.path, pathlib.Path):
+                if self.path.is_dir():
+                    self.path.rmdir()
+                self._partial.chmod(0o755)
+                os.replace(self._partial, self.path)
+            elif kind is None:
+                paths.copy_folder(self._partial, self.path)
+        finally:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cascade import config
+from cascade import config, paths
 from cascade.errors import UserError
 
 
@@ -27,7 +28,8 @@ class Options:
     folders: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR [WORKDIR ...] DIR")
     ]
-    """Folders of `cascade train` runs, one a stage, then the folder to write."""
+    """Folders of `cascade train` runs, one a stage, then the folder to write. gs:// and s3:// names
+    are understood."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are stored as; they are used as float32."""
     ema: float | None = None
@@ -44,7 +46,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def export(
-    workdirs: Sequence[Path], out: Path, *, dtype: str = "float32", ema: float | None = None
+    workdirs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    ema: float | None = None,
 ) -> dict:
     """Write the model folder; returns what it holds, as JSON values.
 
@@ -62,7 +68,7 @@ def export(
     from cascade.train import TrainConfig, init_params
 
     runs = []
-    for workdir in workdirs:
+    for workdir in map(paths.path, workdirs):
         if not (workdir / "checkpoints").is_dir():
             raise UserError(
                 f"{workdir}: holds no checkpoints; give the --workdir of a `cascade train` run"

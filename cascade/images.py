@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from cascade import paths
 from cascade.errors import UserError
 
 
@@ -107,19 +107,14 @@ def save_png(
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        Image.fromarray(image).save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with paths.writing(paths.path(path)) as file:
+        Image.fromarray(image).save(file, format="PNG", pnginfo=info)
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Open a picture file as RGB. Raises UserError when it is missing or is not a picture."""
     try:
-        with Image.open(path) as image:
+        with paths.path(path).open("rb") as file, Image.open(file) as image:
             return image.convert("RGB")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cascade import config as configs
-from cascade import deepfloyd, flops, plan_hlo, sharding, train
+from cascade import deepfloyd, flops, plan_hlo, sharding, train, xla_flags
 from cascade.chips import CHIPS, Chip, chip_named
 from cascade.errors import UserError
 from cascade.models import Conditioning, IFUNetConfig
@@ -45,6 +45,7 @@ from cascade.train import TrainConfig
 PAPER_STEPS = 2_500_000
 SUGGESTIONS = 6
 LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so that several may plan at once
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
@@ -68,7 +69,8 @@ figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, wh
   --tokens N           length of the text (default 128)
   --dtype D            of a MODEL's DeepFloyd IF weights: float32 or (default) bfloat16
   --t5-int8            with the text encoder of a MODEL in int8
-  --suggest            try meshes, remat and microbatches, and name the fastest that fits
+  --suggest            try meshes (fsdp, and for TPUs tensor), remat and microbatches, and name the
+                       fastest that fits
   --FIELD VALUE        override a field of the config: --mesh.fsdp 16, --batch-size 2048"""
 
 Figures = dict[str, Any]
@@ -146,6 +148,7 @@ def open_topology(name: str) -> Topology:
     # Else libtpu asks Google's metadata server which machine this is, waits, and says so at length.
     for variable, value in LIBTPU.items():
         os.environ.setdefault(variable, value)
+    xla_flags.apply("tpu", os.environ)  # which libtpu reads once: the program is that of training
     from jax.experimental import topologies
 
     try:
@@ -328,16 +331,19 @@ def _plan_model(model: str, options: argparse.Namespace, rest: Sequence[str]) ->
 def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
     """The figures of the fastest of some settings that fit, with all that were tried.
 
-    Meshes with fsdp over 1, some or all chips, without and with remat, in 1, 2, 4 ... microbatches.
-    Compiling takes minutes, so memory estimated from shapes chooses whom to try: the settings
-    that recompute and split least come first, and of those that seem to fit, at most six are tried.
+    Meshes with fsdp over 1, some or all chips and, for TPUs, tensor over 2 or 4 (what that sends
+    only a compiler knows), without and with remat, in 1, 2, 4 ... microbatches. Compiling takes
+    minutes, so memory estimated from shapes chooses whom to try: the settings that recompute and
+    split least come first, and of those that seem to fit, at most six are tried, two of them with a
+    tensor axis.
     """
     tried: list[Figures] = []
     best: Figures | None = None
-    for candidate in itertools.islice(_candidates(config, topology, tokens), SUGGESTIONS):
+    for candidate in _suggestions(config, topology, tokens):
         network: Any = candidate.stage.network
         settings = {
             "mesh.fsdp": candidate.mesh.fsdp,
+            "mesh.tensor": candidate.mesh.tensor,
             "remat": network.remat,
             "microbatches": candidate.microbatches,
         }
@@ -535,19 +541,37 @@ def _counted(config: TrainConfig, tokens: int) -> float:
     return flops.count(step, _state_of(config), batch_of(config, tokens))
 
 
-def _candidates(config: TrainConfig, topology: Topology, tokens: int) -> Iterator[TrainConfig]:
-    """Settings that seem to fit, from the cheapest: few microbatches, no remat, little sharding."""
+def _suggestions(config: TrainConfig, topology: Topology, tokens: int) -> list[TrainConfig]:
+    """The cheapest settings of each kind of mesh; those without a tensor axis come first."""
+    if topology.devices is None:
+        return list(itertools.islice(_candidates(config, topology, tokens, (1,)), SUGGESTIONS))
+    plain = itertools.islice(_candidates(config, topology, tokens, (1,)), SUGGESTIONS - 2)
+    split = itertools.islice(_candidates(config, topology, tokens, (2, 4)), 2)
+    return [*plain, *split]
+
+
+def _candidates(
+    config: TrainConfig, topology: Topology, tokens: int, tensors: Sequence[int]
+) -> Iterator[TrainConfig]:
+    """Settings that seem to fit, from the cheapest: few microbatches, no remat, little sharding.
+
+    tensors: sizes of the tensor axis. A microbatch has at least a picture for each of the devices.
+    """
     hint = typing.get_type_hints(type(config.stage.network))["remat"]
     policies = typing.get_args(hint)
     count = topology.count
     splits = [2**i for i in range(10) if not config.batch_size % (2**i * count)]
-    widths = dict.fromkeys([*(4**i for i in range(8) if count % 4**i == 0), count])
-    for n, policy, fsdp in itertools.product(splits, policies, widths):
-        candidate = dataclasses.replace(
-            _with_remat(config, policy), microbatches=n, mesh=sharding.MeshConfig(fsdp=fsdp)
-        )
-        mesh = _mesh(candidate, dataclasses.replace(topology, devices=None))
-        if _from_shapes(candidate, topology, mesh, tokens)["fits"]:
+    meshes = [
+        sharding.MeshConfig(fsdp=fsdp, tensor=tensor)
+        for tensor in tensors
+        if count % tensor == 0
+        for fsdp in dict.fromkeys([*(4**i for i in range(8)), count // tensor])
+        if count // tensor % fsdp == 0
+    ]
+    for n, policy, mesh in itertools.product(splits, policies, meshes):
+        candidate = dataclasses.replace(_with_remat(config, policy), microbatches=n, mesh=mesh)
+        absent = _mesh(candidate, dataclasses.replace(topology, devices=None))
+        if _from_shapes(candidate, topology, absent, tokens)["fits"]:
             yield candidate
 
 

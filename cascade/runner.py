@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cascade import deepfloyd, images, pretrained
+from cascade import deepfloyd, images, pretrained, sharding
 from cascade.checkpoint import load_safetensors
 from cascade.config import from_json, read_json, to_json
 from cascade.errors import UserError
@@ -222,6 +222,7 @@ class Cascade:
         settings: Sequence[Sampling] | None = None,
         batch_size: int | None = None,
         share: tuple[int, int] = (0, 1),
+        split_rows: int = 1,
         progress: Callable[[str, int], None] | None = None,
     ) -> Iterator[Picture]:
         """Draw `num` pictures of each prompt, prompts in order, with seeds seed .. seed + num - 1.
@@ -235,8 +236,10 @@ class Cascade:
         stage that draws; None is `default_strength`.
         settings: one Sampling for each stage that draws (see `select`). batch_size: pictures drawn
         together; None is `default_batch_size()`. share: (i, n) draws batches i, i + n, ... of all,
-        the pictures that `numbers` names, for process i of n. progress: called with (stage's name,
-        pictures) after each stage of each batch.
+        the pictures that `numbers` names, for process i of n. split_rows: so many of this process's
+        devices share each picture of the super-resolution stages by its rows of pixels, for the
+        memory and time of 1024 px; the pictures are the same, but for rounding. progress: called
+        with (stage's name, pictures) after each stage of each batch.
         """
         stages = self.select(until=until, lowres=None if lowres is None else lowres.shape[:2])
         settings = [s.config.sampling for s, _ in stages] if settings is None else list(settings)
@@ -247,6 +250,7 @@ class Cascade:
         if seed < 0 or seed + num > 2**32:
             raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
         batch_size = batch_size or default_batch_size()
+        placed = _split(stages, split_rows)
         texts = self._texts(stages, prompts, negative)
         jobs = [(p, seed + k) for p in range(len(prompts)) for k in range(num)]
         for start in range(share[0] * batch_size, len(jobs), share[1] * batch_size):
@@ -254,7 +258,7 @@ class Cascade:
             filled = batch + batch[-1:] * (batch_size - len(batch))
             rows = np.array([p for p, _ in filled])
             seeds = np.array([s for _, s in filled], np.uint32)
-            drawn = self._draw_batch(stages, settings, texts, rows, seeds, lowres, edits, progress)
+            drawn = self._draw_batch(placed, settings, texts, rows, seeds, lowres, edits, progress)
             for i, (p, s) in enumerate(batch):
                 pictures = {side: batch_of_side[i] for side, batch_of_side in drawn.items()}
                 metadata = self._metadata(
@@ -339,12 +343,12 @@ class Cascade:
             edits.append(edit)
         return edits
 
-    def _draw_batch(self, stages, settings, texts, rows, seeds, lowres, edits, progress):
+    def _draw_batch(self, placed, settings, texts, rows, seeds, lowres, edits, progress):
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
         low = None if lowres is None else np.broadcast_to(lowres, (len(rows), *lowres.shape))
         drawn = {}
-        for (stage, params), options, edit, (text, away) in zip(
-            stages, settings, edits, texts, strict=True
+        for (stage, params, place), options, edit, (text, away) in zip(
+            placed, settings, edits, texts, strict=True
         ):
             cond, negative = _rows(text, rows), away and _rows(away, np.zeros_like(rows))
             resolution = stage.config.resolution
@@ -358,6 +362,7 @@ class Cascade:
                     lowres=None if low is None else images.to_float(jnp.asarray(low)),
                     negative=negative,
                     edit=jax.tree.map(lambda x: np.broadcast_to(x, (len(rows), *x.shape)), edit),
+                    place=place,
                 )
             )
             drawn[resolution] = low
@@ -413,6 +418,27 @@ def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list
         dataclasses.replace(s, **{k: v[i] for k, v in options.items()})
         for i, s in enumerate(settings)
     ]
+
+
+def _split(
+    stages: Sequence[tuple[Stage, Any]], count: int
+) -> list[tuple[Stage, Any, sharding.ByRows | None]]:
+    """Each stage with its weights, for super-resolution a copy on each of `count` devices, and
+    where its pictures go."""
+    if count == 1:
+        return [(stage, params, None) for stage, params in stages]
+    mesh = sharding.rows_mesh(count)
+    placed = []
+    for stage, params in stages:
+        enlarges = stage.config.lowres_resolution is not None
+        if enlarges and stage.config.resolution % count:
+            raise UserError(
+                f"split_rows={count}: must divide the {stage.config.resolution} rows of "
+                f"{stage.config.name}'s pictures"
+            )
+        copies = jax.device_put(params, sharding.replicated(mesh)) if enlarges else params
+        placed.append((stage, copies, sharding.ByRows(mesh) if enlarges else None))
+    return placed
 
 
 def _held(offload: bool) -> Callable[[Any], Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cascade import config, distributed
+from cascade import config, distributed, paths
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Options:
     """Keep weights in the host's memory, and on the device only those of the text encoder or the
     stage at work: for models that are larger than the device."""
     out: Path = Path("samples")
-    """The folder to write into; made if it is missing."""
+    """The folder to write into; made if it is missing. gs:// and s3:// names are understood."""
     seed: int = 0
     """Seed of each prompt's first picture; the next ones count up."""
     num: int = 1
@@ -95,6 +95,9 @@ class Options:
     google/t5-v1_1-xl. Its width must be the one the model was trained on."""
     batch_size: int | None = None
     """Pictures drawn together; default 1 on a CPU, 8 elsewhere."""
+    split_rows: int = 1
+    """So many devices of this machine share each picture of the super-resolution stages, by its
+    rows of pixels: less memory and time for 1024 px."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
 
@@ -110,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
         _sample(options, prompts, folder)
 
 
-def _sample(options: Options, prompts: list[str], folder: Path) -> None:
+def _sample(options: Options, prompts: list[str], folder: paths.Path) -> None:
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -161,6 +164,7 @@ def _sample(options: Options, prompts: list[str], folder: Path) -> None:
             settings=settings,
             batch_size=batch_size,
             share=share,
+            split_rows=options.split_rows,
             progress=progress,
         )
         for number, picture in zip(own, pictures, strict=True):
@@ -344,9 +348,12 @@ def _check_words(options: Options) -> None:
             raise UserError(f"{flag} {value}: goes with --init-image, which is missing")
 
 
-def _output_folder(out: Path) -> Path:
+def _output_folder(name: Path) -> paths.Path:
+    out = paths.path(name)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
+    if not isinstance(out, Path):
+        return out
     parent = next(p for p in [out, *out.absolute().parents] if p.exists())
     import os
 
@@ -355,7 +362,7 @@ def _output_folder(out: Path) -> Path:
     return out
 
 
-def _next_number(folder: Path) -> int:
+def _next_number(folder: paths.Path) -> int:
     """One past the largest picture number in a folder; 0 in a new one."""
     if not folder.is_dir():
         return 0
@@ -364,7 +371,7 @@ def _next_number(folder: Path) -> int:
 
 
 def _write(
-    picture: Picture, folder: Path, number: int, save_png: Callable[..., None]
+    picture: Picture, folder: paths.Path, number: int, save_png: Callable[..., None]
 ) -> dict[str, Any]:
     name = f"{number:04d}"
     names = ("cascade-diffusion", "jax", "jaxlib", "flax")
@@ -372,12 +379,9 @@ def _write(
     files = {}
     for side, image in picture.images.items():
         files[str(side)] = str(folder / f"{name}_{side}.png")
-        save_png(
-            Path(files[str(side)]), image, {"prompt": picture.prompt, "seed": str(picture.seed)}
-        )
-    partial = folder / f".{name}.json.partial"
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / f"{name}.json")
+        save_png(files[str(side)], image, {"prompt": picture.prompt, "seed": str(picture.seed)})
+    with paths.writing(folder / f"{name}.json") as file:
+        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return {"picture": name, "prompt": picture.prompt, "seed": picture.seed, "files": files}
 
 

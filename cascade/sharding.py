@@ -5,6 +5,7 @@ The only file that names mesh axes:
     data    replicates parameters and splits the batch
     fsdp    splits both: a parameter is gathered where it is used, its gradient scattered again
     tensor  splits the channels between two layers and leaves the batch whole
+    rows    splits pictures by their rows of pixels, in sampling alone (a mesh of its own)
 
 Networks know nothing of this. Placement is a value outside of them: a list of (regular expression
 on the parameter's path, axes of its last dimensions), and where no rule speaks, the largest
@@ -184,6 +185,32 @@ def activations(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return constrain
+
+
+def rows_mesh(count: int) -> Mesh:
+    """The first `count` of this process's devices, to share every picture; UserError for more."""
+    devices = jax.local_devices()
+    if not 1 <= count <= len(devices):
+        raise UserError(f"split_rows={count}: must lie in 1..{len(devices)}, the devices here")
+    return Mesh(np.array(devices[:count]), ("rows",), axis_types=(AxisType.Auto,))
+
+
+@dataclass(frozen=True)
+class ByRows:
+    """(activation, role) -> the same, its rows of pixels split over a `rows_mesh`.
+
+    Convolutions are then sent the neighbours' edges, norms sums alone, and attention to pixels all
+    keys. Where the rows do not divide, and in attention's lists of pixels, the compiler decides.
+    """
+
+    mesh: Mesh
+
+    def __call__(self, x: jax.Array, role: str) -> jax.Array:
+        if x.ndim != 4 or x.shape[1] % self.mesh.size:
+            return x
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, PartitionSpec(None, "rows"))
+        )
 
 
 def path_name(path: tuple[Any, ...]) -> str:

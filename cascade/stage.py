@@ -9,6 +9,7 @@ latents, but for `sample`, which decodes what it has drawn.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from cascade.models import (
     IFUNetConfig,
     Network,
     UpscalerUNetConfig,
+    placing,
 )
 
 Schedule = (
@@ -406,13 +408,15 @@ class Stage:
         negative: Conditioning | None = None,
         size: int | None = None,
         edit: Edit | None = None,
+        place: Callable[[Array, str], Array] | None = None,
     ) -> Float[Array, "b h2 w2 3"]:
         """Draw one picture in [-1, 1] for each row of `cond`, as one compiled program.
 
         keys: [b], one a picture; a picture depends on its own key and row alone. lowres: for a
         super-resolution stage, the smaller pictures in [-1, 1]; they are augmented once, here.
         size: side of the pictures drawn, if not the stage's resolution (crops). edit: begin from
-        these pictures, whose size it is then.
+        these pictures, whose size it is then. place: puts activations on several devices, as for
+        `models.placing`, and the pictures like a "stream"; programs are kept by its hash.
         """
         self.config.check(settings)
         side = size or self.config.resolution
@@ -430,15 +434,18 @@ class Stage:
         settings = dataclasses.replace(
             settings, guidance=0.0 if settings.guided else 1.0, aug_level=0.0
         )
+        latent, inner, network = self.config.autoencoder, (*shape, 3), params
+        if latent is not None:
+            if edit is not None:
+                raise ValueError(
+                    f"stage {self.config.name}: diffusion in latents takes no edit"
+                )
+            inner = (*(side // latent.factor for side in shape), latent.latent_channels)
+            network = params["network"]
         inputs = (cond, negative, lowres, edit, keys, scalars)
-        latent = self.config.autoencoder
-        if latent is None:
-            return _sample(self.config, (*shape, 3), settings, params, *inputs)
-        if edit is not None:
-            raise ValueError(f"stage {self.config.name}: its diffusion in latents takes no edit")
-        inner = (*(side // latent.factor for side in shape), latent.latent_channels)
-        drawn = _sample(self.config, inner, settings, params["network"], *inputs)
-        return _decode(latent, params["autoencoder"], drawn)
+        with placing(place) if place else contextlib.nullcontext():
+            drawn = _sample(self.config, inner, settings, place, network, *inputs)
+        return drawn if latent is None else _decode(latent, params["autoencoder"], drawn)
 
     def _predict(self, params, x_t, logsnr, cond, key=None):
         """-> (prediction in the space of config.prediction, gamma), gamma None unless learned."""
@@ -485,8 +492,8 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
     return prediction, (variance + 1) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(config, shape, settings, params, cond, negative, lowres, edit, keys, scalars):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sample(config, shape, settings, place, params, cond, negative, lowres, edit, keys, scalars):
     """-> [b, *shape], pictures or latents."""
     stage, b = Stage(config), keys.shape[0]
     k_noise, k_steps, k_augment = jnp.moveaxis(
@@ -520,7 +527,7 @@ def _sample(config, shape, settings, params, cond, negative, lowres, edit, keys,
         x, after_step = _edited(config, edit, x, times)
     return samplers.sample(
         denoiser,
-        x,
+        x if place is None else place(x, "stream"),
         schedule=config.schedule,
         times=times,
         step=settings.sampler,

@@ -54,6 +54,16 @@ def base_stage(text_width: int = 8) -> StageConfig:
     )
 
 
+def smallest_stage(text_width: int = 8) -> StageConfig:
+    """Text -> 8 px by one block down and one up, for what traces or compiles a stage often."""
+    network = EfficientUNetConfig(
+        levels=(EfficientLevel(width=16, blocks=1, stride=1),), head_width=8, text_width=text_width
+    )
+    return StageConfig(
+        name="base8", resolution=8, network=network, sampling=Sampling(steps=2, guidance=1.0)
+    )
+
+
 def super_resolution_stage(lowres: int = 8, text_width: int = 8) -> StageConfig:
     """Text and lowres px -> twice that."""
     network = EfficientUNetConfig(

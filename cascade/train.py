@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -26,13 +28,14 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cascade import deepfloyd, flops, images, lora, pretrained, sharding
+from cascade import deepfloyd, flops, images, lora, paths, pretrained, sharding
 from cascade import ema as averages
 from cascade.checkpoint import Checkpoints, load_safetensors, save_safetensors
 from cascade.config import to_json
 from cascade.data import Degradation, FolderData, ScenesData, TFDSData, batches
 from cascade.errors import UserError
 from cascade.models import Conditioning, IFUNetConfig, placing
+from cascade.paths import Path
 from cascade.stage import Stage, StageConfig
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
 from cascade.text.captions import Captions
@@ -318,16 +321,20 @@ def make_plain_step(config: TrainConfig) -> Callable[[State, dict[str, Any]], An
     return make_train_step(config, stage, make_optimizer(config))
 
 
-def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> None:
+def train(
+    config: TrainConfig, workdir: str | os.PathLike[str], *, until: int | None = None
+) -> None:
     """Train in `workdir`, from its newest checkpoint if it has one; returns when done.
 
-    until: stop (with a checkpoint) after this many images instead of config.images. SIGTERM and
-    Ctrl-C save a checkpoint and return too. Several processes (jax.distributed) call it alike; a
-    SIGTERM to any of them stops all. Raises UserError when skip_limit updates in a row were not
-    finite, with the state before them saved.
+    workdir: a folder here, or gs://BUCKET/NAME or s3://BUCKET/NAME. until: stop (with a checkpoint)
+    after this many images instead of config.images. SIGTERM and Ctrl-C save a checkpoint and return
+    too. Several processes (jax.distributed) call it alike; a SIGTERM to any of them stops all.
+    Raises UserError when skip_limit updates in a row were not finite, with the state before them
+    saved.
     """
     from tqdm import tqdm
 
+    workdir = paths.path(workdir)
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
     stage, optimizer = Stage(config.stage), make_optimizer(config)
@@ -406,7 +413,7 @@ def train(config: TrainConfig, workdir: Path, *, until: int | None = None) -> No
             ):
                 drawing = whole(state, state["ema"])
                 _preview(config, stage, drawing, encoder, batch, workdir, step)
-    checkpoints.close()
+        checkpoints.close()
     if log is not None:
         log.close()
         if log.diverged:
@@ -553,13 +560,14 @@ class _Profile:
 
     def __init__(self, folder: Path, steps: int):
         self._folder, self._steps, self._done, self._on = folder, steps, 0, False
+        self._own = tempfile.TemporaryDirectory() if steps and paths.is_remote(folder) else None
 
     def __enter__(self) -> _Profile:
         return self
 
     def before_step(self) -> None:
         if self._steps and self._done == 3:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(self._own.name if self._own else str(self._folder))
             self._on = True
         if self._done == 3 + self._steps:
             self.__exit__()
@@ -568,14 +576,17 @@ class _Profile:
     def __exit__(self, *error: Any) -> None:
         if self._on:
             jax.profiler.stop_trace()
+            if self._own:
+                paths.copy_folder(pathlib.Path(self._own.name), self._folder)
         self._on = False
 
 
 class _StopSignal:
-    """While entered, the first SIGTERM or SIGINT makes `asked` true; a second one acts as usual.
+    """While entered, SIGTERM, and the first SIGINT, make `asked` true and do nothing else.
 
-    Of several processes each must stop after the same step: JAX has its own handler of SIGTERM
-    then, and agrees with the others on one.
+    So whoever takes a machine away may say so again while the last checkpoint is being written; a
+    second Ctrl-C acts as usual. Of several processes each must stop after the same step: JAX has
+    its own handler of SIGTERM then, and agrees with the others on one.
     """
 
     def __init__(self):
@@ -601,7 +612,8 @@ class _StopSignal:
 
     def _ask(self, number, frame):
         self._asked = True
-        signal.signal(number, self._old[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._old[number])
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:

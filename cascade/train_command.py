@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from cascade import config, distributed, xla_flags
+from cascade import config, distributed, paths, xla_flags
 from cascade.errors import UserError
+from cascade.paths import Path
 
 USAGE = f"""usage: cascade train CONFIG --workdir DIR [--FIELD VALUE ...]
 
@@ -16,7 +17,8 @@ Train one stage of a cascade, or a text encoder, as the config file says.
 
   CONFIG         a Python file with a function config(), such as configs/tiny/base64.py
   --workdir DIR  the run's folder: checkpoints, metrics.jsonl, tensorboard/, previews/, loss.png.
-                 If it holds a checkpoint, the run continues from there.
+                 If it holds a checkpoint, the run continues from there. Here, or in object storage:
+                 gs://BUCKET/NAME, s3://BUCKET/NAME (pip install 'cascade-diffusion[storage]').
   --until N      stop, with a checkpoint, after N images in all
   --FIELD VALUE  override a field of the config; or an argument of its function config(), such as
                  the --init MODEL of configs/if/finetune_base64.py
@@ -48,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     settings = config.parse(type(defaults), rest, default=defaults, prog=f"cascade train {path}")
     folder = _workdir(workdir)
     if isinstance(settings, TextPretraining):
+        if not isinstance(folder, pathlib.Path):
+            raise UserError(f"--workdir {folder}: a text encoder is trained in a folder here only")
         pretrain(settings, folder)
     else:
         images = _images(until)
@@ -59,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
 def _workdir(name: str | None) -> Path:
     if name is None:
         raise UserError("--workdir DIR is missing: the folder of the run")
-    folder = Path(name)
+    folder = paths.path(name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir {folder}: is a file; name a folder")
     try:

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 import sys
+import tempfile
 import time
 import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from cascade import paths
 from cascade.chips import chip_of
 from cascade.errors import UserError
+from cascade.paths import Path
 
 
 class TrainingLog:
-    """Of all processes, the first writes. Rows past the resumed step are dropped first."""
+    """Of all processes, the first writes. Rows past the resumed step are dropped first.
+
+    For a workdir in object storage, it writes to a folder here, and each row copies it there.
+    """
 
     def __init__(
         self,
@@ -47,17 +53,24 @@ class TrainingLog:
         self._pending: list[dict[str, jax.Array]] = []
         self._checked, self._waited = 0, 0.0
         self._since = (time.perf_counter(), step)
-        self._path, self._plot = workdir / "metrics.jsonl", workdir / "loss.png"
         self._writers: list[Any] = []
         self._on = jax.process_index() == 0
         if not self._on:
             return
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._workdir, self._own = workdir, None
+        if isinstance(workdir, pathlib.Path):
+            folder = workdir
+        else:
+            self._own = tempfile.TemporaryDirectory()
+            folder = pathlib.Path(self._own.name)
+        before = workdir / "metrics.jsonl"
+        lines = before.read_text().splitlines() if before.exists() else []
+        self._path, self._plot = folder / "metrics.jsonl", folder / "loss.png"
         self._rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        self._writers = [_TensorBoard(workdir, step)]
+        self._writers = [_TensorBoard(folder, step)]
         if wandb:
-            self._writers.append(_WeightsAndBiases(wandb, workdir, config))
+            self._writers.append(_WeightsAndBiases(wandb, workdir, folder, config))
         self._chip = chip_of(jax.devices()[0].device_kind)
         if self._chip is None and step_flops:
             kind = jax.devices()[0].device_kind
@@ -96,11 +109,18 @@ class TrainingLog:
             for writer in self._writers:
                 writer.write({k: v for k, v in row.items() if v is not None}, step)
             _plot_loss(self._rows, self._plot, self._title)
+            self._copy()
         return row
 
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+        if self._on:
+            self._copy()
+
+    def _copy(self) -> None:
+        if self._own is not None:
+            paths.copy_folder(pathlib.Path(self._own.name), self._workdir)
 
     def _check(self) -> None:
         for metrics in self._pending[self._checked :]:
@@ -129,10 +149,10 @@ class TrainingLog:
 
 
 class _TensorBoard:
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, folder: pathlib.Path, step: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def write(self, row: dict[str, Any], step: int) -> None:
         for name, value in row.items():
@@ -145,7 +165,7 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """A resumed run goes on in the same page: its id is made of the folder's path."""
 
-    def __init__(self, project: str, workdir: Path, config: Any):
+    def __init__(self, project: str, workdir: Path, folder: pathlib.Path, config: Any):
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
@@ -153,12 +173,12 @@ class _WeightsAndBiases:
                 f"wandb={project}: Weights & Biases is not installed; pip install wandb, or leave "
                 "the field out"
             ) from None
-        path = workdir.absolute()
+        path = workdir.absolute() if isinstance(workdir, pathlib.Path) else workdir
         self._run = wandb.init(
             project=project,
             id=f"{path.name}-{zlib.crc32(str(path).encode()):08x}",
             name=path.name,
-            dir=str(workdir),
+            dir=str(folder),
             config=config,
             resume="allow",
         )

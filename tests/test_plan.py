@@ -2,11 +2,14 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import sys
 
 import jax
 import pytest
+from jax.experimental import topologies
 
-from cascade import plan, testing
+from cascade import plan, testing, xla_flags
 from cascade.chips import CHIPS, chip_named, chip_of
 from cascade.cli import main
 from cascade.errors import UserError
@@ -20,7 +23,7 @@ BATCH_BYTES = 8 * 8 * 3 + TOKENS * 8 * 4 + TOKENS  # of one picture, its text an
 
 
 def config_of(remat=False, **changes):
-    stage = testing.base_stage()
+    stage = testing.smallest_stage()
     network = dataclasses.replace(stage.network, remat=remat)
     stage = dataclasses.replace(stage, network=network)
     return TrainConfig(**{"stage": stage, "images": 64, "batch_size": 16, **changes})
@@ -31,13 +34,13 @@ def config_file(folder):
     file = folder / "config.py"
     file.write_text(
         "from cascade import testing\nfrom cascade.train import TrainConfig\ndef config():\n"
-        "    return TrainConfig(stage=testing.base_stage(), images=64, batch_size=16)\n"
+        "    return TrainConfig(stage=testing.smallest_stage(), images=64, batch_size=16)\n"
     )
     return str(file)
 
 
 def parameters():
-    leaves = jax.tree.leaves(Stage(testing.base_stage()).abstract())
+    leaves = jax.tree.leaves(Stage(testing.smallest_stage()).abstract())
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
@@ -133,6 +136,35 @@ def test_suggest_names_settings_that_fit_where_the_configs_do_not():
     assert got["bound_seconds"] == min(t["bound_seconds"] for t in got["tried"])
     with pytest.raises(UserError, match="nothing that was tried fits"):
         suggest(config, gpus(16, hbm=1e3), tokens=TOKENS)
+
+
+def test_suggest_also_tries_the_tensor_axis_where_a_compiler_can_tell_what_it_sends(monkeypatch):
+    meshes = []
+
+    def planned(config, topology, *, tokens):
+        meshes.append(config.mesh)
+        bound = 1.0 if config.mesh == MeshConfig(fsdp=4, tensor=2) else 2.0
+        return {"fits": True, "peak_bytes": 1.0, "bound_seconds": bound}
+
+    monkeypatch.setattr(plan, "plan_training", planned)
+    simulated = Topology("simulated", chip_named("v5e"), 8, jax.devices())
+    got = suggest(config_of(), simulated, tokens=TOKENS)
+    assert (got["settings"]["mesh.fsdp"], got["settings"]["mesh.tensor"]) == (4, 2)
+    assert len(got["tried"]) == len(meshes) == 6
+    meshes.clear()
+    suggest(config_of(), gpus(8), tokens=TOKENS)
+    assert {mesh.tensor for mesh in meshes} == {1}
+
+
+def test_a_tpu_is_planned_with_the_flags_that_training_sets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", object())
+    monkeypatch.setattr(os, "environ", {"LIBTPU_INIT_ARGS": "--mine=1"})
+    # libtpu reads them when it is loaded, which is here.
+    monkeypatch.setattr(
+        topologies, "get_topology_desc", lambda **_: pytest.fail(os.environ["LIBTPU_INIT_ARGS"])
+    )
+    with pytest.raises(pytest.fail.Exception, match="--mine=1 " + " ".join(xla_flags.TPU)):
+        open_topology("v5e:2x2")
 
 
 # Compiled: simulated devices stand for those of a TPU slice

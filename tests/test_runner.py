@@ -1,10 +1,13 @@
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cascade import testing
+from cascade import images, sharding, testing
 from cascade.errors import UserError
+from cascade.models import Conditioning
 from cascade.runner import Cascade, with_options
 
 
@@ -46,6 +49,25 @@ def test_a_picture_is_the_same_whatever_is_drawn_together_with_it(cascade, red):
     assert np.abs(difference).max() <= 1
 
 
+def test_pictures_whose_rows_are_split_over_devices_are_the_same(cascade, red):
+    shared = cascade("red circle", seed=3, split_rows=4)[0]
+    for side, picture in red.images.items():
+        assert np.abs(shared.images[side].astype(int) - picture).max() <= 1
+    # The stage itself: each device holds a quarter of the rows, of activations too.
+    stage, params = cascade.stages[2]
+    mesh = sharding.rows_mesh(4)
+    keys, text = jax.vmap(jax.random.key)(np.arange(1)), cascade.encoder(["red circle"])
+    given = {
+        "cond": Conditioning(text=text.values, text_mask=text.mask),
+        "lowres": images.to_float(jnp.asarray(red.images[16][None])),
+        "settings": stage.config.sampling,
+    }
+    rows = {"params": jax.device_put(params, sharding.replicated(mesh))}
+    drawn = stage.sample(keys=keys, place=sharding.ByRows(mesh), **rows, **given)
+    assert {s.data.shape for s in drawn.addressable_shards} == {(1, 8, 32, 3)}
+    np.testing.assert_allclose(drawn, stage.sample(params, keys=keys, **given), atol=1e-4)
+
+
 def test_seeds_prompts_and_negatives_each_change_the_picture(cascade, red):
     others = [
         cascade("red circle", seed=4)[0],
@@ -72,6 +94,8 @@ def test_starting_from_a_picture_goes_on_as_the_cascade_would(cascade, red, side
 @pytest.mark.parametrize(
     "options,message",
     [
+        ({"split_rows": 9}, "must lie in 1..8"),
+        ({"split_rows": 3}, "must divide the 16 rows of sr16"),
         ({"until": 64}, "this model draws 8, 16, 32 px"),
         ({"seed": -1}, "seed must be"),
         ({"lowres": np.zeros((9, 9, 3), np.uint8)}, "9x9 px; this model starts from 8x8 or 16x16"),

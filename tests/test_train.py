@@ -1,5 +1,9 @@
 import dataclasses
+import functools
 import json
+import os
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +13,7 @@ import pytest
 
 from cascade import ema as averages
 from cascade import sharding, testing, train
-from cascade.checkpoint import load_safetensors
+from cascade.checkpoint import Checkpoints, load_safetensors
 from cascade.data import BSR, ScenesData
 from cascade.errors import UserError
 from cascade.export import _reconstructed, export
@@ -17,6 +21,7 @@ from cascade.runner import Cascade
 from cascade.sharding import MeshConfig
 from cascade.stage import Stage
 from cascade.train import Optimizer, TrainConfig
+from cascade.training_log import TrainingLog
 
 ENCODER = testing.FakeEncoder()
 
@@ -226,8 +231,6 @@ def scenes_config(**changes):
 
 
 def weights(workdir):
-    from cascade.checkpoint import Checkpoints
-
     step, ema, _ = Checkpoints(workdir).restore_ema()
     return step, ema
 
@@ -236,11 +239,24 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch):
+    """On the same mesh; on other ones it goes on with the same numbers, up to rounding."""
     config = scenes_config(ema_profiles=(0.05, 0.1), ema_snapshot_images=32, text_tokens=16)
     train.train(config, tmp_path / "whole")
     train.train(config, tmp_path / "parts", until=24)
     assert rows(tmp_path / "parts")[-1]["images"] == 24
+    alone = jax.devices()[:1]
+    for name, mesh in (("three", MeshConfig(data=2, fsdp=2, tensor=2)), ("none", MeshConfig())):
+        shutil.copytree(tmp_path / "parts", tmp_path / name)
+        with monkeypatch.context() as patched:
+            if name == "none":
+                patched.setattr(jax, "devices", lambda: alone)
+            train.train(dataclasses.replace(config, mesh=mesh), tmp_path / name)
+        losses = [[r["loss"] for r in rows(tmp_path / run)] for run in ("whole", name)]
+        assert len(losses[0]) == 8 and np.allclose(*losses, rtol=1e-5)
+        (_, there), (_, here) = weights(tmp_path / "whole"), weights(tmp_path / name)
+        # As a whole: Adam makes as much of gradients that are rounding alone as of any.
+        assert optax.tree.norm(_minus(there, here)) < 1e-3 * optax.tree.norm(there)
     train.train(config, tmp_path / "parts")
     (n, whole), (m, parts) = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert n == m == 8
@@ -272,6 +288,24 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
     assert Cascade.load(tmp_path / "model0.1").encoder.max_tokens == 16
     with pytest.raises(ValueError, match="sigma_rel must lie in"):
         dataclasses.replace(config, ema_profiles=(0.5,))
+
+
+def test_a_run_that_is_told_again_to_end_finishes_its_checkpoint(tmp_path, monkeypatch):
+    usual, add, close = [], TrainingLog.add, Checkpoints.close
+    terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(TrainingLog, "add", lambda *given: (add(*given), terminate()))
+    # What the last save began is still being written here.
+    monkeypatch.setattr(Checkpoints, "close", lambda self: (terminate(), terminate(), close(self)))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: usual.append(number))
+    try:
+        train.train(scenes_config(), tmp_path)
+        assert usual == []
+        terminate()
+        assert usual == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    assert weights(tmp_path)[0] == 1
 
 
 def _minus(a, b):

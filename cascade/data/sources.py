@@ -8,19 +8,20 @@ import dataclasses
 import io
 import json
 import math
+import pathlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from cascade import images
+from cascade import images, paths
 from cascade.data.scenes.captions import VOCABULARY, caption_at
 from cascade.data.scenes.render import render
 from cascade.data.scenes.spec import SPLITS, Object, Split, generator
 from cascade.errors import UserError
+from cascade.paths import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ class FolderData:
     path: holds captions.jsonl, whose lines are {"file": "a/1.png", "caption": "..."} with files
     relative to the folder, one example a line; or, without that, pictures (png, jpg, jpeg, webp;
     subfolders too), each beside a UTF-8 text file of the same stem: a/1.png, a/1.txt. Pictures are
-    cropped to their central square.
+    cropped to their central square. In object storage (gs://BUCKET/NAME, s3://BUCKET/NAME), where
+    looking for files is slow, the folder must have captions.jsonl.
     """
 
     path: str
@@ -171,7 +173,7 @@ def _around(item: Object, side: int, size: int, rng: np.random.Generator) -> tup
 class _FolderSource(Source):
     def __init__(self, config: FolderData, resolution: int):
         self.resolution = resolution
-        folder = Path(config.path)
+        folder = paths.path(config.path)
         if not folder.is_dir():
             raise UserError(
                 f"data folder {folder}: no such folder; give one that holds pictures and captions"
@@ -223,7 +225,7 @@ def _listed(listing: Path) -> list[tuple[Path, str]]:
         if not isinstance(file, str) or not isinstance(caption, str):
             raise UserError(f"{where}: file and caption must be text")
         path = listing.parent / file
-        if not path.is_file():
+        if not paths.is_remote(path) and not path.is_file():
             raise UserError(f"{where}: no picture {path}; put it there or remove the line")
         pairs.append((path, caption.strip()))
     if not pairs:
@@ -233,6 +235,8 @@ def _listed(listing: Path) -> list[tuple[Path, str]]:
 
 def _paired(folder: Path) -> list[tuple[Path, str]]:
     """The pictures under a folder, with the text files beside them, in the order of their paths."""
+    if not isinstance(folder, pathlib.Path):
+        raise UserError(f"data folder {folder}: in object storage it must hold captions.jsonl")
     pictures = sorted(
         path
         for path in folder.rglob("*")

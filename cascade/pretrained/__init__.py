@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import pathlib
 
+from cascade import paths
 from cascade.errors import UserError
 
-HERE = Path(__file__).parent
+HERE = pathlib.Path(__file__).parent
 
 
-def find(name_or_dir: str | Path) -> Path:
-    """The model folder meant by a shipped name (`scenes`) or a path. A path that exists wins."""
-    folder = Path(name_or_dir)
+def find(name_or_dir: str | os.PathLike[str]) -> pathlib.Path:
+    """The model folder meant by a shipped name (`scenes`) or a path. A path that exists wins.
+
+    Of one in object storage, a local copy.
+    """
+    folder = paths.path(name_or_dir)
     shipped = sorted(p.parent.name for p in HERE.glob("*/config.json"))
     if not folder.exists() and str(name_or_dir) in shipped:
         return HERE / str(name_or_dir)
@@ -23,4 +28,4 @@ def find(name_or_dir: str | Path) -> Path:
         raise UserError(
             f"model {folder}: holds no config.json; give a folder that `cascade export` wrote"
         )
-    return folder
+    return paths.local_copy(folder)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cascade import paths
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5EncoderModel
 from cascade.text.captions import Captions
@@ -149,7 +150,7 @@ class T5Encoder:
 
 def is_hub_name(name: str) -> bool:
     """Whether `T5Encoder.load(name)` would ask the Hugging Face hub."""
-    return name not in SHIPPED and not Path(name).expanduser().is_dir()
+    return name not in SHIPPED and not paths.path(name).expanduser().is_dir()
 
 
 def locate(name_or_dir: str | Path) -> Path:
@@ -158,7 +159,7 @@ def locate(name_or_dir: str | Path) -> Path:
     if name in SHIPPED:
         return SHIPPED[name]
     if not is_hub_name(name):
-        return Path(name).expanduser()
+        return paths.local_copy(paths.path(name).expanduser())
     if isinstance(name_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"text encoder {name}: no such folder")
     return _downloaded(name)

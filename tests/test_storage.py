@@ -1,0 +1,139 @@
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import storage
+from etils import epath
+
+from cascade import export, images, paths, sample, testing, train
+from cascade.checkpoint import WholeFolder, load_safetensors, save_safetensors
+from cascade.data import FolderData, ScenesData, open_source
+from cascade.errors import UserError
+from cascade.train import Optimizer, TrainConfig
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The folder that is gs://bucket."""
+    paths._check_bucket.cache_clear()
+    with storage.served(tmp_path, monkeypatch):
+        (tmp_path / "bucket").mkdir()
+        yield tmp_path / "bucket"
+    paths._check_bucket.cache_clear()
+
+
+CONFIG = TrainConfig(
+    stage=testing.smallest_stage(text_width=128),
+    data=ScenesData(split="train"),
+    images=16,
+    batch_size=8,
+    optimizer=Optimizer(learning_rate=1e-3),
+    log_every_images=8,
+    save_every_images=8,
+    preview_every_images=0,
+)
+
+
+def losses(text):
+    return [json.loads(line)["loss"] for line in text.splitlines()]
+
+
+def test_a_run_lives_in_object_storage_as_it_does_here(bucket, tmp_path, monkeypatch):
+    """Trains, resumes, is exported, and draws, with no file of it here."""
+    alone = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: alone)  # for less to compile
+    train.train(CONFIG, tmp_path / "here")
+    train.train(CONFIG, "gs://bucket/run", until=8)
+    train.train(CONFIG, "gs://bucket/run")
+    names = {p.name for p in (bucket / "run").iterdir()}
+    assert names == {"checkpoints", "metrics.jsonl", "loss.png", "tensorboard"}
+    assert len(list((bucket / "run" / "tensorboard").iterdir())) == 2
+    there = losses((bucket / "run" / "metrics.jsonl").read_text())
+    assert there == losses((tmp_path / "here" / "metrics.jsonl").read_text())
+
+    report = export.export(["gs://bucket/run"], "gs://bucket/model")
+    export.export([tmp_path / "here"], tmp_path / "model")
+    assert report["trained"]["base8"]["images"] == 16
+    files = {
+        name: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for name, folder in (("there", bucket / "model"), ("here", tmp_path / "model"))
+    }
+    assert files["there"] == files["here"] and "base8/model.safetensors" in files["there"]
+    with pytest.raises(UserError, match="exists already"):
+        export.export(["gs://bucket/run"], "gs://bucket/model")
+
+    words = ["a red circle", "--steps", "2", "--no-compilation-cache"]
+    there = ["--model", "gs://bucket/model", "--out", "gs://bucket/pictures"]
+    sample.main([*words, *there])
+    sample.main([*words, *there])
+    drawn = {p.name: p.read_bytes() for p in (bucket / "pictures").iterdir()}
+    assert set(drawn) == {f"000{i}{end}" for i in (0, 1) for end in ("_8.png", ".json")}
+    assert drawn["0001_8.png"] == drawn["0000_8.png"]
+
+
+def test_a_profile_is_copied_to_object_storage(bucket, monkeypatch):
+    folders = []
+    monkeypatch.setattr(jax.profiler, "start_trace", folders.append)
+    monkeypatch.setattr(
+        jax.profiler, "stop_trace", lambda: (pathlib.Path(folders[0]) / "trace").write_text("all")
+    )
+    with train._Profile(paths.path("gs://bucket/run/profile"), 1) as profile:
+        for _ in range(5):
+            profile.before_step()
+    assert (bucket / "run" / "profile" / "trace").read_text() == "all" and len(folders) == 1
+
+
+def test_pictures_and_captions_are_read_from_object_storage(bucket):
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    images.save_png("gs://bucket/data/a/1.png", picture)
+    with pytest.raises(UserError, match="must hold captions.jsonl"):
+        open_source(FolderData(path="gs://bucket/data"), 8)
+    line = json.dumps({"file": "a/1.png", "caption": "a red circle"})
+    (bucket / "data" / "captions.jsonl").write_text(line)
+    source = open_source(FolderData(path="gs://bucket/data"), 8)
+    assert len(source) == 1 and source[0]["caption"] == "a red circle"
+    assert np.array_equal(source[0]["image"], picture)
+    with pytest.raises(UserError, match="gs://bucket/data/2.png: no such file"):
+        images.load_image("gs://bucket/data/2.png")
+
+
+@pytest.mark.parametrize("where", ["gs://bucket", "here"])
+def test_files_and_folders_appear_whole_or_not_at_all(bucket, tmp_path, where):
+    root = paths.path(where if where != "here" else tmp_path / "here")
+    root.mkdir(exist_ok=True)
+    with pytest.raises(RuntimeError), paths.writing(root / "file") as file:
+        file.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), WholeFolder(root / "folder") as folder:
+        (folder / "file").write_text("half")
+        raise RuntimeError
+    assert list(root.iterdir()) == []
+    save_safetensors(root / "file", {"w": np.ones(3, np.float32)})
+    abstract = {"w": np.zeros(3, np.float32)}
+    assert np.array_equal(load_safetensors(root / "file", abstract)["w"], np.ones(3))
+    with WholeFolder(root / "folder") as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "weights").write_text("all")
+    assert (root / "folder" / "part" / "weights").read_text() == "all"
+    assert [p.name for p in root.iterdir() if p.name.startswith(".")] == []
+
+
+def test_names_of_object_storage_survive_pathlib(bucket, tmp_path):
+    assert paths.path("gs://bucket/a/b") == epath.Path("gs://bucket/a/b")
+    folded = paths.path(pathlib.Path("gs://bucket/a/b"))
+    assert str(folded) == "gs://bucket/a/b" and paths.is_remote(folded)
+    assert paths.path(tmp_path) == tmp_path and not paths.is_remote(paths.path("gs"))
+
+
+def test_storage_without_its_client_is_one_line(monkeypatch):
+    kind = type(storage.backend.fsspec_backend)
+
+    def missing(self, name):
+        raise ImportError(f"no module for {name}")
+
+    monkeypatch.setattr(kind, "_get_filesystem", missing)
+    paths._check_bucket.cache_clear()
+    with pytest.raises(UserError, match=r"s3://there: needs s3fs; pip install .*storage"):
+        train.train(CONFIG, "s3://there/run")
