@@ -437,9 +437,7 @@ class Stage:
         latent, inner, network = self.config.autoencoder, (*shape, 3), params
         if latent is not None:
             if edit is not None:
-                raise ValueError(
-                    f"stage {self.config.name}: diffusion in latents takes no edit"
-                )
+                raise ValueError(f"stage {self.config.name}: diffusion in latents takes no edit")
             inner = (*(side // latent.factor for side in shape), latent.latent_channels)
             network = params["network"]
         inputs = (cond, negative, lowres, edit, keys, scalars)
