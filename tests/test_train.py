@@ -220,7 +220,7 @@ def test_impossible_configs_are_refused(changes, message):
 
 def scenes_config(**changes):
     return config_of(
-        stage=testing.base_stage(text_width=128),
+        stage=testing.smallest_stage(text_width=128),
         data=ScenesData(split="train"),
         mesh=MeshConfig(data=2, fsdp=4),
         log_every_images=8,
