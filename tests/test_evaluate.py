@@ -265,7 +265,7 @@ def test_a_model_whose_pictures_cannot_be_read_is_refused(monkeypatch, tmp_path)
 def test_super_resolution_can_be_kept_from_the_prompt(monkeypatch, null):
     told = {}
 
-    def sample(self, params, cond, keys, *, settings, lowres=None, negative=None):
+    def sample(self, params, cond, keys, *, settings, lowres=None, **rest):
         told[self.config.name] = bool(cond.text_mask.any()), bool(cond.text.any())
         base = jax.random.uniform(keys[0], (1, 64, 64, 3), minval=-1)
         return base if lowres is None else images.upsample(lowres, (256, 256))
