@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from cascade import deepfloyd, flops, images, lora, paths, pretrained, sharding
 from cascade import ema as averages
 from cascade.checkpoint import Checkpoints, load_safetensors, save_safetensors
-from cascade.config import to_json
+from cascade.config import from_json, to_json
 from cascade.data import Degradation, FolderData, ScenesData, TFDSData, batches
 from cascade.errors import UserError
 from cascade.models import Conditioning, IFUNetConfig, placing
@@ -454,10 +454,12 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
         start = jax.jit(start, out_shardings=placement, donate_argnums=0)
         return start(init_params(config, place)), placement
     saved = checkpoints.read_config()
-    if saved["stage"] != to_json(config.stage):
+    # Fields that were added since it was saved have their defaults.
+    there = from_json(StageConfig, saved["stage"], f"{checkpoints.directory.parent}: stage")
+    if there != config.stage:
         raise UserError(
             f"{checkpoints.directory.parent}: holds a run of another stage config "
-            f"({_difference(saved['stage'], to_json(config.stage))}); use its config, or another "
+            f"({_difference(to_json(there), to_json(config.stage))}); use its config, or another "
             "folder"
         )
     for name, default in (("lora_rank", 0), ("init", None)):

@@ -339,6 +339,20 @@ def test_resuming_with_another_network_is_refused(tmp_path):
         train.train(other, tmp_path)
 
 
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default(tmp_path, monkeypatch):
+    config, read_config = scenes_config(), Checkpoints.read_config
+    train.train(config, tmp_path, until=16)
+
+    def read_older(self):
+        saved = read_config(self)
+        del saved["stage"]["residual"]
+        return saved
+
+    monkeypatch.setattr(Checkpoints, "read_config", read_older)
+    train.train(config, tmp_path, until=24)
+    assert rows(tmp_path)[-1]["images"] == 24
+
+
 def test_a_run_may_start_from_the_weights_of_a_model(tmp_path):
     config = scenes_config()
     train.train(config, tmp_path / "first", until=16)
