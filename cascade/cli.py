@@ -17,7 +17,7 @@ VERBS = {
     "sample": ("cascade.sample", "draw pictures from prompts"),
     "train": ("cascade.train_command", "train a stage or a text encoder; the same command resumes"),
     "export": ("cascade.export", "collect trained stages into a model folder for `sample --model`"),
-    "convert": ("cascade.convert", "public weights (DeepFloyd IF) to a model folder"),
+    "convert": ("cascade.convert", "public weights (DeepFloyd IF, x4 upscaler) to a model folder"),
     "eval": ("cascade.evaluate", "measure a model: facts right, sweeps, properties"),
     "data": ("cascade.data.commands", "make or inspect a dataset"),
     "plan": ("cascade.plan", "what a run needs on a TPU slice or GPUs that are not here"),

@@ -35,7 +35,7 @@ from cascade import config as configs
 from cascade import deepfloyd, flops, plan_hlo, sharding, train, xla_flags
 from cascade.chips import CHIPS, Chip, chip_named
 from cascade.errors import UserError
-from cascade.models import Conditioning, IFUNetConfig
+from cascade.models import Conditioning
 from cascade.stage import Stage, StageConfig
 from cascade.text.encoder import T5Encoder, locate
 from cascade.text.folder import read_config, target
@@ -67,7 +67,7 @@ figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, wh
   --sample             the sampling of a batch instead of a training step
   --sample-batch N     pictures drawn together (default: one for each part of the batch)
   --tokens N           length of the text (default 128)
-  --dtype D            of a MODEL's DeepFloyd IF weights: float32 or (default) bfloat16
+  --dtype D            of a MODEL's public weights: float32 or (default) bfloat16
   --t5-int8            with the text encoder of a MODEL in int8
   --suggest            try meshes (fsdp, and for TPUs tensor), remat and microbatches, and name the
                        fastest that fits
@@ -254,8 +254,9 @@ def plan_model(
 ) -> Figures:
     """The memory of one chip while a model draws a batch on it, part by part, from configs alone.
 
-    model: as `cascade sample --model` has it. Without a compiler for the topology temporaries are
-    unknown, and what is said of fitting is of weights alone.
+    model: as `cascade sample --model` has it. The x4 upscaler's own text encoder, of 340 million
+    parameters, is left out. Without a compiler for the topology temporaries are unknown, and what
+    is said of fitting is of weights alone.
     """
     start = deepfloyd.Start(model=model)
     encoder_config = dataclasses.replace(
@@ -269,7 +270,7 @@ def plan_model(
     }
     for config in start.stages():
         kind = jnp.dtype("float32")
-        if isinstance(config.network, IFUNetConfig):
+        if config.published:
             config, kind = deepfloyd.computing_in(config, dtype), jnp.dtype(dtype)
         stage = Stage(config)
         draw, inputs = drawing(stage, tokens, batch_size)

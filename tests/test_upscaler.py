@@ -1,6 +1,7 @@
 """stable-diffusion-x4-upscaler: its networks, its readers, and the latent stage they make.
 
-What diffusers computes is in fixtures/upscaler (see make_upscaler.py); test_parity.py asks it.
+What diffusers computes is in fixtures/upscaler (see make_upscaler.py);
+test_upscaler_parity.py asks it.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from fixtures.random_weights import noise, random_tensors
 from flax import nnx
 from test_deepfloyd import relative_error, write_pipeline
 
-from cascade import convert, upscaler
+from cascade import convert, plan, upscaler
+from cascade.chips import chip_named
 from cascade.deepfloyd import pipelines, read_converted
 from cascade.diffusion import samplers
 from cascade.diffusion.denoise import Threshold
@@ -330,6 +332,12 @@ def test_a_third_stage_is_sampled_as_it_is_and_converted_alike(folder, tmp_path)
     # Its prompt reaches it, though what encodes it is not the first stage's T5.
     (other,) = cascade("blue", lowres=low, settings=settings)
     assert (other.image != drawn[0]).any()
+    # A plan knows its dtype too.
+    topology = plan.Topology("simulated", chip_named("a100"), 1, None)
+    options = {"tokens": 7, "batch_size": 1, "dtype": "bfloat16", "int8": False}
+    planned = plan.plan_model(str(tmp_path / "model"), topology, **options)["parts"]["x4_32"]
+    leaves = jax.tree.leaves(cascade.stages[1][0].abstract())
+    assert planned["weight_bytes"] == 2 * sum(leaf.size for leaf in leaves)
 
 
 def test_converted_in_half_precision_it_is_read_in_any(folder, tmp_path):

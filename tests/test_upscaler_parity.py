@@ -1,6 +1,7 @@
 """The x4 upscaler against diffusers 0.42 and transformers 5, live. Skipped without [parity]."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from cascade.text import clip
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
-reference = pytest.importorskip("fixtures.make_upscaler")
-deepfloyd = pytest.importorskip("fixtures.make_deepfloyd")
-test_parity = pytest.importorskip("test_parity")
+reference = importlib.import_module("fixtures.make_upscaler")
+deepfloyd = importlib.import_module("fixtures.make_deepfloyd")
+test_parity = importlib.import_module("test_parity")
 
 published = test_parity.published
 WIDE = reference.UNET | {
