@@ -147,11 +147,11 @@ def bench_train(options: TrainOptions) -> dict[str, Any]:
         "batch_size": b,
         "device": device.device_kind,
         "devices": jax.device_count(),
-        "images_per_second": round(b / seconds, 2),
-        "step_seconds": round(seconds, 4),
+        "images_per_second": _rounded(b / seconds),
+        "step_seconds": _rounded(seconds),
         "first_two_steps_seconds": round(warm - start, 2),
-        "tflops_per_device": round(rate / 1e12, 4),
-        "mfu": round(rate / chip.flops, 4) if chip else None,
+        "tflops_per_device": _rounded(rate / 1e12),
+        "mfu": _rounded(rate / chip.flops) if chip else None,
         "peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
     }
 
@@ -191,6 +191,11 @@ def bench_compile(options: CompileOptions) -> dict[str, Any]:
         "hlo_bytes": len(lowered.as_text()),
         "hlo_bytes_compiled": len(program.as_text() or ""),
     }
+
+
+def _rounded(value: float) -> float:
+    """To four digits, wherever they begin: a slow machine's figure is small, not nothing."""
+    return float(f"{value:.4g}")
 
 
 def _train_config(path: Path) -> Any:

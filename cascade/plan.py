@@ -36,6 +36,7 @@ from cascade import deepfloyd, flops, plan_hlo, sharding, train, xla_flags
 from cascade.chips import CHIPS, Chip, chip_named
 from cascade.errors import UserError
 from cascade.models import Conditioning
+from cascade.runner import by_rows
 from cascade.stage import Stage, StageConfig
 from cascade.text.encoder import T5Encoder, locate
 from cascade.text.folder import read_config, target
@@ -54,6 +55,7 @@ LIBTPU = {
 
 USAGE = """usage: cascade plan CONFIG --topology CHIP:SHAPE [--FIELD VALUE ...]
        cascade plan MODEL --sample --topology CHIP:SHAPE [--dtype D] [--t5-int8]
+                    [--split-rows N]
 
 What a training run would need on accelerators that are not here: a table on stderr, and all
 figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, which takes minutes.
@@ -66,6 +68,8 @@ figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, wh
                        GPUs: a100:N, h100:N, h200:N
   --sample             the sampling of a batch instead of a training step
   --sample-batch N     pictures drawn together (default: one for each part of the batch)
+  --split-rows N       with N chips sharing each picture of a super-resolution stage by its rows, as
+                       `cascade sample --split-rows` does: figures are of those chips
   --tokens N           length of the text (default 128)
   --dtype D            of a MODEL's public weights: float32 or (default) bfloat16
   --t5-int8            with the text encoder of a MODEL in int8
@@ -85,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
     own.add_argument("--topology")
     own.add_argument("--sample", action="store_true")
     own.add_argument("--sample-batch", type=int)
+    own.add_argument("--split-rows", type=int, default=1)
     own.add_argument("--tokens", type=int, default=128)
     own.add_argument("--suggest", action="store_true")
     own.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -99,6 +104,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--tokens must be positive, got {options.tokens}")
     if (options.sample_batch is not None) > options.sample or (options.sample_batch or 1) < 1:
         raise UserError("--sample-batch must be positive, and goes with --sample")
+    if options.split_rows != 1 and not options.sample:
+        raise UserError("--split-rows goes with --sample")
     if not path.endswith(".py"):
         print(json.dumps(_plan_model(path, options, rest), indent=2))
         return
@@ -114,7 +121,11 @@ def main(argv: Sequence[str]) -> None:
         figures = suggest(config, topology, tokens=options.tokens)
     elif options.sample:
         figures = plan_sampling(
-            config, topology, tokens=options.tokens, batch_size=options.sample_batch
+            config,
+            topology,
+            tokens=options.tokens,
+            batch_size=options.sample_batch,
+            split_rows=options.split_rows,
         )
     else:
         figures = plan_training(config, topology, tokens=options.tokens)
@@ -199,28 +210,45 @@ def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Fi
 
 
 def plan_sampling(
-    config: TrainConfig, topology: Topology, *, tokens: int, batch_size: int | None = None
+    config: TrainConfig,
+    topology: Topology,
+    *,
+    tokens: int,
+    batch_size: int | None = None,
+    split_rows: int = 1,
 ) -> Figures:
-    """The figures of drawing one batch with the config's sampling settings, all steps of it."""
+    """The figures of drawing one batch with the config's sampling settings, all steps of it.
+
+    split_rows: so many chips, the others left out, share each picture of a super-resolution stage
+    and have its weights whole, as in `Cascade.draw`; else the config's mesh splits both.
+    """
     if topology.devices is None:
         raise UserError("--sample needs a compiler, and GPUs have none for absent machines")
-    stage = Stage(config.stage)
-    mesh = _mesh(config, topology)
-    b = batch_size or _batch_parts(mesh)
-    params = stage.abstract()
-    draw, inputs = drawing(stage, tokens, b)
+    stage, params = Stage(config.stage), Stage(config.stage).abstract()
+    place = by_rows(config.stage, split_rows, topology.devices)
+    if place is not None:
+        mesh = place.mesh
+        topology = dataclasses.replace(topology, count=split_rows)
+        weights = pictures = sharding.replicated(mesh)
+        drawn, b = None, batch_size or 1
+    elif split_rows == 1:
+        mesh = _mesh(config, topology)
+        weights, pictures = sharding.shardings(params, mesh), sharding.batch_sharding(mesh)
+        drawn, b = pictures, batch_size or _batch_parts(mesh)
+    else:
+        raise UserError(f"--split-rows {split_rows}: {stage.config.name} draws from text alone")
+    draw, inputs = drawing(stage, tokens, b, place)
     work = flops.count(draw, params, inputs)
-    rows = sharding.batch_sharding(mesh)
-    jitted = jax.jit(
-        draw, in_shardings=(sharding.shardings(params, mesh), rows), out_shardings=rows
-    )
+    jitted = jax.jit(draw, in_shardings=(weights, pictures), out_shardings=drawn)
     measured = _compiled(jitted, (params, inputs), topology)
     return _figures(config, topology, mesh, params, measured, model=work, executed=work, images=b)
 
 
-def drawing(stage: Stage, tokens: int, b: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+def drawing(
+    stage: Stage, tokens: int, b: int, place: sharding.ByRows | None = None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The program (params, inputs) -> b pictures of a stage by its own settings, and the shapes of
-    its inputs."""
+    its inputs. place: as in `Stage.sample`."""
     config = stage.config
     text = {
         "text": jax.ShapeDtypeStruct((b, tokens, config.network.text_width or 1), jnp.float32),
@@ -244,19 +272,27 @@ def drawing(stage: Stage, tokens: int, b: int) -> tuple[Callable[..., Any], dict
             settings=config.sampling,
             lowres=inputs.get("lowres"),
             negative=None if negative is None else Conditioning(**negative),
+            place=place,
         )
 
     return draw, inputs
 
 
 def plan_model(
-    model: str, topology: Topology, *, tokens: int, batch_size: int, dtype: Any, int8: bool
+    model: str,
+    topology: Topology,
+    *,
+    tokens: int,
+    batch_size: int,
+    dtype: Any,
+    int8: bool,
+    split_rows: int = 1,
 ) -> Figures:
     """The memory of one chip while a model draws a batch on it, part by part, from configs alone.
 
-    model: as `cascade sample --model` has it. The x4 upscaler's own text encoder, of 340 million
-    parameters, is left out. Without a compiler for the topology temporaries are unknown, and what
-    is said of fitting is of weights alone.
+    model, split_rows: as `cascade sample` has them. The x4 upscaler's own text encoder, of 340
+    million parameters, is left out. Without a compiler for the topology temporaries are unknown,
+    and what is said of fitting is of weights alone.
     """
     start = deepfloyd.Start(model=model)
     encoder_config = dataclasses.replace(
@@ -265,24 +301,26 @@ def plan_model(
     encoder = T5Encoder(encoder_config, {}, Tokenizer(b"", tokens))  # tokenizes nothing
     ids = jax.ShapeDtypeStruct((batch_size, tokens), jnp.int32)
     mask = jax.ShapeDtypeStruct((batch_size, tokens), jnp.bool_)
+    one = topology.devices and jax.sharding.SingleDeviceSharding(topology.devices[0])
     programs: dict[str, Any] = {
-        "text encoder": (encoder.apply, target(encoder_config), (ids, mask))
+        "text encoder": (encoder.apply, target(encoder_config), (ids, mask), one)
     }
     for config in start.stages():
         kind = jnp.dtype("float32")
         if config.published:
             config, kind = deepfloyd.computing_in(config, dtype), jnp.dtype(dtype)
         stage = Stage(config)
-        draw, inputs = drawing(stage, tokens, batch_size)
+        place = topology.devices and by_rows(config, split_rows, topology.devices)
+        draw, inputs = drawing(stage, tokens, batch_size, place)
         params = jax.tree.map(lambda a, k=kind: jax.ShapeDtypeStruct(a.shape, k), stage.abstract())
-        programs[config.name] = (draw, params, (inputs,))
+        where = one if place is None else sharding.replicated(place.mesh)
+        programs[config.name] = (draw, params, (inputs,), where)
     parts: dict[str, Figures] = {}
-    for name, (program, params, inputs) in programs.items():
+    for name, (program, params, inputs, where) in programs.items():
         parts[name] = {"weight_bytes": _size(params), "temporary_bytes": None}
         if topology.devices is not None:
             print(f"compiling {name} ...", file=sys.stderr)
-            one = jax.sharding.SingleDeviceSharding(topology.devices[0])
-            measured = _compiled(jax.jit(program, in_shardings=one), (params, *inputs), topology)
+            measured = _compiled(jax.jit(program, in_shardings=where), (params, *inputs), topology)
             parts[name] |= {k: measured[k] for k in ("temporary_bytes", "peak_bytes")}
     largest = max(p.get("peak_bytes") or p["weight_bytes"] for p in parts.values())
     return {
@@ -311,6 +349,7 @@ def _plan_model(model: str, options: argparse.Namespace, rest: Sequence[str]) ->
         batch_size=options.sample_batch or 1,
         dtype=options.dtype,
         int8=options.t5_int8,
+        split_rows=options.split_rows,
     )
 
     def size(value: float | None) -> str:

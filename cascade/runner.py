@@ -406,6 +406,25 @@ def default_strength(stage: StageConfig, masked: bool) -> float:
     return 1.0 if masked else 0.7
 
 
+def by_rows(
+    config: StageConfig, count: int, devices: Sequence[Any] | None = None
+) -> sharding.ByRows | None:
+    """Where `split_rows` puts the pictures of a stage, None for those that are not split: it is
+    super-resolution that shares them. devices: to choose from, None is those of this process.
+    """
+    if count == 1:
+        return None
+    mesh = sharding.rows_mesh(count, devices)
+    if config.lowres_resolution is None:
+        return None
+    if config.resolution % count:
+        raise UserError(
+            f"split_rows={count}: must divide the {config.resolution} rows of {config.name}'s "
+            "pictures"
+        )
+    return sharding.ByRows(mesh)
+
+
 def numbers(total: int, batch_size: int, share: tuple[int, int]) -> list[int]:
     """Which of `total` pictures, counted from 0, a share of `Cascade.draw` holds, in its order."""
     starts = range(share[0] * batch_size, total, share[1] * batch_size)
@@ -425,19 +444,12 @@ def _split(
 ) -> list[tuple[Stage, Any, sharding.ByRows | None]]:
     """Each stage with its weights, for super-resolution a copy on each of `count` devices, and
     where its pictures go."""
-    if count == 1:
-        return [(stage, params, None) for stage, params in stages]
-    mesh = sharding.rows_mesh(count)
     placed = []
     for stage, params in stages:
-        enlarges = stage.config.lowres_resolution is not None
-        if enlarges and stage.config.resolution % count:
-            raise UserError(
-                f"split_rows={count}: must divide the {stage.config.resolution} rows of "
-                f"{stage.config.name}'s pictures"
-            )
-        copies = jax.device_put(params, sharding.replicated(mesh)) if enlarges else params
-        placed.append((stage, copies, sharding.ByRows(mesh) if enlarges else None))
+        place = by_rows(stage.config, count)
+        if place is not None:
+            params = jax.device_put(params, sharding.replicated(place.mesh))
+        placed.append((stage, params, place))
     return placed
 
 

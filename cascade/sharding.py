@@ -187,9 +187,10 @@ def activations(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     return constrain
 
 
-def rows_mesh(count: int) -> Mesh:
-    """The first `count` of this process's devices, to share every picture; UserError for more."""
-    devices = jax.local_devices()
+def rows_mesh(count: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The first `count` devices (None: of this process), to share every picture; UserError for
+    more than there are."""
+    devices = jax.local_devices() if devices is None else devices
     if not 1 <= count <= len(devices):
         raise UserError(f"split_rows={count}: must lie in 1..{len(devices)}, the devices here")
     return Mesh(np.array(devices[:count]), ("rows",), axis_types=(AxisType.Auto,))

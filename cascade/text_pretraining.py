@@ -16,12 +16,12 @@ models/t5.py): from T5's own initial values, 2500 steps left the colour half unr
 import dataclasses
 import io
 import json
-import os
+import pathlib
 import string
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,11 +33,13 @@ import sentencepiece
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cascade import paths
 from cascade.config import to_json
 from cascade.data.scenes.captions import captions
 from cascade.data.scenes.spec import generator, scene_at
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel
+from cascade.paths import Path
 from cascade.text.folder import write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID, Tokenizer
 
@@ -92,15 +94,16 @@ class TextPretraining:
         return -(-self.examples // self.batch_size)
 
 
-def pretrain(config: TextPretraining, workdir: Path, *, until: int | None = None) -> None:
+def pretrain(config: TextPretraining, workdir: str | Path, *, until: int | None = None) -> None:
     """Pretrain in `workdir`, from its saved state if it has one, and write WORKDIR/text_encoder.
 
+    workdir: a folder here, or gs://BUCKET/NAME or s3://BUCKET/NAME.
     until: stop, with the state saved, after this many steps instead of config.steps; the same call
     again goes on from there, to the same parameters as if it had not stopped.
     """
     from tqdm import tqdm
 
-    workdir = Path(workdir)
+    workdir = paths.path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     _check_config(config, workdir / "config.json")
     spiece = _vocabulary(config, workdir / "spiece.model")
@@ -125,7 +128,9 @@ def pretrain(config: TextPretraining, workdir: Path, *, until: int | None = None
                 _save(state, workdir / "state.safetensors")
     if step == config.steps:
         params = jax.device_get(state["params"]["encoder"])
-        write_folder(workdir / "text_encoder", config.encoder, params, spiece)
+        with tempfile.TemporaryDirectory() as made:
+            write_folder(pathlib.Path(made), config.encoder, params, spiece)
+            paths.copy_folder(pathlib.Path(made), workdir / "text_encoder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -373,7 +378,8 @@ def _restored(state: State, path: Path) -> State:
     """The saved state, in the structure of `state`; `state` itself when there is none."""
     if not path.exists():
         return state
-    saved = safetensors.numpy.load_file(path)
+    with paths.reading(path) as file:
+        saved = safetensors.numpy.load_file(file)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(saved[jax.tree_util.keystr(path)]), state
     )
@@ -381,9 +387,8 @@ def _restored(state: State, path: Path) -> State:
 
 def _write(path: Path, contents: bytes) -> None:
     """All or nothing: an interrupted run leaves the old file."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(contents)
-    os.replace(part, path)
+    with paths.writing(path) as file:
+        file.write_bytes(contents)
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -404,7 +409,7 @@ class _Log:
         self._path, self._plot = workdir / "metrics.jsonl", workdir / "loss.png"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         self._rows = [row for line in lines if (row := json.loads(line))["step"] <= step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._write_rows()
 
     def add(self, loss: Array) -> None:
         self._pending.append(loss)
@@ -419,10 +424,13 @@ class _Log:
         self._since = (now, step)
         rate = (step - before) * self._config.batch_size / (now - then)
         self._rows.append({"step": step, "loss": loss, "examples_per_second": round(rate, 1)})
-        with self._path.open("a") as f:
-            f.write(json.dumps(self._rows[-1]) + "\n")
+        self._write_rows()
         self._draw()
         return loss
+
+    def _write_rows(self) -> None:
+        # Whole each time: object storage cannot append, and the rows are few.
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
 
     def _draw(self) -> None:
         from matplotlib.figure import Figure
@@ -432,7 +440,8 @@ class _Log:
         axes.plot([r["step"] for r in self._rows], [r["loss"] for r in self._rows])
         axes.set(xlabel="steps", ylabel="cross-entropy of masked tokens (nats)", yscale="log")
         axes.grid(alpha=0.3)
-        figure.savefig(self._plot, dpi=120)
+        with paths.writing(self._plot) as file:
+            figure.savefig(file, dpi=120, format="png")
 
 
 # Words that captions lack and prompts may have: the vocabulary gets pieces for them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -50,8 +49,6 @@ def main(argv: Sequence[str]) -> None:
     settings = config.parse(type(defaults), rest, default=defaults, prog=f"cascade train {path}")
     folder = _workdir(workdir)
     if isinstance(settings, TextPretraining):
-        if not isinstance(folder, pathlib.Path):
-            raise UserError(f"--workdir {folder}: a text encoder is trained in a folder here only")
         pretrain(settings, folder)
     else:
         images = _images(until)

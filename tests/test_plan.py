@@ -197,6 +197,24 @@ def test_sampling_counts_every_step_of_both_guided_halves(monkeypatch):
     assert math.isclose(work, 4 * got["flops"], rel_tol=0.01)
 
 
+def test_sampling_by_rows_is_of_the_chips_that_share_the_pictures():
+    """Each holds all weights and a part of what is between layers, and sends its edges."""
+    config = config_of(stage=testing.super_resolution_stage())
+    topology = Topology("simulated", chip_named("v5e"), 4, jax.devices()[:4])
+    one = dataclasses.replace(topology, count=1, devices=jax.devices()[:1])
+    plain = plan_sampling(config, one, tokens=TOKENS)
+    shared = plan_sampling(config, topology, tokens=TOKENS, split_rows=2)
+    assert (shared["mesh"], shared["chips"], shared["batch"]) == ({"rows": 2}, 2, 1)
+    assert shared["argument_bytes"] == plain["argument_bytes"]
+    assert shared["temporary_bytes"] < 0.8 * plain["temporary_bytes"]
+    assert "collective-permute" in shared["collectives"] and not plain["collectives"]
+    assert shared["compute_seconds"] == plain["compute_seconds"] / 2
+    with pytest.raises(UserError, match="must divide the 16 rows"):
+        plan_sampling(config, topology, tokens=TOKENS, split_rows=3)
+    with pytest.raises(UserError, match="draws from text alone"):
+        plan_sampling(config_of(), topology, tokens=TOKENS, split_rows=2)
+
+
 def test_a_program_that_the_compiler_finds_too_large_does_not_fit():
     got = plan._too_large(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G "
@@ -233,6 +251,7 @@ def run(*words):
         (["--topology", "h100:8", "--tokens", "x"], "--tokens"),
         (["--topology", "h100:8", "--sample"], "--sample needs a compiler"),
         (["--topology", "h100:8", "--sample", "--suggest"], "leave out"),
+        (["--topology", "h100:8", "--split-rows", "2"], "goes with --sample"),
         (["--topology", "h100:8", "--mesh.data", "3"], "found 8"),
         (["--topology", "h100:8", "--batch-size", "12"], "must be a multiple of"),
         (["--topology", "h100:8", "--batchsize", "12"], "did you mean"),

@@ -54,7 +54,9 @@ BELOW = {
         *("ema", "errors", "flops", "images", "models", "paths", "pretrained", "text"),
         "training_log",
     },
-    "text_pretraining": {"checkpoint", "config", "data", "errors", "models", "text", "train"},
+    "text_pretraining": {
+        *("checkpoint", "config", "data", "errors", "models", "paths", "text", "train"),
+    },
     "testing": {"diffusion", "models", "stage", "text", "runner"},
 }
 DOORS = {

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from cascade import config, images
+from cascade import config, images, paths
 from cascade.data.scenes.spec import Split
 from cascade.data.sources import DataConfig, FolderData, ScenesData, TFDSData, open_source
 from cascade.errors import UserError
@@ -33,7 +33,7 @@ USAGE = """usage: cascade data make DIR ...      render scenes into DIR as a TFD
 class MakeOptions:
     """Render scenes with captions into DIR, as the TFDS dataset "scenes" in ArrayRecord files.
 
-    DIR must be new or empty. Prints what was written as JSON.
+    DIR must be new or empty; gs:// and s3:// names are understood. Prints what was written as JSON.
     """
 
     dir: Annotated[Path, tyro.conf.Positional]
@@ -90,8 +90,8 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
     """Write scenes 0..count-1 of `data` under `out`, as the TFDS dataset "scenes".
 
     Its only split is data.split: TFDSData(name="scenes", data_dir=out, split=data.split) reads it.
-    `out` must be new or empty, and appears whole or not at all. Returns what was written, as JSON
-    values.
+    `out` must be new or empty, and appears whole or not at all; it may be in object storage
+    (gs://BUCKET/NAME, s3://BUCKET/NAME). Returns what was written, as JSON values.
     """
     if count < 1 or resolution < 1:
         raise UserError(f"count and resolution must be positive, got {count} and {resolution}")
@@ -115,15 +115,17 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
                 download_dir=downloads,
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )
-    files = sorted(path for path in Path(out).rglob("*") if path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [str(path.relative_to(folder)) for path in files]
+        size = sum(path.stat().st_size for path in files)
     return {
         "dataset": "scenes",
-        "data_dir": str(out),
+        "data_dir": str(paths.path(out)),
         "split": data.split,
         "examples": count,
         "resolution": resolution,
-        "bytes": sum(path.stat().st_size for path in files),
-        "files": [str(path.relative_to(out)) for path in files],
+        "bytes": size,
+        "files": names,
     }
 
 

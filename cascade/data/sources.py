@@ -69,8 +69,10 @@ class ScenesData:
 class TFDSData:
     """A prepared TensorFlow Datasets dataset in ArrayRecord files, read without TensorFlow.
 
-    name: as in tfds.builder, e.g. "scenes". data_dir: the folder that holds NAME/VERSION. split:
-    may be a part, as "train[:90%]". image, caption: names of its features.
+    name: as in tfds.builder, e.g. "scenes". data_dir: the folder that holds NAME/VERSION; from
+    object storage (gs://BUCKET/NAME, s3://BUCKET/NAME) all of it is first copied here, since
+    ArrayRecord reads local files. split: may be a part, as "train[:90%]". image, caption: names of
+    its features.
     """
 
     name: str
@@ -276,8 +278,12 @@ def _tfds_records(config: TFDSData) -> Any:
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
     where = _where(config)
+    folder = paths.path(config.data_dir)
     try:
-        builder: Any = builder_from_files(config.name, data_dir=config.data_dir)
+        if not folder.is_dir():
+            raise tfds.core.DatasetNotFoundError
+        local = paths.local_copy(folder)
+        builder: Any = builder_from_files(config.name, data_dir=str(local))
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"{where}: not found; give the folder above NAME/VERSION, or prepare it first "
