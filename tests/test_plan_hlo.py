@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cascade.plan_hlo import traffic
+from cascade.plan_hlo import Memory, memory, traffic
 
 
 def module(entry: str, *others: str) -> str:
@@ -249,3 +249,36 @@ def test_a_compiled_program_of_this_machine_moves_at_least_what_it_must():
     reduced = got.sent_bytes["all-reduce"] + 2 * got.sent_bytes["reduce-scatter"]
     assert reduced >= 6 * 2 * layer * 3 / 4
     assert got.hbm_bytes > 6 * 3 * layer
+
+
+def test_memory_is_of_what_lies_in_hbm_and_counts_a_result_in_an_arguments_place_once():
+    got = memory(
+        """BufferAssignment:
+allocation 0: size 4096, parameter 0, shape |f32[1024]| at ShapeIndex {}, maybe-live-out:
+ value: <1 p @0> (size=4096,offset=0): f32[1024]{0}
+allocation 1: size 100, parameter 1, shape |f32[25]| at ShapeIndex {}:
+allocation 2: size 32, maybe-live-out:
+allocation 3: size 512, thread-local:
+allocation 4: size 7, constant:
+allocation 5: size 16, output shape is |(f32[4])|, maybe-live-out:
+allocation 6: size 9999, color 1, preallocated-temp:
+allocation 7: size 2048, preallocated-temp:
+ value: <2 q @0> (size=2048,offset=0): f32[512]{0}
+"""
+    )
+    assert got == Memory(4096 + 100, 2048, 4096 + 100 + 32 + 7 + 16 + 2048)
+    with pytest.raises(ValueError, match="not the text"):
+        memory("HloModule m")
+
+
+def test_memory_is_what_the_compiled_program_says(tmp_path):
+    step = jax.jit(lambda x, y: (x @ y, jnp.sin(x @ x).sum()), donate_argnums=0)
+    shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    options = {"xla_dump_to": str(tmp_path)}
+    said = step.lower(shape, shape).compile(compiler_options=options).memory_analysis()
+    (file,) = tmp_path.glob("*after_optimizations-buffer-assignment.txt")
+    got, temporary = memory(file.read_text()), said.temp_size_in_bytes
+    assert got.argument_bytes == said.argument_size_in_bytes == 2 * 4 * 64 * 64
+    assert got.temporary_bytes == temporary > 0
+    held = said.argument_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
+    assert got.peak_bytes == pytest.approx(held + temporary, abs=100)
