@@ -312,7 +312,8 @@ def plan_model(
         if config.published:
             config, kind = deepfloyd.computing_in(config, dtype), jnp.dtype(dtype)
         stage = Stage(config)
-        place = topology.devices and by_rows(config, split_rows, topology.devices)
+        devices = topology.devices
+        place = None if devices is None else by_rows(config, split_rows, devices)
         draw, inputs = drawing(stage, tokens, batch_size, place)
         params = jax.tree.map(lambda a, k=kind: jax.ShapeDtypeStruct(a.shape, k), stage.abstract())
         where = one if place is None else sharding.replicated(place.mesh)
