@@ -14,6 +14,7 @@ traffic are estimated from shapes (`_from_shapes`), and the plan says what that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,9 +22,11 @@ import json
 import math
 import os
 import pathlib
+import queue
 import re
 import sys
 import tempfile
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -471,24 +474,25 @@ def table(figures: Figures) -> str:
 def _compiled(jitted: Any, shapes: tuple[Any, ...], topology: Topology) -> Figures:
     """What XLA says of one chip: memory, traffic and collectives of the program for it.
 
-    Most of a TPU compiler's time goes into machine code, which tells nothing more. So it is asked
-    to write down the optimized program and its buffers, and for the least effort at what comes
-    after: libtpu then gives up (UNIMPLEMENTED), and all is in what it wrote.
+    Most of a TPU compiler's time goes into what follows the assignment of buffers, and tells
+    nothing more. So it is asked to write down the optimized program and its buffers, and for the
+    least effort at machine code, where libtpu gives up (UNIMPLEMENTED); if it takes long even so,
+    as for the routes of all-to-alls between hundreds of chips, nobody waits for it.
     """
     lowered = jitted.lower(*shapes)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options: dict[str, Any] = {"xla_dump_to": folder}
         if topology.devices and topology.devices[0].platform == "tpu":
             options["xla_jf_llo_level"] = 0
-        try:
-            program = lowered.compile(compiler_options=options)
-            memory, hlo = _memory_of(program.memory_analysis()), program.as_text()
-        except jax.errors.JaxRuntimeError as e:
-            if not str(e).startswith("UNIMPLEMENTED"):
-                return _too_large(str(e)) | {"compile_seconds": time.perf_counter() - start}
+        program = _compile(lowered, options, pathlib.Path(folder))
+        if isinstance(program, str) and not program.startswith("UNIMPLEMENTED"):
+            return _too_large(program) | {"compile_seconds": time.perf_counter() - start}
+        if program is None or isinstance(program, str):
             memory = plan_hlo.memory(_written(folder, "after_optimizations-buffer-assignment"))
             hlo = _written(folder, "after_optimizations")
+        else:
+            memory, hlo = _memory_of(program.memory_analysis()), program.as_text()
     seconds, moved = time.perf_counter() - start, plan_hlo.traffic(hlo)
     return {
         **{name: float(size) for name, size in dataclasses.asdict(memory).items()},
@@ -501,6 +505,30 @@ def _compiled(jitted: Any, shapes: tuple[Any, ...], topology: Topology) -> Figur
         "compile_seconds": seconds,
         "unknown": ["memory of the program's machine code, some hundred MB for a large network"],
     }
+
+
+_PATIENCE = 30.0
+
+
+def _compile(lowered: Any, options: dict[str, Any], folder: pathlib.Path) -> Any:
+    """The compiled program, or the compiler's error; None where it still has not ended
+    _PATIENCE seconds after the last of the files that a plan reads lay in `folder`."""
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def compile_it() -> None:
+        try:
+            outcome.put(lowered.compile(compiler_options=options))
+        except jax.errors.JaxRuntimeError as e:
+            outcome.put(str(e))
+
+    threading.Thread(target=compile_it, daemon=True).start()
+    written = None
+    while written is None or time.perf_counter() - written < _PATIENCE:
+        with contextlib.suppress(queue.Empty):
+            return outcome.get(timeout=1)
+        if written is None and list(folder.glob("*.after_optimizations_after_buffer_assignment.*")):
+            written = time.perf_counter()
+    return None
 
 
 def _memory_of(stats: Any) -> plan_hlo.Memory:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import threading
 
 import jax
 import pytest
@@ -272,3 +273,16 @@ def test_the_command_prints_a_table_and_json(capsys, tmp_path):
     assert got["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and got["chips"] == 8
     assert "fits" in err and "not known" in err
     assert open_topology("a100:8").chip.hbm == got["hbm_bytes"]
+
+
+def test_a_compiler_that_has_written_what_a_plan_reads_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_PATIENCE", 0.0)
+    never = threading.Event()
+
+    class Lowered:
+        def compile(self, compiler_options):
+            (tmp_path / "m.after_optimizations_after_buffer_assignment.txt").touch()
+            never.wait()
+
+    assert plan._compile(Lowered(), {}, tmp_path) is None
+    never.set()

@@ -182,8 +182,7 @@ class ResBlock(nnx.Module):
             resize = shrink if self.resample == "down" else enlarge
             h, x = resize(h), resize(x)
         h = placed(self.conv1(h), "inner")
-        film = placed(self.film(emb), "stream")
-        h = self.norm2(h, film=film, activate=True)
+        h = self.norm2(h, film=self.film(emb), activate=True)
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
             h = jnp.where(keep, h / (1 - self.dropout), 0).astype(h.dtype)
@@ -509,9 +508,8 @@ def placing(place: Callable[[Array, Role], Array]) -> Iterator[None]:
 def placed(x: Array, role: Role) -> Array:
     """x itself, on the devices that `placing` gives its role.
 
-    stream: between blocks, and what conditions them. inner: between the two layers of a block
-    (convolutions, or projections of attention), whose channels are independent of each other but
-    for groups and heads.
+    stream: between blocks. inner: between the two layers of a block (convolutions, or projections
+    of attention), whose channels are independent of each other but for groups and heads.
     """
     place = _place.get()
     return x if place is None else place(x, role)
