@@ -19,7 +19,11 @@ train base64_closeup
 if [ ! -e "$runs/closeup_model" ]; then
     cascade export "$runs/base64_closeup" "$runs/closeup_model"
 fi
-train base64 --init "$runs/closeup_model"
+train base64_layout --init "$runs/closeup_model"
+if [ ! -e "$runs/layout_model" ]; then
+    cascade export "$runs/base64_layout" "$runs/layout_model"
+fi
+train base64 --init "$runs/layout_model"
 train sr256
 train sr1024
 if [ ! -e "$runs/model" ]; then

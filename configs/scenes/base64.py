@@ -1,9 +1,10 @@
 """The shipped cascade's base model: text -> 64 px scenes.
 
-    cascade train configs/scenes/base64.py --workdir runs/base64 --init CLOSEUP_MODEL
+    cascade train configs/scenes/base64.py --workdir runs/base64 --init LAYOUT_MODEL
 
-CLOSEUP_MODEL is what `cascade export` makes of a run of base64_closeup.py, where the same network
-learns shapes four times as fast; without --init it starts from nothing.
+LAYOUT_MODEL is what `cascade export` makes of a run of base64_layout.py, and that began with one of
+base64_closeup.py, where the same network learns shapes four times as fast; without --init it starts
+from nothing.
 """
 
 from cascade.data import ScenesData

@@ -1,0 +1,34 @@
+"""Where the shipped cascade's base model learns places: whole scenes of at most two objects.
+
+    cascade train configs/scenes/base64_layout.py --workdir runs/base64_layout --init CLOSEUP_MODEL
+    cascade export runs/base64_layout runs/layout_model
+
+CLOSEUP_MODEL is what `cascade export` makes of a run of base64_closeup.py; base64.py goes on from
+here. What stands where is decided while noise hides all but the largest things, so most pictures
+here are that noisy, and their errors are not weighed down.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from cascade.config import load
+from cascade.data import ScenesData
+from cascade.diffusion.loss import Loss
+from cascade.diffusion.process import Cosine, resolution_shift
+from cascade.train import TrainConfig
+
+
+def config() -> TrainConfig:
+    base = load(str(Path(__file__).with_name("base64.py")))
+    return dataclasses.replace(
+        base,
+        stage=dataclasses.replace(
+            base.stage,
+            schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(64, reference=8)),
+            loss=Loss(space="x0"),
+        ),
+        data=ScenesData(split="train", max_objects=2),
+        images=96_000,
+        text_tokens=32,  # captions of two objects have at most 30
+        optimizer=dataclasses.replace(base.optimizer, cooldown_images=0),
+    )
