@@ -21,9 +21,11 @@ from cascade import pretrained, upscaler
 from cascade.config import from_json, read_json
 from cascade.diffusion import loss
 from cascade.errors import UserError
+from cascade.models import UpscalerUNetConfig
 from cascade.pretrained import deepfloyd, published, weights
 from cascade.schedulers import read_scheduler
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig
+from cascade.text import DEFAULT_MAX_TOKENS, clip
 from cascade.upscaler import UpscalePipeline
 
 Dtype = Literal["float32", "bfloat16"]
@@ -98,6 +100,18 @@ class Start:
         folder = pretrained.find(self.model)
         return read_json(folder / "config.json").get("text_encoder", str(folder / "text_encoder"))
 
+    def max_tokens(self) -> int:
+        """Of that text encoder."""
+        if self._pipelines():
+            return MAX_TOKENS
+        about = read_json(pretrained.find(self.model) / "config.json")
+        return about.get("max_tokens", DEFAULT_MAX_TOKENS)
+
+    def own_text_encoder(self, config: StageConfig) -> published.Published | None:
+        """Of its stage of that name, if that does not share the model's."""
+        own = isinstance(config.network, UpscalerUNetConfig)
+        return clip.text_encoder(self._folder(config.name)) if own else None
+
     def params(
         self, config: StageConfig, dtype: Dtype, shardings: Callable[[Any], Any] | None = None
     ) -> dict[str, Any]:
@@ -119,8 +133,15 @@ class Start:
         if found := self._pipelines():
             pipeline = next(p for p in found if p.config.name == config.name)
             return pipeline.params(dtype, shardings)
-        folder = pretrained.find(self.model) / config.name
+        folder = self._folder(config.name)
         return read_converted(folder, config, dtype=dtype, shardings=shardings)
+
+    def _folder(self, stage: str) -> Path:
+        """What holds a stage's weights, and its own text encoder if it has one."""
+        for pipeline in self._pipelines():
+            if pipeline.config.name == stage:
+                return pipeline.folder
+        return pretrained.find(self.model) / stage
 
     def _pipelines(self) -> Sequence[Pipeline | UpscalePipeline]:
         names = self.model.split(",")
