@@ -40,12 +40,13 @@ from cascade import config as configs
 from cascade import deepfloyd, flops, plan_hlo, sharding, train, xla_flags
 from cascade.chips import CHIPS, Chip, chip_named
 from cascade.errors import UserError
-from cascade.models import Conditioning
+from cascade.models import Conditioning, Network
+from cascade.pretrained.published import Published
 from cascade.runner import by_rows
 from cascade.stage import Stage, StageConfig
 from cascade.text.encoder import T5Encoder, locate
 from cascade.text.folder import read_config, target
-from cascade.text.tokenizer import Tokenizer
+from cascade.text.tokenizer import DEFAULT_MAX_TOKENS, Tokenizer
 from cascade.train import TrainConfig
 
 PAPER_STEPS = 2_500_000
@@ -75,7 +76,7 @@ figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, wh
   --sample-batch N     pictures drawn together (default: one for each part of the batch)
   --split-rows N       with N chips sharing each picture of a super-resolution stage by its rows, as
                        `cascade sample --split-rows` does: figures are of those chips
-  --tokens N           length of the text (default 128)
+  --tokens N           length of the text (default 128, or what a MODEL has)
   --dtype D            of a MODEL's public weights: float32 or (default) bfloat16
   --t5-int8            with the text encoder of a MODEL in int8
   --suggest            try meshes (fsdp, and for TPUs tensor), remat and microbatches, and name the
@@ -95,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     own.add_argument("--sample", action="store_true")
     own.add_argument("--sample-batch", type=int)
     own.add_argument("--split-rows", type=int, default=1)
-    own.add_argument("--tokens", type=int, default=128)
+    own.add_argument("--tokens", type=int)
     own.add_argument("--suggest", action="store_true")
     own.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     own.add_argument("--t5-int8", action="store_true")
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"cascade plan: {e}") from None
     if options.topology is None:
         raise UserError("--topology is missing, such as v5e:16x16; see cascade plan --help")
-    if options.tokens < 1:
+    if options.tokens is not None and options.tokens < 1:
         raise UserError(f"--tokens must be positive, got {options.tokens}")
     if (options.sample_batch is not None) > options.sample or (options.sample_batch or 1) < 1:
         raise UserError("--sample-batch must be positive, and goes with --sample")
@@ -116,6 +117,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if options.suggest and options.sample:
         raise UserError("--suggest is for training: leave out --sample, or --suggest")
+    tokens = options.tokens or DEFAULT_MAX_TOKENS
     default, rest = configs.load_with(path, rest)
     if not isinstance(default, TrainConfig):
         raise UserError(f"config {path}: config() must return a TrainConfig")
@@ -123,17 +125,17 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs; other platforms take long to start
     topology = open_topology(options.topology)
     if options.suggest:
-        figures = suggest(config, topology, tokens=options.tokens)
+        figures = suggest(config, topology, tokens=tokens)
     elif options.sample:
         figures = plan_sampling(
             config,
             topology,
-            tokens=options.tokens,
+            tokens=tokens,
             batch_size=options.sample_batch,
             split_rows=options.split_rows,
         )
     else:
-        figures = plan_training(config, topology, tokens=options.tokens)
+        figures = plan_training(config, topology, tokens=tokens)
     print(table(figures), file=sys.stderr)
     print(json.dumps(figures, indent=2))
 
@@ -287,7 +289,7 @@ def plan_model(
     model: str,
     topology: Topology,
     *,
-    tokens: int,
+    tokens: int | None = None,
     batch_size: int,
     dtype: Any,
     int8: bool,
@@ -295,32 +297,35 @@ def plan_model(
 ) -> Figures:
     """The memory of one chip while a model draws a batch on it, part by part, from configs alone.
 
-    model, split_rows: as `cascade sample` has them. The x4 upscaler's own text encoder, of 340
-    million parameters, is left out. Without a compiler for the topology temporaries are unknown,
-    and what is said of fitting is of weights alone.
+    model, split_rows: as `cascade sample` has them. Its parts are the text encoders, which work
+    first, and the stages. tokens: of the text that stages share; None is the model's own number.
+    Without a compiler for the topology temporaries are unknown, and what is said of fitting is of
+    weights alone.
     """
     start = deepfloyd.Start(model=model)
-    encoder_config = dataclasses.replace(
-        read_config(locate(start.text_encoder())), compute_dtype=dtype, int8=int8
-    )
-    encoder = T5Encoder(encoder_config, {}, Tokenizer(b"", tokens))  # tokenizes nothing
-    ids = jax.ShapeDtypeStruct((batch_size, tokens), jnp.int32)
-    mask = jax.ShapeDtypeStruct((batch_size, tokens), jnp.bool_)
-    one = topology.devices and jax.sharding.SingleDeviceSharding(topology.devices[0])
-    programs: dict[str, Any] = {
-        "text encoder": (encoder.apply, target(encoder_config), (ids, mask), one)
-    }
-    for config in start.stages():
+    tokens = tokens or start.max_tokens()
+    stages = [(config, start.own_text_encoder(config)) for config in start.stages()]
+    devices = topology.devices
+    one = None if devices is None else jax.sharding.SingleDeviceSharding(devices[0])
+    programs: dict[str, Any] = {}
+    if any(own is None for _, own in stages):
+        programs["text encoder"] = (*_text_encoder(start, tokens, batch_size, dtype, int8), one)
+    for config, own in stages:
+        if own is not None:
+            programs[f"{config.name} text encoder"] = (
+                *_own_text_encoder(own, batch_size, dtype),
+                one,
+            )
+    for config, own in stages:
         kind = jnp.dtype("float32")
         if config.published:
             config, kind = deepfloyd.computing_in(config, dtype), jnp.dtype(dtype)
         stage = Stage(config)
-        devices = topology.devices
         place = None if devices is None else by_rows(config, split_rows, devices)
-        draw, inputs = drawing(stage, tokens, batch_size, place)
-        params = jax.tree.map(lambda a, k=kind: jax.ShapeDtypeStruct(a.shape, k), stage.abstract())
+        length = tokens if own is None else own.config.max_position_embeddings
+        draw, inputs = drawing(stage, length, batch_size, place)
         where = one if place is None else sharding.replicated(place.mesh)
-        programs[config.name] = (draw, params, (inputs,), where)
+        programs[config.name] = (draw, _in_dtype(stage.abstract(), kind), (inputs,), where)
     parts: dict[str, Figures] = {}
     for name, (program, params, inputs, where) in programs.items():
         parts[name] = {"weight_bytes": _size(params), "temporary_bytes": None}
@@ -361,9 +366,10 @@ def _plan_model(model: str, options: argparse.Namespace, rest: Sequence[str]) ->
     def size(value: float | None) -> str:
         return "unknown" if value is None else f"{value / 2**30:#.3g} GiB"
 
+    width = max(map(len, figures["parts"]))
     for name, part in figures["parts"].items():
         told = ", ".join(f"{k.removesuffix('_bytes')} {size(v)}" for k, v in part.items())
-        print(f"{name:<14}{told}", file=sys.stderr)
+        print(f"{name:<{width}}  {told}", file=sys.stderr)
     fits = "fits" if figures["fits_part_by_part"] else "does NOT fit"
     print(
         f"part by part (--offload) it {fits}: {size(figures['largest_bytes'])} of "
@@ -372,6 +378,34 @@ def _plan_model(model: str, options: argparse.Namespace, rest: Sequence[str]) ->
         file=sys.stderr,
     )
     return figures
+
+
+def _text_encoder(
+    start: deepfloyd.Start, tokens: int, b: int, dtype: Any, int8: bool
+) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """(program, shapes of its parameters, of its inputs) of the T5 that a model's stages share."""
+    config = read_config(locate(start.text_encoder()))
+    config = dataclasses.replace(config, compute_dtype=dtype, int8=int8)
+    encoder = T5Encoder(config, {}, Tokenizer(b"", tokens))  # tokenizes nothing
+    ids, mask = (jax.ShapeDtypeStruct((b, tokens), kind) for kind in (jnp.int32, jnp.bool_))
+    return encoder.apply, target(config), (ids, mask)
+
+
+def _own_text_encoder(
+    own: Published, b: int, dtype: Any
+) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """The same of the CLIP text encoder of one stage, which reads all its tokens."""
+    config = dataclasses.replace(own.config, compute_dtype=dtype)
+    ids = jax.ShapeDtypeStruct((b, config.max_position_embeddings), jnp.int32)
+
+    def embed(params, ids):
+        return Network(config).bind(params)(ids)
+
+    return embed, _in_dtype(own.abstract(), dtype), (ids,)
+
+
+def _in_dtype(shapes: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), shapes)
 
 
 def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:

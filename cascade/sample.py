@@ -46,8 +46,9 @@ class Options:
     """Of DeepFloyd IF's and the upscaler's weights, and of what they and their text encoders
     compute in."""
     t5_int8: bool = False
-    """Keep the text encoder's matrices in int8, one scale for each output: half the memory of
-    bfloat16, a quarter of float32, for embeddings that point almost where they did."""
+    """Keep the text encoder's matrices in int8, with a scale for every 64 inputs of an output: .53
+    of bfloat16's memory. An embedding's cosine to the exact one stays above .999, measured on
+    random weights of T5-v1.1's sizes."""
     offload: bool = False
     """Keep weights in the host's memory, and on the device only those of the text encoder or the
     stage at work: for models that are larger than the device."""

@@ -313,7 +313,7 @@ def test_the_stage_draws_what_the_pipeline_draws(folder, monkeypatch):
     assert 0.2 < exact.std()
 
 
-def test_a_third_stage_is_sampled_as_it_is_and_converted_alike(folder, tmp_path):
+def test_a_third_stage_is_sampled_as_it_is_and_converted_alike(folder, tmp_path, monkeypatch):
     first = write_pipeline(tmp_path / "IF-I", 1)
     report = convert.convert_deepfloyd(
         convert.DeepFloydOptions(out=tmp_path / "model", stage1=str(first), stage3=str(folder))
@@ -332,12 +332,27 @@ def test_a_third_stage_is_sampled_as_it_is_and_converted_alike(folder, tmp_path)
     # Its prompt reaches it, though what encodes it is not the first stage's T5.
     (other,) = cascade("blue", lowres=low, settings=settings)
     assert (other.image != drawn[0]).any()
-    # A plan knows its dtype too.
-    topology = plan.Topology("simulated", chip_named("a100"), 1, None)
-    options = {"tokens": 7, "batch_size": 1, "dtype": "bfloat16", "int8": False}
-    planned = plan.plan_model(str(tmp_path / "model"), topology, **options)["parts"]["x4_32"]
-    leaves = jax.tree.leaves(cascade.stages[1][0].abstract())
-    assert planned["weight_bytes"] == 2 * sum(leaf.size for leaf in leaves)
+    # A plan knows all parts, in the other dtype too.
+    programs = []
+
+    def compiled(jitted, shapes, topology):
+        programs.append(jax.make_jaxpr(jitted)(*shapes).out_avals[0].shape)
+        return {"temporary_bytes": 0.0, "peak_bytes": 9.0 - len(programs)}
+
+    monkeypatch.setattr(plan, "_compiled", compiled)
+    topology = plan.Topology("simulated", chip_named("v5e"), 1, jax.devices()[:1])
+    options = {"batch_size": 3, "dtype": "bfloat16", "int8": False}
+    planned = plan.plan_model(str(tmp_path / "model"), topology, **options)
+    assert list(planned["parts"]) == ["text encoder", "x4_32 text encoder", "if8", "x4_32"]
+    assert programs == [(3, 77, 16), (3, 77, 12), (3, 8, 8, 3), (3, 32, 32, 3)]
+    assert planned["largest_bytes"] == 8.0 and planned["fits_part_by_part"]
+    clip_params = cascade.own_encoders["x4_32"].params
+    for name, params in (("x4_32", cascade.stages[1][1]), ("x4_32 text encoder", clip_params)):
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert planned["parts"][name]["weight_bytes"] == 2 * count
+    topology = dataclasses.replace(topology, devices=None)
+    alone = plan.plan_model(str(folder), topology, **options)
+    assert list(alone["parts"]) == ["x4_1024 text encoder", "x4_1024"]
 
 
 def test_converted_in_half_precision_it_is_read_in_any(folder, tmp_path):

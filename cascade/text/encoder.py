@@ -89,7 +89,8 @@ class T5Encoder:
         a DeepFloyd IF pipeline, or the text_encoder/ of one. Weights in safetensors, whole, in
         shards or as a variant (fp16); parameters are float32, or with compute_dtype bfloat16 the
         matrices of the layers are bfloat16. int8: these matrices take one byte a weight, rounded as
-        they are read, with a scale for each output (`cascade.models.t5.quantized`).
+        they are read, with scales for groups of inputs (`cascade.models.t5.quantized`); one layer's
+        at a time are floats.
 
         max_tokens: the length that prompts are padded or cut to, or the config's n_positions if
         that is less. captions: what is done to a prompt first; DeepFloyd IF takes max_tokens=77,

@@ -138,7 +138,9 @@ def target(config: T5Config, shardings: Callable[[Any], Any] | None = None) -> A
     def dtype(leaf: jax.ShapeDtypeStruct) -> Any:
         if leaf.dtype == jnp.int8:
             return leaf.dtype
-        return jnp.dtype(config.compute_dtype if len(leaf.shape) == 3 else "float32")
+        # In int8 the layers have no matrices of floats, only scales.
+        matrix = len(leaf.shape) == 3 and not config.int8
+        return jnp.dtype(config.compute_dtype if matrix else "float32")
 
     return weights.as_target(abstract, dtype, shardings)
 
