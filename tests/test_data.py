@@ -184,13 +184,15 @@ def test_lowres_is_the_block_mean_of_the_crop_and_a_crop_of_the_whole_lowres(cro
     assert len(corners) > 2 if crop == 16 else len(corners) == 1
 
 
-def test_a_closeup_is_a_window_of_the_scene_with_all_of_its_object():
-    near = open_source(ScenesData(max_objects=1, closeup=2), 32)
-    whole = open_source(ScenesData(max_objects=1), 64)
-    corners = set()
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_closeup_is_a_window_of_the_scene_with_all_of_its_objects(most):
+    near = open_source(ScenesData(max_objects=most, closeup=2), 32)
+    corners, several = set(), 0
     for index in range(12):
-        image, scene = near[index]["image"], whole[index]["image"]
-        assert image.shape == (32, 32, 3) and near[index]["caption"] == whole[index]["caption"]
+        described, caption = caption_at(0, index, "train", most, 0.5 - 1 / 32)
+        image, scene = near[index]["image"], render(described, 64)
+        several += len(described.objects) > 1
+        assert image.shape == (32, 32, 3) and near[index]["caption"] == caption.text
         found = [
             (y, x)
             for y, x in np.ndindex(33, 33)
@@ -202,9 +204,15 @@ def test_a_closeup_is_a_window_of_the_scene_with_all_of_its_object():
         rest = np.full((64, 64), True)
         rest[y : y + 32, x : x + 32] = False
         assert (scene[rest] == scene[rest][0]).all()  # background alone
-    assert len(corners) > 6
-    with pytest.raises(ValueError, match="closeup must be 1 or"):
-        ScenesData(closeup=2)
+    assert len(corners) > 6 and (several > 0) == (most > 1)
+    with pytest.raises(ValueError, match="closeup must be 1"):
+        ScenesData(split="long", closeup=2)
+
+
+def test_one_object_is_the_same_scene_in_a_closeup():
+    near = open_source(ScenesData(max_objects=1, closeup=2), 32)
+    whole = open_source(ScenesData(max_objects=1), 64)
+    assert [near[i]["caption"] for i in range(50)] == [whole[i]["caption"] for i in range(50)]
 
 
 @pytest.mark.parametrize("degradation", [Blur(share=1.0), BSR(light=False)])

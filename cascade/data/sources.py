@@ -32,9 +32,9 @@ class ScenesData:
     every scene, "long" has three or four objects always. (seed, split) names an endless list of
     scenes, of which the first `size` are the dataset.
     max_objects: leave out scenes of more, for a curriculum that begins with easy ones.
-    closeup: show only the square of 1 / closeup of the scene's side that lies around its one object
-    (max_objects=1), somewhere; at the same size in pixels a closeup is a smaller picture, which
-    trains as much on shapes for less.
+    closeup: 2 shows only a square of half the scene's side that holds all its objects, somewhere,
+    and leaves out scenes where none does; at the same size in pixels a closeup is a smaller
+    picture, which trains as much on shapes for less.
     """
 
     split: Split = "train"
@@ -58,10 +58,10 @@ class ScenesData:
                 f"ScenesData.max_objects of split {self.split!r} must lie in {fewest}..4, "
                 f"got {self.max_objects}"
             )
-        if not 1 <= self.closeup <= 2 or self.closeup > 1 and self.max_objects > 1:
+        if self.closeup not in (1, 2) or self.closeup > 1 and self.split == "long":
             raise ValueError(
-                "ScenesData.closeup must be 1 or, with max_objects=1, 2 (the largest object fills "
-                f"most of it), got {self.closeup} with max_objects={self.max_objects}"
+                "ScenesData.closeup must be 1 (none) or, but for split 'long', 2, "
+                f"got {self.closeup} for {self.split!r}"
             )
 
 
@@ -152,22 +152,28 @@ class _ScenesSource(Source):
 
     def window(self, index: int, y: int, x: int, size: int) -> Example:
         config = self.config
-        scene, caption = caption_at(config.seed, index, config.split, config.max_objects)
+        # A window of whole pixels holds what is narrower than it by two at 64 pixels.
+        within = 1.0 if config.closeup == 1 else 1 / config.closeup - 1 / 32
+        scene, caption = caption_at(config.seed, index, config.split, config.max_objects, within)
         side = self.resolution * config.closeup
         if config.closeup > 1:
             rng = generator(config.seed, index, config.split, purpose=2)
-            corner_y, corner_x = _around(scene.objects[0], side, self.resolution, rng)
+            corner_y, corner_x = _around(scene.objects, side, self.resolution, rng)
             y, x = y + corner_y, x + corner_x
         return {"image": render(scene, side, (y, x, size)), "caption": caption.text}
 
 
-def _around(item: Object, side: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
+def _around(
+    objects: Sequence[Object], side: int, size: int, rng: np.random.Generator
+) -> tuple[int, int]:
     """The corner (y, x) of a random window of `size` pixels, in a picture of `side`, that holds
-    all of the object."""
+    all of the objects."""
     corner = []
-    for centre in (item.y, item.x):
-        low = max(0, math.ceil((centre + item.radius) * side) - size)
-        high = min(side - size, math.floor((centre - item.radius) * side))
+    for axis in ("y", "x"):
+        start = min(getattr(item, axis) - item.radius for item in objects)
+        end = max(getattr(item, axis) + item.radius for item in objects)
+        low = max(0, math.ceil(end * side) - size)
+        high = min(side - size, math.floor(start * side))
         corner.append(low + int(rng.random() * (high - low + 1)))
     return corner[0], corner[1]
 

@@ -122,9 +122,11 @@ class Scene:
         return [tuple(group) for group in gathered.values()]
 
 
-def scene_at(seed: int, index: int, split: Split = "train", max_objects: int = 4) -> Scene:
-    """Scene number `index` of the endless list that (seed, split) names: a pure function."""
-    return sample_scene(generator(seed, index, split), split, max_objects)
+def scene_at(
+    seed: int, index: int, split: Split = "train", max_objects: int = 4, within: float = 1.0
+) -> Scene:
+    """Scene number `index` of the endless list that the other arguments name: a pure function."""
+    return sample_scene(generator(seed, index, split), split, max_objects, within)
 
 
 def generator(
@@ -135,14 +137,17 @@ def generator(
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
-def sample_scene(rng: np.random.Generator, split: Split = "train", max_objects: int = 4) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, split: Split = "train", max_objects: int = 4, within: float = 1.0
+) -> Scene:
     """Draw a scene.
 
     split: "train" and "seen" draw from the same distribution, without HELD_OUT pairs (their streams
     in `scene_at` differ); "unseen" has at least one held-out pair; "long" is "seen" with three or
     four objects always, not all copies of one.
     About 35 % of scenes have one object, 40 % two, 25 % three or four; finishes are equally likely.
-    max_objects: scenes of more are drawn anew.
+    max_objects: scenes of more are drawn anew. within: and those whose objects lie in no square of
+    that side; 0.4 holds any one object that holds no other.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -155,8 +160,18 @@ def sample_scene(rng: np.random.Generator, split: Split = "train", max_objects: 
             continue
         for _ in range(_PLACE_TRIES):
             objects = _place(rng, *plan)
-            if objects is not None:
+            if objects is not None and max(extent(objects)) <= within:
                 return Scene(background=_pick(rng, BACKGROUNDS), objects=objects)
+
+
+def extent(objects: Sequence[Object]) -> tuple[float, float]:
+    """Width and height of the bounding box of all of them."""
+    x, y = (
+        max(getattr(item, axis) + item.radius for item in objects)
+        - min(getattr(item, axis) - item.radius for item in objects)
+        for axis in ("x", "y")
+    )
+    return x, y
 
 
 def relation_holds(a: Sequence[Object], relation: Relation, b: Sequence[Object]) -> bool:
