@@ -21,7 +21,7 @@ def config() -> TrainConfig:
         base,
         stage=dataclasses.replace(base.stage, resolution=32),
         data=ScenesData(split="train", max_objects=1, closeup=2),
-        images=300_000,
+        images=527_000,
         batch_size=16,
         optimizer=dataclasses.replace(base.optimizer, cooldown_images=0),
         preview_prompts=("a big green star", "a big pink ring", "a small red circle on gray"),
