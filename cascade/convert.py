@@ -76,10 +76,7 @@ def convert_deepfloyd(options: DeepFloydOptions) -> dict:
     }
     with WholeFolder(options.out) as folder:
         for pipeline in pipelines:
-            where = folder / pipeline.config.name
-            where.mkdir()
-            write_json(where / "config.json", config.to_json(pipeline.config))
-            pipeline.write(where, spelled)
+            deepfloyd.write_stage(pipeline, folder / pipeline.config.name, spelled)
         if encoder is not None:
             t5.copy_folder(encoder, folder / "text_encoder", spelled)
         write_json(folder / "config.json", report)

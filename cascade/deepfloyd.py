@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from cascade import pretrained, upscaler
-from cascade.config import from_json, read_json
+from cascade.checkpoint import write_json
+from cascade.config import from_json, read_json, to_json
 from cascade.diffusion import loss
 from cascade.errors import UserError
 from cascade.models import UpscalerUNetConfig
@@ -26,11 +28,12 @@ from cascade.pretrained import deepfloyd, published, weights
 from cascade.schedulers import read_scheduler
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig
 from cascade.text import DEFAULT_MAX_TOKENS, clip
+from cascade.text.captions import Captions
 from cascade.upscaler import UpscalePipeline
 
 Dtype = Literal["float32", "bfloat16"]
 MAX_TOKENS = 77
-CAPTIONS = "clean"
+CAPTIONS: Captions = "clean"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,13 @@ class Start:
         about = read_json(pretrained.find(self.model) / "config.json")
         return about.get("max_tokens", DEFAULT_MAX_TOKENS)
 
+    def captions(self) -> Captions:
+        """What is done to a prompt first."""
+        if self._pipelines():
+            return CAPTIONS
+        about = read_json(pretrained.find(self.model) / "config.json")
+        return from_json(Captions, about.get("captions", "verbatim"), "captions")
+
     def own_text_encoder(self, config: StageConfig) -> published.Published | None:
         """Of its stage of that name, if that does not share the model's."""
         own = isinstance(config.network, UpscalerUNetConfig)
@@ -136,6 +146,14 @@ class Start:
         folder = self._folder(config.name)
         return read_converted(folder, config, dtype=dtype, shardings=shardings)
 
+    def copy_stage(self, name: str, folder: Path) -> None:
+        """Write its stage of that name as a new folder of a model, weights as they are stored."""
+        for pipeline in self._pipelines():
+            if pipeline.config.name == name:
+                write_stage(pipeline, folder)
+                return
+        shutil.copytree(self._folder(name), folder)
+
     def _folder(self, stage: str) -> Path:
         """What holds a stage's weights, and its own text encoder if it has one."""
         for pipeline in self._pipelines():
@@ -146,6 +164,15 @@ class Start:
     def _pipelines(self) -> Sequence[Pipeline | UpscalePipeline]:
         names = self.model.split(",")
         return pipelines(names) if is_pipeline(names[0]) else []
+
+
+def write_stage(
+    pipeline: Pipeline | UpscalePipeline, folder: Path, dtype: str | None = None
+) -> None:
+    """The published stage as a new folder of a model; dtype: of its weights there, see `write`."""
+    folder.mkdir()
+    write_json(folder / "config.json", to_json(pipeline.config))
+    pipeline.write(folder, dtype)
 
 
 def computing_in(config: StageConfig, dtype: Dtype) -> StageConfig:

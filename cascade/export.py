@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,9 @@ class Options:
     are understood."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are stored as; they are used as float32."""
+    rest: str | None = None
+    """A model, as `cascade sample --model` has it, whose other stages go beside the trained ones,
+    their weights as they are stored: the model that training began from, or one like it."""
     ema: float | None = None
     """Instead of the usual average of the weights, the power-function average of this width, a part
     of the run in (0, 0.2886], made of the snapshots that runs with ema_profiles have."""
@@ -42,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
     if len(options.folders) < 2:
         raise UserError("give at least one WORKDIR of `cascade train`, then the DIR to write")
     *workdirs, out = options.folders
-    print(json.dumps(export(workdirs, out, dtype=options.dtype, ema=options.ema)))
+    report = export(workdirs, out, dtype=options.dtype, ema=options.ema, rest=options.rest)
+    print(json.dumps(report))
 
 
 def export(
@@ -51,11 +56,13 @@ def export(
     *,
     dtype: str = "float32",
     ema: float | None = None,
+    rest: str | None = None,
 ) -> dict:
     """Write the model folder; returns what it holds, as JSON values.
 
     ema: None for the runs' own averages, or the width sigma_rel of one made from their snapshots.
-    Raises UserError when a workdir is no run, or the runs do not make one cascade. `out` appears
+    rest: a model that gives the stages which no run has trained.
+    Raises UserError when a workdir is no run, or the stages do not make one cascade. `out` appears
     whole or not at all.
     """
     import numpy as np
@@ -63,6 +70,7 @@ def export(
     from cascade import lora
     from cascade.checkpoint import Checkpoints, WholeFolder, save_safetensors, write_json
     from cascade.data import known_words
+    from cascade.deepfloyd import Start
     from cascade.text.encoder import is_hub_name, locate
     from cascade.text.folder import copy_folder
     from cascade.train import TrainConfig, init_params
@@ -83,14 +91,7 @@ def export(
             weights = lora.merged(init_params(run), weights)
         runs.append((run, step, weights))
     runs.sort(key=lambda run: run[0].stage.resolution)
-    names = [run.stage.name for run, _, _ in runs]
     encoders = {run.text_encoder for run, _, _ in runs}
-    for (below, _, _), (above, _, _) in zip(runs, runs[1:], strict=False):
-        if above.stage.lowres_resolution != below.stage.resolution:
-            raise UserError(
-                f"stage {above.stage.name} enlarges {above.stage.lowres_resolution} px, but "
-                f"{below.stage.name} draws {below.stage.resolution} px: they make no cascade"
-            )
     if len(encoders) > 1:
         raise UserError(
             f"the stages were trained on different text encoders: {', '.join(encoders)}"
@@ -101,15 +102,25 @@ def export(
     captions = {run.captions for run, _, _ in runs}
     if len(captions) > 1:
         raise UserError(f"the stages were trained on captions {' and '.join(sorted(captions))}")
+    trained = [run.stage for run, _, _ in runs]
+    others = [] if rest is None else _others(rest, runs[0][0], [stage.name for stage in trained])
+    stages = sorted([*trained, *others], key=lambda stage: stage.resolution)
+    for below, above in itertools.pairwise(stages):
+        if above.lowres_resolution != below.resolution:
+            raise UserError(
+                f"stage {above.name} enlarges {above.lowres_resolution} px, but {below.name} draws "
+                f"{below.resolution} px: they make no cascade"
+            )
     report = {
         "format": "cascade",
         "version": 1,
-        "stages": names,
+        "stages": [stage.name for stage in stages],
         "max_tokens": tokens.pop(),
         "captions": captions.pop(),
         "trained": {},
     }
-    if words := known_words([run.data for run, _, _ in runs]):
+    # What the other stages had read is not known.
+    if not others and (words := known_words([run.data for run, _, _ in runs])):
         report["known_words"] = words
     with WholeFolder(out) as folder:
         for run, step, weights in runs:
@@ -124,12 +135,39 @@ def export(
                 "seed": run.seed,
                 **({} if ema is None else {"ema_sigma_rel": ema}),
             }
+        for stage in others:
+            Start(model=str(rest)).copy_stage(stage.name, folder / stage.name)
         if is_hub_name(encoder := encoders.pop()):
             report["text_encoder"] = encoder
         else:
             copy_folder(locate(encoder), folder / "text_encoder")
         write_json(folder / "config.json", report)
     return report
+
+
+def _others(rest, run, trained):
+    """The stages of the model `rest` that are not trained; UserError unless they read the text as
+    the run's do."""
+    from cascade.deepfloyd import Start
+    from cascade.text.encoder import locate
+    from cascade.text.folder import read_config
+
+    start = Start(model=rest)
+    others = [stage for stage in start.stages() if stage.name not in trained]
+    if not others:
+        raise UserError(f"--rest {rest}: has no stage but those trained, {', '.join(trained)}")
+    if all(start.own_text_encoder(stage) for stage in others):
+        return others
+    for what, theirs, ours in (
+        ("captions of so many tokens", start.max_tokens(), run.text_tokens),
+        ("captions prepared", start.captions(), run.captions),
+    ):
+        if theirs != ours:
+            raise UserError(f"--rest {rest}: reads {what}: {theirs}, the runs {ours}")
+    theirs, ours = start.text_encoder(), run.text_encoder
+    if theirs != ours and read_config(locate(theirs)) != read_config(locate(ours)):
+        raise UserError(f"--rest {rest}: its text encoder {theirs} is not the runs' {ours}")
+    return others
 
 
 def _reconstructed(workdir, stage, last, sigma_rel):

@@ -1,6 +1,7 @@
 """Training that begins from DeepFloyd IF's weights: all of them, or LoRA's adapters."""
 
 import dataclasses
+import filecmp
 import shutil
 from pathlib import Path
 
@@ -13,17 +14,19 @@ from test_deepfloyd import write_pipeline
 
 from cascade import cli, deepfloyd, lora, testing, train
 from cascade.checkpoint import Checkpoints, load_safetensors, save_safetensors, write_json
-from cascade.config import load, to_json
+from cascade.config import load, load_with, read_json, to_json
 from cascade.diffusion import denoise, loss, process, samplers
 from cascade.errors import UserError
+from cascade.export import export
 from cascade.models import IFLevel, IFUNetConfig
 from cascade.runner import Cascade
-from cascade.stage import Sampling, Stage, StageConfig
+from cascade.stage import Augmentation, Sampling, Stage, StageConfig
 from cascade.text import T5Encoder
 from cascade.train import TrainConfig
 
 T5 = Path(__file__).parent / "fixtures" / "t5"
-CONFIG = str(Path(__file__).parents[1] / "configs" / "if" / "finetune_base64.py")
+CONFIGS = Path(__file__).parents[1] / "configs" / "if"
+CONFIG, CONFIG_2 = (str(CONFIGS / f"finetune_{name}.py") for name in ("base64", "sr256"))
 STAGE = StageConfig(
     name="if8",
     resolution=8,
@@ -45,15 +48,28 @@ STAGE = StageConfig(
     ),
 )
 
+STAGE_2 = dataclasses.replace(
+    STAGE,
+    name="if16",
+    resolution=16,
+    lowres_resolution=8,
+    network=dataclasses.replace(STAGE.network, lowres=True, residual_scale=0.7071),
+    augmentation=Augmentation(schedule=process.Discrete(), after_upsampling=True),
+    sampling=dataclasses.replace(STAGE.sampling, aug_level=0.251),
+)
 
-def write_model(folder):
-    """A converted IF of one tiny stage."""
-    (folder / "if8").mkdir(parents=True)
+
+def write_model(folder, *stages):
+    """A converted IF of tiny stages."""
     shutil.copytree(T5, folder / "text_encoder")
-    about = {"format": "cascade", "stages": ["if8"], "max_tokens": 77, "captions": "clean"}
+    names = [stage.name for stage in stages]
+    about = {"format": "cascade", "stages": names, "max_tokens": 77, "captions": "clean"}
     write_json(folder / "config.json", about)
-    write_json(folder / "if8" / "config.json", to_json(STAGE))
-    save_safetensors(folder / "if8" / "model.safetensors", testing.lively(Stage(STAGE)))
+    for stage in stages:
+        where = folder / stage.name
+        where.mkdir()
+        write_json(where / "config.json", to_json(stage))
+        save_safetensors(where / "model.safetensors", testing.lively(Stage(stage)))
     return folder
 
 
@@ -61,7 +77,7 @@ def write_model(folder):
 def folder(tmp_path_factory):
     """A model, and eight pictures to train it on."""
     folder = tmp_path_factory.mktemp("finetuning")
-    write_model(folder / "if")
+    write_model(folder / "if", STAGE, STAGE_2)
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for i in range(8):
@@ -71,8 +87,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def weights(file):
-    return load_safetensors(file / "if8" / "model.safetensors", Stage(STAGE).abstract())
+def weights(file, stage=STAGE):
+    return load_safetensors(file / stage.name / "model.safetensors", Stage(stage).abstract())
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +155,7 @@ def test_lora_trains_beside_the_weights_and_merges_into_them(folder, loss_of, tm
     assert loss_of(after)[0] < 0.97 * loss_of(before)[0]
     cascade = Cascade.load(out)
     assert (cascade.encoder.max_tokens, cascade.encoder.tokenizer.captions) == (77, "clean")
+    assert_beside(STAGE_2, base, run, tmp_path / "whole")
     # Adapters of other weights would be nonsense.
     shutil.copytree(base, other := tmp_path / "other")
     capsys.readouterr()
@@ -151,8 +168,69 @@ def test_lora_trains_beside_the_weights_and_merges_into_them(folder, loss_of, tm
         assert message in capsys.readouterr().err
 
 
+def assert_beside(rest, base, run, out):
+    """What the run trained is exported with the model's other stage as it was, and is a cascade."""
+    cli.main(["export", str(run), str(out), "--rest", str(base)])
+    for name in ("config.json", "model.safetensors"):
+        assert filecmp.cmp(out / rest.name / name, base / rest.name / name, shallow=False)
+    sides = [stage.config.resolution for stage, _ in Cascade.load(out).stages]
+    assert sides == [8, 16]
+    assert read_json(out / "config.json")["trained"].keys() == {"if8", "if16"} - {rest.name}
+
+
 def _without(words, flag):
     return [w for i, w in enumerate(words) if w != flag and (i == 0 or words[i - 1] != flag)]
+
+
+def test_the_second_stage_trains_beside_its_weights_and_goes_beside_the_first(folder, tmp_path):
+    run, base = tmp_path / "run", folder / "if"
+    words = [*("train", CONFIG_2, "--init", base, "--workdir", run, "--lora-rank", 2)]
+    words += ["--data.path", folder / "pictures", "--images", 320, "--batch-size", 16]
+    words += ["--stage.network.compute-dtype", "float32", "--stage.network.remat", "False"]
+    words += ["--optimizer.learning-rate", 0.1, "--preview-every-images", 0]
+    words += ["--optimizer.warmup-images", 16]
+    cli.main(list(map(str, words)))
+    assert_beside(STAGE, base, run, tmp_path / "whole")
+    text = T5Encoder.load(T5, 77)([f"picture number {i % 8}" for i in range(16)])
+    files = [Image.open(folder / "pictures" / f"{i % 8}.png") for i in range(16)]
+    pictures, low = (
+        jnp.asarray(np.stack([np.asarray(file.resize((side, side), 0)) for file in files]))
+        for side in (16, 8)
+    )
+    batch = {"image": pictures, "lowres": low, "text": text.values, "text_mask": text.mask}
+    loss = jax.jit(lambda params: Stage(STAGE_2).loss(params, batch, jax.random.key(7))[0])
+    before, after = (weights(model, STAGE_2) for model in (base, tmp_path / "whole"))
+    assert loss(after) < 0.97 * loss(before)
+
+
+def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
+    config = TrainConfig(
+        stage=STAGE,
+        images=8,
+        batch_size=8,
+        text_encoder=str(T5),
+        text_tokens=77,
+        captions="clean",
+    )
+    params = weights(folder / "if")
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(1, train={"step": np.ones(())}, ema=params, config=to_json(config), data={})
+    checkpoints.close()
+    base = tmp_path / "if"
+    shutil.copytree(folder / "if", base)
+    about = read_json(base / "config.json")
+    for changes, message in (
+        ({"stages": ["if8"]}, "has no stage but those trained, if8"),
+        ({"max_tokens": 12}, "reads captions of so many tokens: 12, the runs 77"),
+        ({"captions": "verbatim"}, "reads captions prepared: verbatim, the runs clean"),
+        ({"text_encoder": "scenes"}, "its text encoder scenes is not the runs'"),
+    ):
+        write_json(base / "config.json", about | changes)
+        with pytest.raises(UserError, match=message):
+            export([tmp_path / "run"], tmp_path / "out", rest=str(base))
+    write_json(base / "config.json", about)
+    report = export([tmp_path / "run"], tmp_path / "out", rest=str(base))
+    assert report["stages"] == ["if8", "if16"]
 
 
 def test_adapters_change_nothing_to_begin_with_in_any_network():
@@ -192,18 +270,21 @@ def test_a_start_is_read_in_either_layout(folder, tmp_path):
     params = published.params(config, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     converted = deepfloyd.Start(model=str(folder / "if"))
-    assert converted.stages() == [STAGE]
+    assert converted.stages() == [STAGE, STAGE_2]
     params = converted.params(STAGE, "float32")
     jax.tree.map(np.testing.assert_array_equal, params, weights(folder / "if"))
     with pytest.raises(UserError, match="the network of its if8 is not that of the config"):
         converted.params(config, "float32")
-    with pytest.raises(UserError, match="has no stage if16, only if8"):
-        converted.params(dataclasses.replace(STAGE, name="if16"), "float32")
+    with pytest.raises(UserError, match="has no stage if32, only if8, if16"):
+        converted.params(dataclasses.replace(STAGE, name="if32"), "float32")
 
 
-def test_a_config_that_needs_a_start_says_so(capsys):
+def test_a_config_that_needs_a_start_says_so(tmp_path, capsys):
     with pytest.raises(UserError, match="finetune_base64.py: --init is missing"):
         load(CONFIG)
+    base = write_pipeline(tmp_path, 1)
+    with pytest.raises(UserError, match=f"init={base}: has no super-resolution stage"):
+        load_with(CONFIG_2, ["--init", str(base)])
     with pytest.raises(SystemExit):
         cli.main(["train", CONFIG, "--workdir", "x", "--init", "no/such"])
     assert "model no/such: no such folder" in capsys.readouterr().err

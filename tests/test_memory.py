@@ -19,7 +19,7 @@ from cascade.text.folder import read_config, target
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("memory") / "if")
+    return write_model(tmp_path_factory.mktemp("memory") / "if", STAGE)
 
 
 def on_devices():

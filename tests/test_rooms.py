@@ -31,7 +31,7 @@ BELOW = {
     "upscaler": {"config", "errors", "pretrained", "schedulers", "stage", "text"},
     "deepfloyd": {
         *("config", "diffusion", "errors", "models", "pretrained", "schedulers", "stage"),
-        *("text", "upscaler"),
+        *("checkpoint", "text", "upscaler"),
     },
     "runner": {
         "deepfloyd",

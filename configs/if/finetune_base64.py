@@ -2,13 +2,14 @@
 
     cascade train configs/if/finetune_base64.py --init models/if --workdir runs/if/mine \
         --data.path pictures
-    cascade export runs/if/mine models/mine
+    cascade export runs/if/mine models/mine --rest models/if
 
 init: a folder of `cascade convert deepfloyd`, or a stage's own folder, or its name on the Hugging
-Face hub. What it is decides the network; T5 and its 77 clean tokens come along.
+Face hub. What it is decides the network; T5 and its 77 clean tokens come along. --rest puts the
+other stages of a model beside the trained one.
 The adapters are of rank 16, and the weights themselves stay as they are, in two bytes a parameter;
 `--lora-rank 0 --optimizer.learning-rate 1e-5` trains all of them instead, in twenty bytes (float32
-with its average, Adam's moments and gradients). T5-XXL is kept in int8, in 5 GB.
+with its average, Adam's moments and gradients). T5-XXL is kept in int8, in 5.4 GB.
 Nobody has trained this file on the public weights, which are gated; its tests do on random ones.
 """
 
