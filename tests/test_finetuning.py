@@ -228,7 +228,6 @@ def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
         write_json(base / "config.json", about | changes)
         with pytest.raises(UserError, match=message):
             export([tmp_path / "run"], tmp_path / "out", rest=str(base))
-    # A published pipeline goes beside it too: 4x, it makes no cascade of an 8 px stage with 16 px.
     write_json(base / "config.json", about)
     report = export([tmp_path / "run"], tmp_path / "out", rest=str(base))
     assert report["stages"] == ["if8", "if16"]

@@ -183,8 +183,8 @@ def relative_position_bucket(
 
 
 GROUP = 64
-"""Inputs that share an int8 scale. A random T5 of XL's size, 24 layers of 2048, then embeds its
-worst token in bfloat16 at a cosine of .9994 to what float32 says; at .9989 with one scale for each
+"""Inputs that share an int8 scale. A random T5-v1.1 of XL's or XXL's size then embeds its worst
+token in bfloat16 at a cosine of .9994 to what float32 says; at .9989 with one scale for each
 output, and .9999 with weights that are not rounded. The scales take a sixteenth of the weights."""
 
 
