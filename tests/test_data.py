@@ -209,6 +209,11 @@ def test_a_closeup_is_a_window_of_the_scene_with_all_of_its_objects(most):
         ScenesData(split="long", closeup=2)
 
 
+def test_a_square_too_small_for_an_object_is_refused():
+    with pytest.raises(ValueError, match="within must hold any one object"):
+        caption_at(0, 0, within=0.3)
+
+
 def test_one_object_is_the_same_scene_in_a_closeup():
     near = open_source(ScenesData(max_objects=1, closeup=2), 32)
     whole = open_source(ScenesData(max_objects=1), 64)

@@ -154,6 +154,8 @@ def sample_scene(
     fewest = 3 if split == "long" else 1
     if not fewest <= max_objects <= 4:
         raise ValueError(f"max_objects of {split!r} must lie in {fewest}..4, got {max_objects}")
+    if within < 2 * BIG[1]:
+        raise ValueError(f"within must hold any one object, at least {2 * BIG[1]}, got {within}")
     while True:
         plan = _plan(rng, split)
         if sum(len(unit.offsets) for unit in plan[0]) > max_objects:
