@@ -189,7 +189,7 @@ def test_a_closeup_is_a_window_of_the_scene_with_all_of_its_objects(most):
     near = open_source(ScenesData(max_objects=most, closeup=2), 32)
     corners, several = set(), 0
     for index in range(12):
-        described, caption = caption_at(0, index, "train", most, 0.5 - 1 / 32)
+        described, caption = caption_at(0, index, max_objects=most, within=0.5 - 1 / 32)
         image, scene = near[index]["image"], render(described, 64)
         several += len(described.objects) > 1
         assert image.shape == (32, 32, 3) and near[index]["caption"] == caption.text

@@ -380,7 +380,7 @@ def test_colours_are_far_from_one_another_and_from_every_background():
         assert np.linalg.norm(2 * swing) > 90
 
 
-def test_max_objects_leaves_out_larger_scenes_and_keeps_the_rest():
+def test_min_and_max_objects_leave_out_scenes_and_keep_the_rest():
     count = [len(scene_at(0, i, max_objects=2).objects) for i in range(300)]
     assert set(count) == {1, 2}
     assert min(len(scene_at(0, i, "long", max_objects=3).objects) for i in range(9)) == 3
@@ -388,3 +388,6 @@ def test_max_objects_leaves_out_larger_scenes_and_keeps_the_rest():
         assert scene == same
     with pytest.raises(ValueError, match="split 'long' must lie in 3..4, got 2"):
         ScenesData(split="long", max_objects=2)
+    assert {len(scene_at(0, i, min_objects=2, max_objects=2).objects) for i in range(50)} == {2}
+    with pytest.raises(ValueError, match=r"min_objects must lie in 1..2 \(max_objects\), got 3"):
+        ScenesData(min_objects=3, max_objects=2)

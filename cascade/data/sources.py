@@ -31,7 +31,7 @@ class ScenesData:
     split: "train" and "seen" have no held-out combination of shape and colour, "unseen" has one in
     every scene, "long" has three or four objects always. (seed, split) names an endless list of
     scenes, of which the first `size` are the dataset.
-    max_objects: leave out scenes of more, for a curriculum that begins with easy ones.
+    min_objects, max_objects: leave out scenes of fewer or more, for a curriculum.
     closeup: 2 shows only a square of half the scene's side that holds all its objects, somewhere,
     and leaves out scenes where none does; at the same size in pixels a closeup is a smaller
     picture, which trains as much on shapes for less.
@@ -40,6 +40,7 @@ class ScenesData:
     split: Split = "train"
     seed: int = 0
     size: int = 1_000_000_000
+    min_objects: int = 1
     max_objects: int = 4
     closeup: int = 1
 
@@ -57,6 +58,11 @@ class ScenesData:
             raise ValueError(
                 f"ScenesData.max_objects of split {self.split!r} must lie in {fewest}..4, "
                 f"got {self.max_objects}"
+            )
+        if not 1 <= self.min_objects <= self.max_objects:
+            raise ValueError(
+                f"ScenesData.min_objects must lie in 1..{self.max_objects} (max_objects), "
+                f"got {self.min_objects}"
             )
         if self.closeup not in (1, 2) or self.closeup > 1 and self.split == "long":
             raise ValueError(
@@ -154,7 +160,14 @@ class _ScenesSource(Source):
         config = self.config
         # A window of whole pixels holds what is narrower than it by two at 64 pixels.
         within = 1.0 if config.closeup == 1 else 1 / config.closeup - 1 / 32
-        scene, caption = caption_at(config.seed, index, config.split, config.max_objects, within)
+        scene, caption = caption_at(
+            config.seed,
+            index,
+            config.split,
+            min_objects=config.min_objects,
+            max_objects=config.max_objects,
+            within=within,
+        )
         side = self.resolution * config.closeup
         if config.closeup > 1:
             rng = generator(config.seed, index, config.split, purpose=2)

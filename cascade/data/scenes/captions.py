@@ -116,10 +116,18 @@ def captions(scene: Scene, rng: np.random.Generator, n: int) -> list[Caption]:
 
 
 def caption_at(
-    seed: int, index: int, split: Split = "train", max_objects: int = 4, within: float = 1.0
+    seed: int,
+    index: int,
+    split: Split = "train",
+    *,
+    min_objects: int = 1,
+    max_objects: int = 4,
+    within: float = 1.0,
 ) -> tuple[Scene, Caption]:
     """Scene number `index`, as `spec.scene_at`, and its caption: pure."""
-    scene = spec.scene_at(seed, index, split, max_objects, within)
+    scene = spec.scene_at(
+        seed, index, split, min_objects=min_objects, max_objects=max_objects, within=within
+    )
     return scene, caption(scene, spec.generator(seed, index, split, purpose=1))
 
 

@@ -123,10 +123,22 @@ class Scene:
 
 
 def scene_at(
-    seed: int, index: int, split: Split = "train", max_objects: int = 4, within: float = 1.0
+    seed: int,
+    index: int,
+    split: Split = "train",
+    *,
+    min_objects: int = 1,
+    max_objects: int = 4,
+    within: float = 1.0,
 ) -> Scene:
     """Scene number `index` of the endless list that the other arguments name: a pure function."""
-    return sample_scene(generator(seed, index, split), split, max_objects, within)
+    return sample_scene(
+        generator(seed, index, split),
+        split,
+        min_objects=min_objects,
+        max_objects=max_objects,
+        within=within,
+    )
 
 
 def generator(
@@ -138,7 +150,12 @@ def generator(
 
 
 def sample_scene(
-    rng: np.random.Generator, split: Split = "train", max_objects: int = 4, within: float = 1.0
+    rng: np.random.Generator,
+    split: Split = "train",
+    *,
+    min_objects: int = 1,
+    max_objects: int = 4,
+    within: float = 1.0,
 ) -> Scene:
     """Draw a scene.
 
@@ -146,19 +163,21 @@ def sample_scene(
     in `scene_at` differ); "unseen" has at least one held-out pair; "long" is "seen" with three or
     four objects always, not all copies of one.
     About 35 % of scenes have one object, 40 % two, 25 % three or four; finishes are equally likely.
-    max_objects: scenes of more are drawn anew. within: and those whose objects lie in no square of
-    that side; 0.4 holds any one object that holds no other.
+    min_objects, max_objects: scenes of fewer or more are drawn anew. within: and those whose
+    objects lie in no square of that side; 0.4 holds any one object that holds no other.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     fewest = 3 if split == "long" else 1
     if not fewest <= max_objects <= 4:
         raise ValueError(f"max_objects of {split!r} must lie in {fewest}..4, got {max_objects}")
+    if not 1 <= min_objects <= max_objects:
+        raise ValueError(f"min_objects must lie in 1..{max_objects}, got {min_objects}")
     if within < 2 * BIG[1]:
         raise ValueError(f"within must hold any one object, at least {2 * BIG[1]}, got {within}")
     while True:
         plan = _plan(rng, split)
-        if sum(len(unit.offsets) for unit in plan[0]) > max_objects:
+        if not min_objects <= sum(len(unit.offsets) for unit in plan[0]) <= max_objects:
             continue
         for _ in range(_PLACE_TRIES):
             objects = _place(rng, *plan)
