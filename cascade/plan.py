@@ -327,12 +327,16 @@ def plan_model(
         where = one if place is None else sharding.replicated(place.mesh)
         programs[config.name] = (draw, _in_dtype(stage.abstract(), kind), (inputs,), where)
     parts: dict[str, Figures] = {}
+    width = max(map(len, programs))
     for name, (program, params, inputs, where) in programs.items():
         parts[name] = {"weight_bytes": _size(params), "temporary_bytes": None}
         if topology.devices is not None:
             print(f"compiling {name} ...", file=sys.stderr)
             measured = _compiled(jax.jit(program, in_shardings=where), (params, *inputs), topology)
             parts[name] |= {k: measured[k] for k in ("temporary_bytes", "peak_bytes")}
+        # At once: a part of billions of weights takes minutes.
+        told = (f"{k.removesuffix('_bytes')} {_gib(v)}" for k, v in parts[name].items())
+        print(f"{name:<{width}}  {', '.join(told)}", file=sys.stderr, flush=True)
     largest = max(p.get("peak_bytes") or p["weight_bytes"] for p in parts.values())
     return {
         "model": model,
@@ -363,21 +367,18 @@ def _plan_model(model: str, options: argparse.Namespace, rest: Sequence[str]) ->
         split_rows=options.split_rows,
     )
 
-    def size(value: float | None) -> str:
-        return "unknown" if value is None else f"{value / 2**30:#.3g} GiB"
-
-    width = max(map(len, figures["parts"]))
-    for name, part in figures["parts"].items():
-        told = ", ".join(f"{k.removesuffix('_bytes')} {size(v)}" for k, v in part.items())
-        print(f"{name:<{width}}  {told}", file=sys.stderr)
     fits = "fits" if figures["fits_part_by_part"] else "does NOT fit"
     print(
-        f"part by part (--offload) it {fits}: {size(figures['largest_bytes'])} of "
-        f"{size(figures['hbm_bytes'])}; all weights together take "
-        f"{size(figures['together_weight_bytes'])}",
+        f"part by part (--offload) it {fits}: {_gib(figures['largest_bytes'])} of "
+        f"{_gib(figures['hbm_bytes'])}; all weights together take "
+        f"{_gib(figures['together_weight_bytes'])}",
         file=sys.stderr,
     )
     return figures
+
+
+def _gib(size: float | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:#.3g} GiB"
 
 
 def _text_encoder(
@@ -461,9 +462,6 @@ def batch_of(config: TrainConfig, tokens: int, batch_size: int | None = None) ->
 def table(figures: Figures) -> str:
     """The figures for people."""
 
-    def size(value: float | None) -> str:
-        return "unknown" if value is None else f"{value / 2**30:#.3g} GiB"
-
     def seconds(value: float | None) -> str:
         return "unknown" if value is None else f"{value * 1e3:#.3g} ms"
 
@@ -472,14 +470,14 @@ def table(figures: Figures) -> str:
         ("topology", f"{f['topology']}, {f['chips']} chips"),
         ("mesh", " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items())),
         ("parameters", f"{f['parameters'] / 1e6:.1f} M"),
-        ("arguments, each chip", size(f["argument_bytes"])),
-        ("temporaries", size(f["temporary_bytes"])),
-        ("peak", f"{size(f['peak_bytes'])} of {size(f['hbm_bytes'])}"),
+        ("arguments, each chip", _gib(f["argument_bytes"])),
+        ("temporaries", _gib(f["temporary_bytes"])),
+        ("peak", f"{_gib(f['peak_bytes'])} of {_gib(f['hbm_bytes'])}"),
         ("fits", {True: "yes", False: "NO", None: "unknown"}[f["fits"]]),
         ("FLOPs, all chips", f"{f['flops']:.4g} ({f['model_flops']:.4g} without recomputation)"),
-        ("HBM traffic", size(f["hbm_traffic_bytes"])),
+        ("HBM traffic", _gib(f["hbm_traffic_bytes"])),
         *(
-            (kind, f"{c['count'] or '?'} times, {size(c['sent_bytes'])} sent")
+            (kind, f"{c['count'] or '?'} times, {_gib(c['sent_bytes'])} sent")
             for kind, c in f["collectives"].items()
         ),
         ("time of compute", seconds(f["compute_seconds"])),
