@@ -179,6 +179,8 @@ def sample_scene(
         plan = _plan(rng, split)
         if not min_objects <= sum(len(unit.offsets) for unit in plan[0]) <= max_objects:
             continue
+        if _least_extent(*plan) > within:
+            continue
         for _ in range(_PLACE_TRIES):
             objects = _place(rng, *plan)
             if objects is not None and max(extent(objects)) <= within:
@@ -362,6 +364,17 @@ def _unit(rng: np.random.Generator, looks, size: Size | None = None) -> _Unit:
     shape, colour, drawn, finish = looks
     size = size or drawn
     return _Unit((shape, colour, size, finish), _uniform(rng, *(SMALL if size == "small" else BIG)))
+
+
+def _least_extent(units: list[_Unit], links: list[_Link]) -> float:
+    """A bound from below on the longer side of what `_place` can make: no unit is larger, and of
+    two, neither inside the other, the shorter sides and a gap lie side by side."""
+    sides = [2 * max(unit.half) for unit in units]
+    for number, (unit, link) in enumerate(zip(units, links, strict=True)):
+        for other in range(number):
+            if link != ("inside", other):
+                sides.append(2 * min(unit.half) + 2 * min(units[other].half) + GAP)
+    return max(sides)
 
 
 def _place(
