@@ -13,10 +13,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade import config, xla_flags
 from cascade.errors import UserError
+
+if TYPE_CHECKING:
+    from cascade.train import TrainConfig
 
 PROMPT = "a small red circle above a big blue square on gray"
 
@@ -38,12 +41,12 @@ class SampleOptions:
 class TrainOptions:
     """Time the train step of a config on random pictures and text: no data, no text encoder.
 
+    --config FILE: as `cascade train` takes it, with the arguments of its function config(), such as
+    the --init MODEL of configs/if/finetune_base64.py; weights are random, whatever that names.
     The mesh is the config's, over all devices. MFU counts the FLOPs of matrix products and
     convolutions, forward and backward, without what remat computes again.
     """
 
-    config: Path
-    """A config file, as `cascade train` takes it."""
     batch_size: int | None = None
     """Pictures a step, instead of the config's."""
     steps: int = 10
@@ -57,10 +60,9 @@ class CompileOptions:
     """Time the compiler on a config's loss and its gradient, for one device of this machine.
 
     Nothing is run and no parameter exists, so a stage of any size will do.
+    --config FILE: as for `cascade bench train`.
     """
 
-    config: Path
-    """A config file, as `cascade train` takes it."""
     tokens: int = 128
     """Tokens of each text."""
 
@@ -78,14 +80,12 @@ def main(argv: Sequence[str]) -> None:
         options = config.parse(SampleOptions, argv[1:], prog="cascade bench sample")
         print(json.dumps(bench_sample(options), indent=2))
     elif argv[0] == "train":
-        options = config.parse(TrainOptions, argv[1:], prog="cascade bench train")
         xla_flags.apply(xla_flags.expected_backend(), os.environ)
-        print(json.dumps(bench_train(options), indent=2))
+        _on_config(bench_train, TrainOptions, argv)
     elif argv[0] == "compile":
-        options = config.parse(CompileOptions, argv[1:], prog="cascade bench compile")
         # A program found in a cache would say nothing of the compiler.
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-        print(json.dumps(bench_compile(options), indent=2))
+        _on_config(bench_compile, CompileOptions, argv)
     elif argv[0] == "unet":
         from cascade.bench_unet import UNetOptions, bench_unet
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"cascade bench {argv[0]}: must be sample, train, compile or unet")
 
 
-def bench_train(options: TrainOptions) -> dict[str, Any]:
+def bench_train(settings: TrainConfig, options: TrainOptions) -> dict[str, Any]:
     """Images a second and what follows from it, of the present machine."""
     import jax
 
@@ -103,7 +103,6 @@ def bench_train(options: TrainOptions) -> dict[str, Any]:
     from cascade.chips import chip_of
     from cascade.stage import Stage
 
-    settings = _train_config(options.config)
     if options.steps < 1:
         raise UserError(f"--steps must be 1 or more, got {options.steps}")
     try:
@@ -156,7 +155,7 @@ def bench_train(options: TrainOptions) -> dict[str, Any]:
     }
 
 
-def bench_compile(options: CompileOptions) -> dict[str, Any]:
+def bench_compile(settings: TrainConfig, options: CompileOptions) -> dict[str, Any]:
     """Seconds to lower and to compile forward and backward, and the size of what is compiled.
 
     cpu_seconds: of both together, over all cores, which other work on the machine does not stretch.
@@ -167,7 +166,6 @@ def bench_compile(options: CompileOptions) -> dict[str, Any]:
     from cascade.plan import batch_of
     from cascade.stage import Stage
 
-    settings = _train_config(options.config)
     if options.tokens < 1:
         raise UserError(f"--tokens must be 1 or more, got {options.tokens}")
     stage = Stage(settings.stage)
@@ -198,16 +196,23 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _train_config(path: Path) -> Any:
+def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
+    """`cascade bench VERB --config FILE ...`, printed."""
     from cascade.train import TrainConfig
 
-    settings = config.load(str(path))
+    prog = f"cascade bench {argv[0]} --config FILE"
+    path, rest = config.take(argv[1:], "--config")
+    if {"-h", "--help"} & set(rest):
+        config.parse(kind, ["--help"], prog=prog)
+    if path is None:
+        raise UserError(f"{prog}: --config is missing; give a file as configs/tiny/base64.py")
+    settings, rest = config.load_with(path, rest)
     if not isinstance(settings, TrainConfig):
         raise UserError(f"config {path}: config() must return a TrainConfig")
-    return settings
+    print(json.dumps(bench(settings, config.parse(kind, rest, prog=prog)), indent=2))
 
 
-def _random_batch(settings: Any, tokens: int) -> dict[str, Any]:
+def _random_batch(settings: TrainConfig, tokens: int) -> dict[str, Any]:
     import numpy as np
 
     stage, b, rng = settings.stage, settings.batch_size, np.random.default_rng(0)

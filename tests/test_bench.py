@@ -1,3 +1,5 @@
+import json
+
 import jax
 import pytest
 
@@ -17,13 +19,13 @@ def config():
 def test_training_speed_is_measured_on_any_config(tmp_path):
     file = tmp_path / "tiny.py"
     file.write_text(CONFIG)
-    got = bench.bench_train(TrainOptions(config=file, batch_size=16, steps=2, tokens=4))
+    got = bench.bench_train(config.load(str(file)), TrainOptions(batch_size=16, steps=2, tokens=4))
     assert got["images_per_second"] == pytest.approx(16 / got["step_seconds"], rel=0.1)
     abstract = Stage(testing.super_resolution_stage()).abstract()
     assert got["parameters"] == sum(x.size for x in jax.tree.leaves(abstract))
     assert got["tflops_per_device"] > 0 and got["mfu"] is None and got["devices"] == 8
     with pytest.raises(UserError, match="must be a multiple of the 8 parts"):
-        bench.bench_train(TrainOptions(config=file, batch_size=4))
+        bench.bench_train(config.load(str(file)), TrainOptions(batch_size=4))
 
 
 SMALL = """
@@ -46,10 +48,27 @@ def test_compiling_is_timed_without_parameters_or_steps(tmp_path, monkeypatch):
         raise AssertionError("made parameters")
 
     monkeypatch.setattr(Stage, "init", refuse)
-    got = bench.bench_compile(CompileOptions(config=file))
+    got = bench.bench_compile(config.load(str(file)), CompileOptions())
     assert got["hlo_bytes"] > 10_000 and got["hlo_bytes_compiled"] > 10_000
     assert min(got[f"{name}_seconds"] for name in ("lower", "compile", "cpu")) > 0
     abstract = Stage(config.load(str(file)).stage).abstract()
     assert got["parameters"] == sum(x.size for x in jax.tree.leaves(abstract))
     with pytest.raises(UserError, match="--tokens must be 1 or more"):
-        bench.bench_compile(CompileOptions(config=file, tokens=0))
+        bench.bench_compile(config.load(str(file)), CompileOptions(tokens=0))
+
+
+def test_a_config_with_arguments_gets_them_from_the_command_line(tmp_path, capsys):
+    file = tmp_path / "of_width.py"
+    file.write_text(
+        SMALL.replace("config()", "config(width: str)").replace("width=8,", "width=int(width),")
+    )
+    words = ["train", "--config", str(file), "--steps", "1", "--tokens", "4"]
+    sizes = []
+    for width in ("8", "16"):
+        bench.main([*words, "--width", width])
+        sizes.append(json.loads(capsys.readouterr().out)["parameters"])
+    assert sizes[0] < sizes[1]
+    with pytest.raises(UserError, match="--width is missing"):
+        bench.main(words)
+    with pytest.raises(UserError, match="--config is missing"):
+        bench.main(["train", "--steps", "1"])
