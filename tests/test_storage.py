@@ -113,6 +113,11 @@ def test_scenes_are_made_in_object_storage_and_read_from_it(bucket, capsys):
     source = open_source(TFDSData(name="scenes", data_dir=report["data_dir"], split="unseen"), 8)
     for index in range(2):
         assert source[index]["caption"] == caption_at(0, index, "unseen")[1].text
+    commands.main(["inspect", report["data_dir"], *words[-2:], "--out", "gs://bucket/sheet.png"])
+    assert json.loads(capsys.readouterr().out)["sheet"] == "gs://bucket/sheet.png"
+    assert images.load_image("gs://bucket/sheet.png").size > (100, 100)
+    with pytest.raises(UserError, match="exists already"):
+        commands.inspect(ScenesData(), pathlib.Path("gs://bucket/sheet.png"))
     with pytest.raises(UserError, match="gs://bucket/none.*not found"):
         open_source(TFDSData(name="scenes", data_dir="gs://bucket/none"), 8)
 

@@ -134,13 +134,13 @@ def inspect(
 ) -> dict[str, Any]:
     """Write a contact sheet PNG of `count` examples, spread over the dataset, with their captions.
 
-    Returns statistics, of up to 500 examples spread likewise, as JSON values. UserError where `out`
-    exists.
+    `out` may be in object storage. Returns statistics, of up to 500 examples spread likewise, as
+    JSON values. UserError where `out` exists.
     """
-    out = Path(out)
-    if out.exists():
+    sheet = paths.path(out)
+    if sheet.exists():
         raise UserError(f"{out} exists already; name another --out")
-    if not out.parent.is_dir():
+    if not paths.is_remote(sheet) and not sheet.parent.is_dir():
         raise UserError(f"--out {out}: no folder {out.parent}; make it first")
     if count < 1 or resolution < 1:
         raise UserError(f"count and resolution must be positive, got {count} and {resolution}")
@@ -152,7 +152,7 @@ def inspect(
         np.pad(cell, ((0, height - len(cell)), (0, 0), (0, 0)), constant_values=255)
         for cell in cells
     ]
-    images.save_png(out, images.grid(cells, gap=8))
+    images.save_png(sheet, images.grid(cells, gap=8))
     sampled = [source[i] for i in _spread(len(source), 500)]
     lengths = [len(_words(example["caption"])) for example in sampled]
     words = collections.Counter(w for e in sampled for w in _words(e["caption"]))
@@ -167,7 +167,7 @@ def inspect(
         "distinct_words": len(words),
         "commonest_words": dict(words.most_common(20)),
         "mean_rgb": [round(float(value), 1) for value in mean],
-        "sheet": str(out),
+        "sheet": str(sheet),
     }
 
 
@@ -182,8 +182,10 @@ def _found(source: str, split: str, seed: int) -> DataConfig:
     """What a SOURCE on the command line means."""
     if source == "scenes" and not Path(source).is_dir():
         return _scenes_config(split, seed)
-    folder = Path(source)
-    infos = sorted(folder.rglob("dataset_info.json"))
+    folder = paths.path(source)
+    # Up to NAME/CONFIG/VERSION; without **, which object storage has not.
+    patterns = ("*/" * depth + "dataset_info.json" for depth in range(4))
+    infos = sorted(found for pattern in patterns for found in folder.glob(pattern))
     if not infos:
         return FolderData(path=source)
     names = sorted({info.parent.parent.relative_to(folder).as_posix() for info in infos})
