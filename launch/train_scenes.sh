@@ -23,7 +23,11 @@ train base64_layout --init "$runs/closeup_model"
 if [ ! -e "$runs/layout_model" ]; then
     cascade export "$runs/base64_layout" "$runs/layout_model"
 fi
-train base64 --init "$runs/layout_model"
+train base64_pairs --init "$runs/layout_model"
+if [ ! -e "$runs/pairs_model" ]; then
+    cascade export "$runs/base64_pairs" "$runs/pairs_model"
+fi
+train base64 --init "$runs/pairs_model"
 train sr256
 train sr1024
 if [ ! -e "$runs/model" ]; then

@@ -1,9 +1,9 @@
 """The shipped cascade's base model: text -> 64 px scenes.
 
-    cascade train configs/scenes/base64.py --workdir runs/base64 --init LAYOUT_MODEL
+    cascade train configs/scenes/base64.py --workdir runs/base64 --init PAIRS_MODEL
 
-LAYOUT_MODEL is what `cascade export` makes of a run of base64_layout.py, and that began with one of
-base64_closeup.py, where the same network learns shapes four times as fast; without --init it starts
+PAIRS_MODEL is what `cascade export` makes of a run of base64_pairs.py, which began with those of
+base64_closeup.py and base64_layout.py, where the same network learns shapes four times as fast; without --init it starts
 from nothing.
 """
 
@@ -43,12 +43,12 @@ def config() -> TrainConfig:
             sampling=Sampling(steps=24, guidance=3.0),
         ),
         data=ScenesData(split="train"),
-        images=62_000,
+        images=44_000,
         batch_size=8,
         optimizer=Optimizer(
             learning_rate=1e-3,
             warmup_images=2_000,
-            cooldown_images=30_000,
+            cooldown_images=13_000,
             b2=0.99,
         ),
         ema_decay=0.999,

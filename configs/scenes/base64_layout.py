@@ -3,8 +3,8 @@
     cascade train configs/scenes/base64_layout.py --workdir runs/base64_layout --init CLOSEUP_MODEL
     cascade export runs/base64_layout runs/layout_model
 
-CLOSEUP_MODEL is what `cascade export` makes of a run of base64_closeup.py; base64.py goes on from
-here. What stands where is decided while noise hides all but the largest things, so most pictures
+CLOSEUP_MODEL is what `cascade export` makes of a run of base64_closeup.py; base64_pairs.py goes
+on from here. What stands where is decided while noise hides all but the largest things, so most pictures
 here are that noisy, and their errors are not weighed down.
 """
 
