@@ -4,8 +4,8 @@
     cascade export runs/base64_layout runs/layout_model
 
 CLOSEUP_MODEL is what `cascade export` makes of a run of base64_closeup.py; base64_pairs.py goes
-on from here. What stands where is decided while noise hides all but the largest things, so most pictures
-here are that noisy, and their errors are not weighed down.
+on from here. What stands where is decided while noise hides all but the largest things, so
+most pictures here are that noisy, and their errors are not weighed down.
 """
 
 import dataclasses
