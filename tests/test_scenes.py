@@ -391,3 +391,12 @@ def test_min_and_max_objects_leave_out_scenes_and_keep_the_rest():
     assert {len(scene_at(0, i, min_objects=2, max_objects=2).objects) for i in range(50)} == {2}
     with pytest.raises(ValueError, match=r"min_objects must lie in 1..2 \(max_objects\), got 3"):
         ScenesData(min_objects=3, max_objects=2)
+
+
+def test_no_plan_is_placed_more_narrowly_than_its_least_extent():
+    rng, excess = np.random.default_rng(0), []
+    while len(excess) < 400:
+        plan = spec._plan(rng, "train")
+        if objects := spec._place(rng, *plan):
+            excess.append(max(spec.extent(objects)) - spec._least_extent(*plan))
+    assert -1e-9 < min(excess) < 1e-9 and max(excess) < 1

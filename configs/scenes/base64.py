@@ -3,8 +3,8 @@
     cascade train configs/scenes/base64.py --workdir runs/base64 --init PAIRS_MODEL
 
 PAIRS_MODEL is what `cascade export` makes of a run of base64_pairs.py, which began with those of
-base64_closeup.py and base64_layout.py, where the same network learns shapes
-four times as fast; without --init it starts from nothing.
+base64_closeup.py and base64_layout.py; without --init it starts from nothing. In closeups the same
+network learns shapes four times as fast.
 """
 
 from cascade.data import ScenesData

@@ -1,10 +1,10 @@
 """Where the shipped cascade's base model learns shapes of two objects: 32 px closeups of up to two.
 
-    cascade train configs/scenes/base64_pairs.py --workdir runs/base64_pairs --init CLOSEUP_MODEL
+    cascade train configs/scenes/base64_pairs.py --workdir runs/base64_pairs --init LAYOUT_MODEL
     cascade export runs/base64_pairs runs/pairs_model
 
-CLOSEUP_MODEL is what `cascade export` makes of a run of base64_closeup.py, or of base64_layout.py;
-base64.py goes on from here.
+LAYOUT_MODEL is what `cascade export` makes of a run of base64_layout.py; base64.py goes on from
+here.
 """
 
 import dataclasses
