@@ -68,8 +68,8 @@ class CompileOptions:
 
 
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
-       cascade bench train --config FILE [--ARGUMENT VALUE] [--batch-size N] [--steps N] [--tokens N]
-       cascade bench compile --config FILE [--ARGUMENT VALUE] [--tokens N]
+       cascade bench train --config FILE [--ARG VALUE] [--batch-size N] [--steps N] [--tokens N]
+       cascade bench compile --config FILE [--ARG VALUE] [--tokens N]
        cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]"""
 
 
