@@ -170,6 +170,24 @@ def test_without_self_attention_it_runs_at_other_sizes_than_its_crop(compiled):
     assert jnp.isfinite(network(params, x, TIME, cond)).all()
 
 
+def test_with_coordinates_alone_does_a_plain_picture_differ_beyond_the_reach_of_its_edges():
+    def middle(coordinates):
+        level = Level(width=8, blocks=1)
+        config = UNetConfig(levels=(level,), head_width=8, coordinates=coordinates)
+        network = Network(config)
+        params = lively(network.init(jax.random.key(0)))
+        y = jax.jit(network.__call__)(params, jnp.ones((1, 32, 32, 3)), TIME[:1], Conditioning())
+        return np.asarray(y[0, 14:18, 14:18])
+
+    np.testing.assert_allclose(
+        middle(False), np.broadcast_to(middle(False)[0, 0], (4, 4, 3)), atol=1e-5
+    )
+    placed = middle(True)
+    assert (
+        abs(placed[0] - placed[-1]).min() > 1e-3 and abs(placed[:, 0] - placed[:, -1]).min() > 1e-3
+    )
+
+
 def test_dropout_needs_a_key_and_follows_it(compiled):
     network = Network(dataclasses.replace(BASE, dropout=0.5))
     _, _, params = compiled(BASE)
