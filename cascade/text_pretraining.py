@@ -1,16 +1,22 @@
 """Pretraining of a small T5 encoder on captions of drawn scenes (after Raffel et al. 2020).
 
-A diffusion model asks one thing of its text encoder that a bag of words does not give: at the word
-"circle", which colour. Two text-to-text tasks, mixed, ask for it:
+A diffusion model asks of its text encoder what a bag of words does not give: at the word "circle",
+which colour, and whether it is the one above. Three text-to-text tasks, mixed, ask for it:
 
+    description       a whole caption -> all that it says of the thing at one of its nouns
     retelling         a whole caption -> itself, or another caption of the same scene
     span corruption   one or two captions of a scene, spans masked -> the masked spans
 
-In both, a random share of the encoder's outputs is hidden from the decoder. Without that the
-decoder reads "red" at "red", and nothing ever asks "circle" to know it. The decoder is thrown away.
+In a description the decoder is shown the encoder's output at that noun alone; in the others a
+random share of the outputs is hidden from it. Without that the decoder reads "red" at "red", and
+nothing ever asks "circle" to know it. The decoder is thrown away.
 
-A thousand steps suffice because the encoder's heads begin by looking at neighbouring words (see
-models/t5.py): from T5's own initial values, 2500 steps left the colour half unreadable at the noun.
+Beside the decoder a linear map reads the words of the target, in no order, from the mean of what is
+visible: a diffusion model's attention has linear keys, and finds nothing that is said otherwise.
+
+A thousand steps suffice for looks, and two thousand for places, because the encoder's heads begin
+by looking at the words behind or ahead (see models/t5.py): from T5's own initial values, 2500 steps
+left the colour half unreadable at the noun.
 """
 
 import dataclasses
@@ -35,7 +41,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cascade import paths
 from cascade.config import to_json
-from cascade.data.scenes.captions import captions
+from cascade.data.scenes.captions import Caption, captions, mentions
 from cascade.data.scenes.spec import generator, scene_at
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel
@@ -53,7 +59,7 @@ class TextPretraining:
 
     encoder: sizes; its vocab_size counts the SentencePiece pieces and SENTINELS more.
     examples: how many in all; each step takes batch_size of them.
-    retold: the share of examples whose task is retelling, the rest are corrupted.
+    described, retold: the shares of examples with these tasks; the rest are corrupted.
     hidden: up to this share of the encoder's outputs (uniformly) is hidden from the decoder.
     corrupted: the share of tokens masked, in spans of mean_span tokens on average.
     length: tokens; what is longer is cut.
@@ -64,7 +70,8 @@ class TextPretraining:
     encoder: T5Config
     examples: int
     batch_size: int = 64
-    retold: float = 0.8
+    described: float = 0.5
+    retold: float = 0.4
     hidden: float = 0.8
     corrupted: float = 0.25
     mean_span: float = 1.5
@@ -87,6 +94,12 @@ class TextPretraining:
             raise ValueError(
                 "TextPretraining.corrupted must lie in (0, 1) and mean_span be at least 1, got "
                 f"{self.corrupted} and {self.mean_span}"
+            )
+
+        if min(self.described, self.retold) < 0 or self.described + self.retold > 1:
+            raise ValueError(
+                "TextPretraining.described and retold are shares of the examples, at most 1 "
+                f"together, got {self.described} and {self.retold}"
             )
 
     @property
@@ -148,8 +161,12 @@ class Example:
 def example(config: TextPretraining, tokenizer: Tokenizer, index: int) -> Example:
     """Number `index` of the endless list that config.seed names."""
     rng = generator(config.seed, index, "train", purpose=2)
+    task = rng.random()
+    if task < config.described:
+        scene = scene_at(config.seed, index, "train", min_objects=2)  # one alone stands nowhere
+        return description(config, tokenizer, captions(scene, rng, 1)[0], rng)
     scene = scene_at(config.seed, index, "train")
-    if rng.random() < config.retold:
+    if task < config.described + config.retold:
         texts = [c.text for c in captions(scene, rng, 2)]
         source = tokenizer.pieces(texts[0])
         target = tokenizer.pieces(texts[int(rng.random() * 2)])
@@ -166,6 +183,23 @@ def example(config: TextPretraining, tokenizer: Tokenizer, index: int) -> Exampl
     visible = rng.random(len(source) + 1) >= config.hidden * rng.random()
     return Example(
         source=np.asarray(source), target=np.asarray(target), visible=visible | ~visible.any()
+    )
+
+
+def description(
+    config: TextPretraining, tokenizer: Tokenizer, caption: Caption, rng: np.random.Generator
+) -> Example:
+    """One noun of a caption -> what the caption says of its thing, that noun alone visible."""
+    nouns = mentions(caption)
+    start, said = nouns[int(rng.random() * len(nouns))]
+    # Pieces never cross a space: those of a beginning are the beginning of the pieces.
+    first = len(tokenizer.pieces(caption.text[:start].rstrip()))
+    source, target = (tokenizer.pieces(t)[: config.length - 1] for t in (caption.text, said))
+    visible = np.arange(len(source) + 1) == first
+    return Example(
+        source=np.asarray(source),
+        target=np.asarray(target),
+        visible=visible | ~visible.any(),  # all, if the noun was cut off
     )
 
 
@@ -297,6 +331,7 @@ def _initial_state(config: TextPretraining, optimizer: optax.GradientTransformat
     params = {
         "encoder": nnx.to_pure_dict(nnx.state(T5EncoderModel(config.encoder, nnx.Rngs(k_encoder)))),
         "decoder": nnx.to_pure_dict(nnx.state(T5Decoder(config.encoder, nnx.Rngs(k_decoder)))),
+        "words": jnp.zeros((config.encoder.d_model, config.encoder.vocab_size)),
     }
     return {"params": params, "optimizer": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
@@ -323,15 +358,18 @@ def _position_tables(params: Any) -> Any:
 def _train_step(
     config: TextPretraining, optimizer: optax.GradientTransformation
 ) -> Callable[[State, dict[str, Array]], tuple[State, Array]]:
+    """(state, batch) -> the next state, the decoder's loss."""
     predict = _logits(config.encoder)
 
     def loss_of(params, batch):
         targets, mask = batch["targets"], batch["targets"] != PAD_ID
-        losses = optax.softmax_cross_entropy_with_integer_labels(predict(params, batch), targets)
-        return jnp.sum(losses * mask) / jnp.sum(mask)
+        words, in_order = predict(params, batch)
+        decoded = optax.softmax_cross_entropy_with_integer_labels(in_order, targets)
+        read = -jnp.take_along_axis(jax.nn.log_softmax(words), targets, axis=-1)
+        return jnp.mean(decoded + read, where=mask), jnp.mean(decoded, where=mask)
 
     def train_step(state, batch):
-        loss, gradients = jax.value_and_grad(loss_of)(state["params"], batch)
+        gradients, loss = jax.grad(loss_of, has_aux=True)(state["params"], batch)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "optimizer": optimizer_state, "step": state["step"] + 1}, loss
@@ -339,18 +377,23 @@ def _train_step(
     return train_step
 
 
-def _logits(config: T5Config) -> Callable[[dict, dict[str, Array]], Float[Array, "b m v"]]:
-    """(params, batch) -> logits of every target given the ones before it."""
+def _logits(
+    config: T5Config,
+) -> Callable[[dict, dict[str, Array]], tuple[Float[Array, "b v"], Float[Array, "b m v"]]]:
+    """(params, batch) -> logits of the target's words, read linearly; and of every token of the
+    target given the ones before it.
+    """
     encoder_def = nnx.graphdef(nnx.eval_shape(lambda: T5EncoderModel(config, nnx.Rngs(0))))
     decoder_def = nnx.graphdef(nnx.eval_shape(lambda: T5Decoder(config, nnx.Rngs(0))))
 
     def predict(params, batch):
         encoder = nnx.merge(encoder_def, params["encoder"])
         decoder = nnx.merge(decoder_def, params["decoder"])
-        inputs, targets = batch["inputs"], batch["targets"]
-        mask = inputs != PAD_ID
+        inputs, targets, visible = batch["inputs"], batch["targets"], batch["visible"]
+        encoded = encoder(inputs, inputs != PAD_ID)
+        words = jnp.mean(encoded, axis=1, where=visible[:, :, None]) @ params["words"]
         shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
-        return decoder(encoder.shared[...][shifted], encoder(inputs, mask), batch["visible"])
+        return words, decoder(encoder.shared[...][shifted], encoded, visible)
 
     return predict
 

@@ -12,11 +12,15 @@ from cascade.data.scenes import render as rendering
 from cascade.data.scenes import spec
 from cascade.data.scenes.captions import (
     VOCABULARY,
+    Caption,
     Facts,
+    Related,
+    Thing,
     caption,
     caption_at,
     captions,
     false_facts,
+    mentions,
 )
 from cascade.data.scenes.render import coverage, finish_pattern, render
 from cascade.data.scenes.spec import Object, Scene, scene_at
@@ -53,6 +57,27 @@ def test_captions_assert_nothing_false(split):
         for r in said.facts.relations:
             for a, b in itertools.product(found[r.subject], found[r.object]):
                 assert stands(a, r.relation, b)
+
+
+def test_mentions_say_of_every_noun_its_own_look_and_place():
+    text = (
+        "two small red circles over a blue square on gray. the blue square is below the red circles"
+    )
+    said = Caption(
+        text=text,
+        facts=Facts(
+            things=(
+                Thing(shape="circle", colour="red", count=2, size="small"),
+                Thing(shape="square", colour="blue"),
+            ),
+            relations=(Related(subject=0, relation="above", object=1),),
+            background="gray",
+        ),
+    )
+    circles, square = "above two small red circles on gray", "below one blue square on gray"
+    assert [told for _, told in mentions(said)] == [circles, square, square, circles]
+    nouns = [text[at:].split()[0] for at, _ in mentions(said)]
+    assert nouns == ["circles", "square", "square", "circles"]
 
 
 def stands(a, relation, b):

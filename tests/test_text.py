@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
 
 from cascade.data.scenes.captions import VOCABULARY, caption_at
 from cascade.errors import UserError
@@ -22,6 +24,7 @@ from cascade.text_pretraining import (
     SENTINELS,
     TextPretraining,
     batches,
+    description,
     pretrain,
     span_corruption,
 )
@@ -317,6 +320,22 @@ def test_pretraining_learns_and_exports_a_text_encoder(pretrained):
     assert (pretrained / "loss.png").exists()
 
 
+def test_the_words_of_a_target_are_read_from_the_mean_of_what_is_visible(pretrained):
+    state = safetensors.numpy.load_file(pretrained / "state.safetensors")
+    words = state["['params']['words']"]
+    encoder = T5Encoder.load(pretrained / "text_encoder", max_tokens=16)
+    tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
+    held_out = dataclasses.replace(TINY, seed=5)
+    surprise = []
+    for made in batches(held_out, tokenizer, 0, 4):
+        ids, told = jnp.asarray(made["inputs"]), made["targets"] != PAD_ID
+        encoded = encoder.apply(encoder.params, ids, ids != PAD_ID).values
+        mean = np.mean(encoded, axis=1, where=made["visible"][:, :, None])
+        probability = jax.nn.log_softmax(mean @ words)
+        surprise.append(-np.take_along_axis(probability, made["targets"], axis=-1)[told])
+    assert np.concatenate(surprise).mean() < 0.7 * np.log(TINY.encoder.vocab_size)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, tmp_path):
     pretrain(TINY, tmp_path, until=17)
     assert not (tmp_path / "text_encoder").exists()
@@ -333,12 +352,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, tmp_path):
 
 def test_hidden_outputs_are_a_share_and_never_all(pretrained):
     tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
-    config = dataclasses.replace(TINY, hidden=0.5)
+    config = dataclasses.replace(TINY, hidden=0.5, described=0.0)
     made = list(batches(config, tokenizer, 0, 8))
     given = sum((b["inputs"] != PAD_ID).sum() for b in made)
     assert all((b["visible"] <= (b["inputs"] != PAD_ID)).all() for b in made)
     assert all(b["visible"].any(1).all() for b in made)
     assert sum(b["visible"].sum() for b in made) / given == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_description_is_told_from_its_noun_alone(pretrained):
+    model = (pretrained / "spiece.model").read_bytes()
+    tokenizer, pieces = (
+        Tokenizer(model, 64),
+        sentencepiece.SentencePieceProcessor(model_proto=model),
+    )
+    config = dataclasses.replace(TINY, length=64)
+    for index in range(60):
+        said = caption_at(0, index)[1]
+        made = description(config, tokenizer, said, np.random.default_rng(index))
+        (at,) = np.flatnonzero(made.visible)
+        before = pieces.decode(made.source[:at].tolist())
+        *_, noun = pieces.decode(made.target.tolist()).split(" on ")[0].split()
+        assert said.text[len(before) :].strip().startswith(noun)
 
 
 def test_batches_are_a_pure_function_of_the_step(pretrained):

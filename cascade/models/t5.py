@@ -345,17 +345,18 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
 
 
 def _neighbourly_table(config: T5Config) -> Float[Array, "buckets heads"]:
-    """The encoder's table to begin with: heads look at their neighbourhood, half of them ahead.
+    """The encoder's table to begin with: half of the heads look ahead, the others back.
 
     Slopes halve every two heads, in the manner of ALiBi (Press et al. 2022). T5's own random table
-    begins by averaging the whole text, and a short training hardly gets away from that.
+    begins by averaging the whole text, and a short training hardly gets away from that; nor does
+    one that begins with both directions in every head learn which of two nouns is the one above.
     """
     buckets, heads = config.relative_attention_num_buckets, config.num_heads
     distance = jnp.tile(jnp.arange(buckets // 2), 2)
     ahead = jnp.arange(buckets) >= buckets // 2
     looks_ahead = jnp.arange(heads) % 2 == 1
-    wrong_way = ahead[:, None] != looks_ahead
-    return -distance[:, None] * 2.0 ** -(jnp.arange(heads) // 2) * (1 + wrong_way)
+    wrong_way = (ahead[:, None] != looks_ahead) & (distance[:, None] > 0)
+    return -distance[:, None] * 2.0 ** -(jnp.arange(heads) // 2) - 6.0 * wrong_way
 
 
 def _position_bias(config: T5Config, table: Array, length: int, *, bidirectional: bool) -> Array:

@@ -32,6 +32,7 @@ def config() -> TrainConfig:
                 head_width=32,
                 text_width=128,
                 emb_width=128,
+                coordinates=True,  # without them "above" means nothing: configs/scenes/README.md
             ),
             # Flat pictures keep their layout readable under much more noise than photographs, and
             # at log-SNR 3 their edges too: nothing is left to learn beyond.

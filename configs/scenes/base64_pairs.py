@@ -20,6 +20,6 @@ def config() -> TrainConfig:
     return dataclasses.replace(
         closeup,
         data=ScenesData(split="train", max_objects=2, closeup=2),
-        images=203_000,
+        images=545_000,
         text_tokens=32,  # captions of two objects have at most 30
     )

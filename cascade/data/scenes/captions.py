@@ -8,6 +8,7 @@ relations several word orders: one scene has many captions.
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 
@@ -182,6 +183,42 @@ _RELATION_WORDS: dict[str, tuple[str, ...]] = {
     "below": ("below", "under"),
     "inside": ("inside", "in"),
 }
+_CONVERSE = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+    "inside": "around",
+}
+
+
+def mentions(caption: Caption) -> list[tuple[int, str]]:
+    """Of every noun in the text: where it starts, and all that the text says of its thing.
+
+    That is its look and where it stands, in words that name nothing else: of "circle" in "a small
+    red circle over a blue square on gray", "above one small red circle on gray".
+    """
+    facts, said = caption.facts, []
+    nouns = {_noun(thing): thing.shape for thing in facts.things}
+    colour = None
+    for word in re.finditer(r"[a-z]+", caption.text):
+        if word[0] in spec.COLOURS:
+            colour = word[0]
+        elif word[0] in nouns:
+            looks = (colour, nouns[word[0]])
+            number = next(i for i, t in enumerate(facts.things) if (t.colour, t.shape) == looks)
+            said.append((word.start(), _description(facts, number)))
+    return said
+
+
+def _description(facts: Facts, number: int) -> str:
+    thing = facts.things[number]
+    places = [said.relation for said in facts.relations if said.subject == number]
+    places += [_CONVERSE[said.relation] for said in facts.relations if said.object == number]
+    count = _NUMBERS.get(thing.count, "one")
+    words = [*places, count, thing.size, thing.finish, thing.colour, _noun(thing)]
+    ground = f" on {facts.background}" if facts.background else ""
+    return " ".join(word for word in words if word) + ground
 
 
 def _thing(group: tuple[Object, ...], rng: np.random.Generator) -> Thing:
