@@ -2,10 +2,10 @@
 
     cascade train configs/scenes/text_encoder.py --workdir runs/text_encoder
 
-Half an hour on one CPU core that is shared; it made the weights that ship (2 MB). In held-out captions
-of two things a linear map from the embedding of a noun tells where its thing stands (left, right,
-above or below) in 100% of cases, except where a later sentence says it: there the noun that the later
-sentence repeats knows it, and its first mention does not (46 to 49%).
+Half an hour on one CPU core that is shared; it made the weights that ship (2 MB). In held-out
+captions of two things a linear map from the embedding of a noun tells where its thing stands (left,
+right, above or below) in 100% of cases, except where a later sentence says it: there the noun that
+the later sentence repeats knows it, and its first mention does not (46 to 49%).
 """
 
 from cascade.models.t5 import T5Config
