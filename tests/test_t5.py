@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from cascade.models import t5
 from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel, relative_position_bucket
 from cascade.text.encoder import T5Encoder
 from cascade.text.folder import read_folder
@@ -173,3 +174,14 @@ def test_reading_gives_float32_from_a_float16_file():
     config, params, spiece = read_folder(FIXTURE)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     assert T5Encoder(config, params, Tokenizer(spiece, 5)).max_tokens == 5
+
+
+def test_heads_begin_by_looking_one_way_half_of_them_ahead():
+    config = T5Config(vocab_size=300, d_model=16, d_ff=16, num_layers=1, num_heads=8, d_kv=2)
+    bias = t5._position_bias(config, t5._neighbourly_table(config), 9, bidirectional=True)
+    back, ahead = np.tril(np.ones((9, 9)), -1), np.triu(np.ones((9, 9)), 1)
+    weights = jax.nn.softmax(bias[0], axis=-1)
+    wrong = [np.sum(w * way, axis=-1) for w, way in zip(weights, [ahead, back] * 4, strict=True)]
+    assert np.max(wrong[:6]) < 0.02  # the widest two have no room ahead or behind at the ends
+    right = [np.sum(w * way, axis=-1)[4] for w, way in zip(weights, [back, ahead] * 4, strict=True)]
+    assert np.min(right) > 0.3

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 
-from cascade.data.scenes.captions import VOCABULARY, caption_at
+from cascade.data.scenes.captions import VOCABULARY, caption_at, mentions
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config
 from cascade.text import T5Encoder, Tokenizer, captions
@@ -320,7 +320,7 @@ def test_pretraining_learns_and_exports_a_text_encoder(pretrained):
     assert (pretrained / "loss.png").exists()
 
 
-def test_the_words_of_a_target_are_read_from_the_mean_of_what_is_visible(pretrained):
+def test_the_linear_reading_of_a_target_is_learned(pretrained):
     state = safetensors.numpy.load_file(pretrained / "state.safetensors")
     words = state["['params']['words']"]
     encoder = T5Encoder.load(pretrained / "text_encoder", max_tokens=16)
@@ -334,6 +334,25 @@ def test_the_words_of_a_target_are_read_from_the_mean_of_what_is_visible(pretrai
         probability = jax.nn.log_softmax(mean @ words)
         surprise.append(-np.take_along_axis(probability, made["targets"], axis=-1)[told])
     assert np.concatenate(surprise).mean() < 0.7 * np.log(TINY.encoder.vocab_size)
+
+
+def test_a_linear_map_reads_from_a_noun_of_the_shipped_encoder_where_its_thing_stands():
+    places = ("left", "right", "above", "below")
+    encoder = T5Encoder.load("scenes", max_tokens=32)
+    said = [caption_at(3, i, min_objects=2, max_objects=2)[1] for i in range(900)]
+    said = [c for c in said if c.facts.relations and "." not in c.text and len(c.facts.things) == 2]
+    values = np.asarray(encoder([c.text for c in said]).values)
+    nouns, place = [], []
+    for row, one in zip(values, said, strict=True):
+        for start, told in mentions(one):
+            if told.split()[0] in places:
+                nouns.append(row[len(encoder.tokenizer.pieces(one.text[:start].rstrip()))])
+                place.append(places.index(told.split()[0]))
+    x, y = np.c_[nouns, np.ones(len(nouns))], np.eye(4)[place]
+    fitted = np.arange(len(x)) < 0.7 * len(x)
+    weights = np.linalg.lstsq(x[fitted], y[fitted])[0]
+    right = np.argmax(x @ weights, axis=-1) == place
+    assert len(x) > 400 and right[~fitted].mean() > 0.95
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, tmp_path):
