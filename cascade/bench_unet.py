@@ -1,11 +1,13 @@
-"""`cascade bench unet`: one forward pass of DeepFloyd IF's U-Nets, against PyTorch eager.
+"""`cascade bench unet`: one forward pass of DeepFloyd IF's U-Nets, against PyTorch.
 
-Both sides have the same cores, weights and inputs (batch 1, 77 tokens, float32), and run by turns,
-so that whatever else the machine does slows both.
+Both sides have the same device, weights and inputs (batch 1, 77 tokens), and run by turns, so that
+whatever else the machine does slows both. On a CPU they compute in float32, and PyTorch is eager; on
+a GPU in bfloat16, and its model goes through torch.compile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import statistics
@@ -43,13 +45,21 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
     if options.repeats < 1:
         raise UserError(f"--repeats must be 1 or more, got {options.repeats}")
     cores = _hold(options.cores)  # ahead of the threads that JAX and PyTorch start
+    # PyTorch needs memory of the same device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     from cascade.models import Conditioning, IFUNetConfig, Network
     from cascade.pretrained import deepfloyd
 
+    device = jax.devices()[0]
+    if device.platform not in ("cpu", "gpu"):
+        raise UserError(f"cascade bench unet: PyTorch has no {device.platform} to compare with")
+    gpu = device.platform == "gpu"
     fields, rng = FIELDS[options.size], np.random.default_rng(0)
     config = IFUNetConfig.from_diffusers(fields)
+    if gpu:
+        config = dataclasses.replace(config, compute_dtype="bfloat16")
     network, side = Network(config), fields["sample_size"]
     picture = rng.standard_normal((1, side, side, fields["in_channels"]), np.float32)
     text = rng.standard_normal((1, 77, config.text_width), np.float32)
@@ -60,7 +70,7 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
     theirs = None
     if all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         with tempfile.TemporaryDirectory() as folder:
-            theirs = _torch_pass(fields, folder, picture, text, time_, level, cores)
+            theirs = _torch_pass(fields, folder, picture, text, time_, level, cores, gpu)
             params = deepfloyd.read_unet(Path(folder))[1]
     else:
         print(
@@ -70,6 +80,9 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
         )
         params = jax.jit(network.init)(jax.random.key(0, impl="rbg"))
 
+    params = jax.device_put(
+        jax.tree.map(lambda x: x.astype(config.compute_dtype), params) if gpu else params
+    )
     start = time.perf_counter()
     compiled = jax.jit(network.__call__).lower(params, x, time_, cond).compile()
     compile_seconds = time.perf_counter() - start
@@ -93,17 +106,19 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
         "unet": options.size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "input": list(picture.shape),
+        "device": device.device_kind,
+        "dtype": config.compute_dtype,
         "cores": cores,
         "repeats": options.repeats,
-        "cascade_seconds": round(medians["cascade"], 4),
-        "cascade_fastest_seconds": round(min(seconds["cascade"]), 4),
+        "cascade_seconds": round(medians["cascade"], 5),
+        "cascade_fastest_seconds": round(min(seconds["cascade"]), 5),
         "compile_seconds": round(compile_seconds, 1),
     }
     if theirs is not None:
         off = np.abs(outputs["cascade"] - outputs["torch"]).max()
         result |= {
-            "torch_seconds": round(medians["torch"], 4),
-            "torch_fastest_seconds": round(min(seconds["torch"]), 4),
+            "torch_seconds": round(medians["torch"], 5),
+            "torch_fastest_seconds": round(min(seconds["torch"]), 5),
             "ratio": round(medians["torch"] / medians["cascade"], 3),
             "largest_difference": float(off / np.abs(outputs["torch"]).max()),
         }
@@ -184,7 +199,9 @@ def _hold(cores: int | None) -> int:
     return len(own)
 
 
-def _torch_pass(fields, folder, picture, text, time_, level, cores) -> Callable[[], np.ndarray]:
+def _torch_pass(
+    fields, folder, picture, text, time_, level, cores, gpu
+) -> Callable[[], np.ndarray]:
     """One pass of diffusers' U-Net, channels last as ours; its weights are written to `folder`."""
     import diffusers  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
@@ -193,14 +210,20 @@ def _torch_pass(fields, folder, picture, text, time_, level, cores) -> Callable[
     torch.set_num_threads(cores)
     model = diffusers.UNet2DConditionModel.from_config(fields).eval()
     model.save_pretrained(folder)
-    x = torch.tensor(picture).permute(0, 3, 1, 2).contiguous()
+    where = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {}
+    model = torch.compile(model.to(**where)) if gpu else model
+    x = torch.tensor(picture).permute(0, 3, 1, 2).contiguous().to(**where)
+    time_ = torch.tensor(time_).to(**where)
     given = {
-        "encoder_hidden_states": torch.tensor(text),
-        "class_labels": torch.tensor(level) if fields.get("class_embed_type") else None,
+        "encoder_hidden_states": torch.tensor(text).to(**where),
+        "class_labels": torch.tensor(level).to(**where)
+        if fields.get("class_embed_type")
+        else None,
     }
 
     def once() -> np.ndarray:
         with torch.inference_mode():
-            return model(x, torch.tensor(time_), **given).sample.permute(0, 2, 3, 1).numpy()
+            sample = model(x, time_, **given).sample.permute(0, 2, 3, 1)
+            return sample.float().cpu().numpy()
 
     return once
