@@ -1,8 +1,8 @@
 """`cascade bench unet`: one forward pass of DeepFloyd IF's U-Nets, against PyTorch.
 
 Both sides have the same device, weights and inputs (batch 1, 77 tokens), and run by turns, so that
-whatever else the machine does slows both. On a CPU they compute in float32, and PyTorch is eager; on
-a GPU in bfloat16, and its model goes through torch.compile.
+whatever else the machine does slows both. On a CPU they compute in float32, and PyTorch is eager;
+on a GPU in bfloat16, and its model goes through torch.compile.
 """
 
 from __future__ import annotations
@@ -216,9 +216,7 @@ def _torch_pass(
     time_ = torch.tensor(time_).to(**where)
     given = {
         "encoder_hidden_states": torch.tensor(text).to(**where),
-        "class_labels": torch.tensor(level).to(**where)
-        if fields.get("class_embed_type")
-        else None,
+        "class_labels": torch.tensor(level).to(**where) if fields.get("class_embed_type") else None,
     }
 
     def once() -> np.ndarray:
