@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import ONE_DEVICE
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -287,7 +288,7 @@ from cascade.data import ScenesData
 from cascade.train import TrainConfig
 
 def config():
-    return TrainConfig(stage=testing.base_stage(text_width=128), data=ScenesData(split="train"),
+    return TrainConfig(stage=testing.smallest_stage(128), data=ScenesData(split="train"),
                        images=16, batch_size=8, preview_every_images=0)
 """
 
@@ -306,7 +307,7 @@ def test_a_real_training_ends_complete_after_a_killed_process(tmp_path):
         "single_node.sh",
         *("--wait", "0", "config.py", "--workdir", "run"),
         PYTHONPATH=str(LAUNCH.parent),
-        XLA_FLAGS="--xla_backend_optimization_level=0",
+        XLA_FLAGS=ONE_DEVICE,
     )
     assert done.returncode == 0, done.stderr
     assert "status 137" in done.stderr and len(calls(tmp_path)) == 2

@@ -45,8 +45,8 @@ def batch_of(n=8):
     return {"image": image, "text": text.values, "text_mask": text.mask}
 
 
-def run(config, mesh_config, steps=2, optimizer=None):
-    """State and metrics after some steps on one batch, with everything placed as `train` does."""
+def run(config, mesh_config, steps, optimizer=None):
+    """State and metrics after each step on one batch, with everything placed as `train` does."""
     n = abs(mesh_config.data * mesh_config.fsdp * mesh_config.tensor)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n])
     stage, optimizer = Stage(config.stage), optimizer or train.make_optimizer(config)
@@ -60,16 +60,17 @@ def run(config, mesh_config, steps=2, optimizer=None):
         out_shardings=(placement, sharding.replicated(mesh)),
     )
     state, batch = jax.device_put(state, placement), sharding.shard_batch(batch_of(), mesh)
-    metrics = {}
+    after = []
     for _ in range(steps):
         state, metrics = step(state, batch)
-    return state, metrics
+        after.append((state, metrics))
+    return after
 
 
 @pytest.fixture(scope="module")
 def alone():
     """One step of SGD at rate 1 on one device, the whole batch at once: it moves by the gradient"""
-    return run(config_of(), MeshConfig(data=1), steps=1, optimizer=optax.sgd(1.0))
+    return run(config_of(), MeshConfig(data=1), steps=1, optimizer=optax.sgd(1.0))[0]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_any_mesh_and_any_microbatches_give_the_loss_and_gradients_of_one_device
 ):
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     config = config_of(microbatches=microbatches)
-    state, metrics = run(config, mesh, steps=1, optimizer=optax.sgd(1.0))
+    ((state, metrics),) = run(config, mesh, steps=1, optimizer=optax.sgd(1.0))
     assert np.isclose(metrics["loss"], alone[1]["loss"], rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
@@ -105,9 +106,7 @@ def test_parts_of_a_batch_are_given_the_noise_that_the_whole_batch_gives_them():
 
 def test_ema_follows_its_recursion_with_warm_up():
     config = config_of(ema_decay=0.4)
-    first, _ = run(config, MeshConfig(data=1), steps=1)
-    second, _ = run(config, MeshConfig(data=1), steps=2)
-    third, _ = run(config, MeshConfig(data=1), steps=3)
+    (first, _), (second, _), (third, _) = run(config, MeshConfig(data=1), steps=3)
 
     # decay after step n is min(.4, (1 + n) / (10 + n)): 2/11, 3/12, 4/13
     def follows(before, after, n):
@@ -187,14 +186,15 @@ def test_weight_decay_spares_biases_and_norms():
 @pytest.mark.parametrize("name", ["adam", "adamw", "adafactor"])
 def test_every_optimizer_lowers_the_loss(name):
     config = config_of(
-        optimizer=Optimizer(name=name, learning_rate=0.3 if name == "adafactor" else 1e-2)
+        stage=testing.smallest_stage(),
+        optimizer=Optimizer(name=name, learning_rate=0.1 if name == "adafactor" else 1e-2),
     )
     stage, rule = Stage(config.stage), train.make_optimizer(config)
-    params = jax.jit(stage.init)(jax.random.key(0))
+    params = testing.lively(stage)
     state = jax.jit(lambda params: train.init_state(rule, params))(params)
     step = jax.jit(train.make_train_step(config, stage, rule))
     batch, losses = batch_of() | {"image": np.full((8, 8, 8, 3), 255, np.uint8)}, []
-    for _ in range(40):
+    for _ in range(60):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
