@@ -1,3 +1,5 @@
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from cascade import sharding, testing
 from cascade.errors import UserError
+from cascade.models import placing
 from cascade.sharding import MeshConfig
 from cascade.stage import Stage
 
@@ -87,6 +90,28 @@ def test_pairs_of_layers_split_the_channels_between_them(network):
         for x, s in zip(jax.tree.leaves(abstract), jax.tree.leaves(placement), strict=True)
     )
     assert held < 0.7 * whole
+
+
+def test_an_efficient_unet_places_its_stream_after_every_change_of_width_or_side():
+    """Else XLA may split it like the next weights: tens of GB of partial sums at the paper's size."""
+    stage, streams = Stage(testing.super_resolution_stage()), collections.Counter()
+
+    def place(x, role):
+        streams[x.shape[1:]] += role == "stream"
+        return x
+
+    batch = {
+        "image": jnp.zeros((2, 16, 16, 3), jnp.uint8),
+        "lowres": jnp.zeros((2, 8, 8, 3), jnp.uint8),
+        "text": jnp.zeros((2, 4, 8)),
+        "text_mask": jnp.ones((2, 4), bool),
+    }
+    with placing(place):
+        jax.eval_shape(stage.loss, stage.abstract(), batch, jax.random.key(0))
+    # the first convolution, the blocks down, the convolution up, the blocks up
+    assert streams[16, 16, 8] == 4
+    # the convolution down, and blocks and attention, both down and up
+    assert streams[8, 8, 16] == 5
 
 
 def test_slices_of_a_pod_are_laid_along_data():

@@ -121,7 +121,7 @@ class DBlock(nnx.Module):
     def __call__(self, h: Array, context: Context, key: Array | None) -> tuple[Array, list[Array]]:
         """Also returns the output of every block: the skips."""
         if self.resample is not None:
-            h = self.resample(h)
+            h = layers.placed(self.resample(h), "stream")
         h, skips = layers.run_stack(self.blocks, self.remat, h, context, None, key)
         if self.attention is not None:
             h = layers.placed(self.attention(h, context), "stream")
@@ -145,7 +145,9 @@ class UBlock(nnx.Module):
         h, _ = layers.run_stack(self.blocks, self.remat, h, context, skips[::-1], key)
         if self.attention is not None:
             h = layers.placed(self.attention(h, context), "stream")
-        return h if self.resample is None else self.resample(layers.enlarge(h, self.stride))
+        if self.resample is not None:
+            h = layers.placed(self.resample(layers.enlarge(h, self.stride)), "stream")
+        return h
 
 
 def make_blocks(
