@@ -28,7 +28,7 @@ def config() -> TrainConfig:
             loss=Loss(space="x0"),
         ),
         data=ScenesData(split="train", max_objects=2),
-        images=96_000,
+        images=155_000,
         text_tokens=32,  # captions of two objects have at most 30
         optimizer=dataclasses.replace(base.optimizer, cooldown_images=0),
     )
