@@ -93,7 +93,7 @@ def test_pairs_of_layers_split_the_channels_between_them(network):
 
 
 def test_an_efficient_unet_places_its_stream_after_every_change_of_width_or_side():
-    """Else XLA may split it like the next weights: tens of GB of partial sums at the paper's size."""
+    """Else XLA may split it like the next weights: gigabytes of partial sums at paper size."""
     stage, streams = Stage(testing.super_resolution_stage()), collections.Counter()
 
     def place(x, role):
