@@ -25,6 +25,9 @@ from cascade.chips import chip_of
 from cascade.errors import UserError
 from cascade.paths import Path
 
+# Drawing the curve takes as long as many small steps, and nobody looks more often.
+PLOT_SECONDS = 20.0
+
 
 class TrainingLog:
     """Of all processes, the first writes. Rows past the resumed step are dropped first.
@@ -65,7 +68,8 @@ class TrainingLog:
             folder = pathlib.Path(self._own.name)
         before = workdir / "metrics.jsonl"
         lines = before.read_text().splitlines() if before.exists() else []
-        self._path, self._plot = folder / "metrics.jsonl", folder / "loss.png"
+        self._path, self._picture = folder / "metrics.jsonl", folder / "loss.png"
+        self._plotted = self._since[0]
         self._rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._writers = [_TensorBoard(folder, step)]
@@ -108,7 +112,8 @@ class TrainingLog:
                 f.write(json.dumps(row) + "\n")
             for writer in self._writers:
                 writer.write({k: v for k, v in row.items() if v is not None}, step)
-            _plot_loss(self._rows, self._plot, self._title)
+            if self._since[0] - self._plotted > PLOT_SECONDS:
+                self._plot()
             self._copy()
         return row
 
@@ -116,7 +121,12 @@ class TrainingLog:
         for writer in self._writers:
             writer.close()
         if self._on:
+            self._plot()
             self._copy()
+
+    def _plot(self) -> None:
+        _plot_loss(self._rows, self._picture, self._title)
+        self._plotted = self._since[0]
 
     def _copy(self) -> None:
         if self._own is not None:

@@ -19,15 +19,15 @@ train base64_closeup
 if [ ! -e "$runs/closeup_model" ]; then
     cascade export "$runs/base64_closeup" "$runs/closeup_model"
 fi
-train base64_layout --init "$runs/closeup_model"
-if [ ! -e "$runs/layout_model" ]; then
-    cascade export "$runs/base64_layout" "$runs/layout_model"
-fi
-train base64_pairs --init "$runs/layout_model"
+train base64_pairs --init "$runs/closeup_model"
 if [ ! -e "$runs/pairs_model" ]; then
     cascade export "$runs/base64_pairs" "$runs/pairs_model"
 fi
-train base64 --init "$runs/pairs_model"
+train base64_layout --init "$runs/pairs_model"
+if [ ! -e "$runs/layout_model" ]; then
+    cascade export "$runs/base64_layout" "$runs/layout_model"
+fi
+train base64 --init "$runs/layout_model"
 train sr256
 train sr1024
 if [ ! -e "$runs/model" ]; then

@@ -49,6 +49,23 @@ def test_attention_appends_text_to_the_keys_of_the_image(image):
     assert (abs(y - y[:, :1, :1]).max() > 1e-3) == image
 
 
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_attention_with_coordinates_alone_asks_by_place(coordinates):
+    """Of two tokens, pixels that all show the same see the one more, the further along they are."""
+    module = layers.Attention(
+        8, 4, image=False, text_width=6, coordinates=coordinates, rngs=nnx.Rngs(0)
+    )
+    module.out.kernel[...] = jnp.eye(8)
+    text = jax.random.normal(jax.random.key(0), (1, 2, 6))
+    context = layers.Context(jnp.zeros((1, 4)), text, jnp.ones((1, 2), bool))
+    y = jax.jit(module.__call__)(jnp.zeros((1, 4, 4, 8)), context)[0]
+    # A head's output lies on the line between two values: steps along a column have one sign.
+    steps = jnp.diff(y, axis=0)
+    assert (jnp.sign(steps) == jnp.sign(steps[:1])).all()
+    assert (abs(steps).min() > 1e-4) == coordinates
+    np.testing.assert_allclose(layers.coordinates(jnp.ones((1, 2, 4, 1)))[0, 1, 0], (0.5, -0.75))
+
+
 @pytest.mark.parametrize("width", [24, 128])
 def test_group_norm_agrees_with_flax(width):
     x = 2 * jax.random.normal(jax.random.key(0), (2, 4, 6, width)) + 1

@@ -39,6 +39,17 @@ def test_a_row_is_the_mean_of_its_finite_steps_and_counts_the_others(tmp_path):
     assert (tmp_path / "loss.png").exists() and any((tmp_path / "tensorboard").iterdir())
 
 
+def test_the_curve_is_drawn_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+    log, drawn = log_in(tmp_path), []
+    monkeypatch.setattr(training_log, "_plot_loss", lambda rows, *_: drawn.append(len(rows)))
+    for step, seconds in enumerate([60.0, 60.0, -1.0, 60.0], start=1):
+        monkeypatch.setattr(training_log, "PLOT_SECONDS", seconds)
+        log.add(metrics(1.0), waited=0.0)
+        log.write(step)
+    log.close()
+    assert drawn == [3, 4]
+
+
 def test_only_skipped_steps_in_a_row_make_a_run_diverge_also_across_rows(tmp_path):
     log = log_in(tmp_path)
     seen = []

@@ -198,14 +198,26 @@ class Attention(nnx.Module):
     Both share one softmax: keys and values of the text are appended to those of the image
     (Imagen, sec. 2.1 and app. D.3.1). Without image=True it is plain cross-attention. Heads are
     head_width wide, so there are width // head_width of them. The output projection starts at zero.
+    coordinates: a pixel's query says where it is, whatever it shows, and from the first step on as
+    loudly: what attention hardly sees, it is slow to find a use for.
     """
 
     def __init__(
-        self, width: int, head_width: int, *, image: bool, text_width: int, rngs: nnx.Rngs
+        self,
+        width: int,
+        head_width: int,
+        *,
+        image: bool,
+        text_width: int,
+        coordinates: bool = False,
+        rngs: nnx.Rngs,
     ):
         self.head_width = head_width
         self.norm = GroupNorm(width)
         self.query = Linear(width, width, rngs=rngs)
+        # Of coordinates, whose variance is 1/3.
+        places = nnx.initializers.normal(3**0.5)
+        self.places = nnx.Param(places(rngs.params(), (2, width))) if coordinates else None
         self.image = Linear(width, 2 * width, rngs=rngs) if image else None
         self.text = Linear(text_width, 2 * width, rngs=rngs) if text_width else None
         self.out = Linear(width, width, zero=True, rngs=rngs)
@@ -220,7 +232,10 @@ class Attention(nnx.Module):
         if self.text is not None and context.text is not None and context.mask is not None:
             keys_values.append(self.text.halves(context.text.astype(x.dtype)))
             visible.append(context.mask)
-        q = placed(self.query(h), "inner")
+        q = self.query(h)
+        if self.places is not None:
+            q = q + (coordinates(x) @ self.places[...].astype(x.dtype)).reshape(h.shape)
+        q = placed(q, "inner")
         k, v = (
             placed(jnp.concatenate(parts, axis=1), "inner")
             for parts in zip(*keys_values, strict=True)
@@ -409,6 +424,14 @@ class Linear(nnx.Module):
             for kernel, bias in zip(kernels, biases, strict=True)
         )
         return first, second
+
+
+def coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
+    """(y, x) of every pixel's centre, from -1 at one edge of the picture to 1 at the other."""
+    b, h, w, _ = x.shape
+    y, x_ = ((2 * jnp.arange(side, dtype=x.dtype) + 1) / side - 1 for side in (h, w))
+    grid = jnp.stack(jnp.meshgrid(y, x_, indexing="ij"), axis=-1)
+    return jnp.broadcast_to(grid, (b, h, w, 2))
 
 
 def shrink(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

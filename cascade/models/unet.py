@@ -35,9 +35,10 @@ class UNetConfig(NetworkConfig):
     """A UNet; the size of Imagen's base is levels of 512, 1024, 1536 and 2048, 3 blocks each,
     attention at all but the first, text_width=4096, context_width=2048 (Imagen, app. F).
 
-    coordinates: enter as two more channels, so that every pixel knows where it is (Liu et al. 2018,
-        "CoordConv"). The papers' networks must tell it from the zeros around the picture; with
-        few parameters and few hours they do not, and "above" means nothing to them.
+    coordinates: every pixel knows where it is: y and x enter as two more channels (Liu et al. 2018,
+        "CoordConv") and are part of each query of attention. The papers' networks must tell it from
+        the zeros around the picture; with few parameters and few hours they do not, and "above"
+        means nothing to them.
     """
 
     levels: tuple[Level, ...]
@@ -92,7 +93,7 @@ class UNet(nnx.Module):
         config = self.config
         pixels = network_input(config, x, cond)
         if config.coordinates:
-            pixels = jnp.concatenate([pixels, coordinates(pixels)], axis=-1)
+            pixels = jnp.concatenate([pixels, layers.coordinates(pixels)], axis=-1)
         context = self.embed(time, cond)
         keys = iter(layers.split_keys(key, 2 * len(config.levels) + 2))
         h = layers.placed(self.conv_in(pixels), "stream")
@@ -106,14 +107,6 @@ class UNet(nnx.Module):
             h = level(h, context, skips, next(keys))
         h = self.norm_out(h.astype(jnp.float32), activate=True)
         return layers.depth_to_space(self.conv_out(h), config.patch)
-
-
-def coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
-    """(y, x) of every pixel's centre, from -1 at one edge of the picture to 1 at the other."""
-    b, h, w, _ = x.shape
-    y, x_ = ((2 * jnp.arange(side, dtype=x.dtype) + 1) / side - 1 for side in (h, w))
-    grid = jnp.stack(jnp.meshgrid(y, x_, indexing="ij"), axis=-1)
-    return jnp.broadcast_to(grid, (b, h, w, 2))
 
 
 class EncoderLevel(nnx.Module):
@@ -206,6 +199,11 @@ def make_block(
     return Block(
         residual,
         Attention(
-            width, config.head_width, image=True, text_width=config.attended_width, rngs=rngs
+            width,
+            config.head_width,
+            image=True,
+            text_width=config.attended_width,
+            coordinates=config.coordinates,
+            rngs=rngs,
         ),
     )

@@ -1,9 +1,9 @@
 """The shipped cascade's base model: text -> 64 px scenes.
 
-    cascade train configs/scenes/base64.py --workdir runs/base64 --init PAIRS_MODEL
+    cascade train configs/scenes/base64.py --workdir runs/base64 --init LAYOUT_MODEL
 
-PAIRS_MODEL is what `cascade export` makes of a run of base64_pairs.py, which began with those of
-base64_closeup.py and base64_layout.py; without --init it starts from nothing. In closeups the same
+LAYOUT_MODEL is what `cascade export` makes of a run of base64_layout.py, which began with those of
+base64_closeup.py and base64_pairs.py; without --init it starts from nothing. In closeups the same
 network learns shapes four times as fast.
 """
 

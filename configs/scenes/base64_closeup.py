@@ -4,7 +4,7 @@
     cascade export runs/base64_closeup runs/closeup_model
 
 The same network as base64.py at the same scale, on a quarter of the pixels, all of them near an
-object; base64_layout.py goes on from here.
+object; base64_pairs.py goes on from here.
 """
 
 import dataclasses

@@ -1,18 +1,17 @@
-"""Where the shipped cascade's base model learns places: whole scenes of at most two objects.
+"""Where the shipped base model learns what stands where: whole scenes, most of them noisy.
 
-    cascade train configs/scenes/base64_layout.py --workdir runs/base64_layout --init CLOSEUP_MODEL
+    cascade train configs/scenes/base64_layout.py --workdir runs/base64_layout --init PAIRS_MODEL
     cascade export runs/base64_layout runs/layout_model
 
-CLOSEUP_MODEL is what `cascade export` makes of a run of base64_closeup.py; base64_pairs.py goes
-on from here. What stands where is decided while noise hides all but the largest things, so
-most pictures here are that noisy, and their errors are not weighed down.
+PAIRS_MODEL is what `cascade export` makes of a run of base64_pairs.py; base64.py goes on from here.
+What stands where is decided while noise hides all but the largest things, so most pictures here are
+that noisy, and their errors are not weighed down.
 """
 
 import dataclasses
 from pathlib import Path
 
 from cascade.config import load
-from cascade.data import ScenesData
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.train import TrainConfig
@@ -27,8 +26,6 @@ def config() -> TrainConfig:
             schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(64, reference=8)),
             loss=Loss(space="x0"),
         ),
-        data=ScenesData(split="train", max_objects=2),
         images=155_000,
-        text_tokens=32,  # captions of two objects have at most 30
         optimizer=dataclasses.replace(base.optimizer, cooldown_images=0),
     )

@@ -1,10 +1,11 @@
-"""Where the shipped cascade's base model learns shapes of two objects: 32 px closeups of up to two.
+"""Where the shipped base model learns what belongs to what: 32 px closeups of two objects.
 
-    cascade train configs/scenes/base64_pairs.py --workdir runs/base64_pairs --init LAYOUT_MODEL
+    cascade train configs/scenes/base64_pairs.py --workdir runs/base64_pairs --init CLOSEUP_MODEL
     cascade export runs/base64_pairs runs/pairs_model
 
-LAYOUT_MODEL is what `cascade export` makes of a run of base64_layout.py; base64.py goes on from
-here.
+CLOSEUP_MODEL is what `cascade export` makes of a run of base64_closeup.py; base64_layout.py goes on
+from here. Of one object a network can learn from the pooled text; with two it must find, in the
+attention to the text, the noun that a shape, a colour or a place belongs to.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ def config() -> TrainConfig:
     closeup = load(str(Path(__file__).with_name("base64_closeup.py")))
     return dataclasses.replace(
         closeup,
-        data=ScenesData(split="train", max_objects=2, closeup=2),
+        data=ScenesData(split="train", min_objects=2, max_objects=2, closeup=2),
         images=545_000,
+        batch_size=8,
         text_tokens=32,  # captions of two objects have at most 30
     )
