@@ -6,7 +6,7 @@ cascade train configs/tiny/sr256.py --workdir runs/tiny/sr256
 from cascade.data import ScenesData
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
-from cascade.stage import Sampling, StageConfig
+from cascade.stage import Augmentation, Sampling, StageConfig
 from cascade.train import Optimizer, TrainConfig
 
 
@@ -27,17 +27,19 @@ def config() -> TrainConfig:
                 text_width=128,
                 emb_width=128,
             ),
-            schedule=Cosine(shift=resolution_shift(256)),
+            schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(256, reference=64)),
             prediction="x0",
-            sampling=Sampling(steps=6, guidance=1.0, aug_level=0.1),
+            residual=True,
+            augmentation=Augmentation(max_level=0.3),
+            sampling=Sampling(steps=6, guidance=1.0, aug_level=0.03),
         ),
         data=ScenesData(split="train"),
         crop=64,
-        images=6_000,
+        images=3_000,
         batch_size=16,
-        optimizer=Optimizer(learning_rate=2e-3, warmup_images=500, cooldown_images=2_000, b2=0.99),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_images=500, cooldown_images=1_000, b2=0.99),
         ema_decay=0.99,
         log_every_images=320,
-        save_every_images=2_000,
-        preview_every_images=2_000,
+        save_every_images=1_000,
+        preview_every_images=1_000,
     )
