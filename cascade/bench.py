@@ -99,7 +99,7 @@ def bench_train(settings: TrainConfig, options: TrainOptions) -> dict[str, Any]:
     """Images a second and what follows from it, of the present machine."""
     import jax
 
-    from cascade import flops, sharding, train
+    from cascade import sharding, train
     from cascade.chips import chip_of
     from cascade.stage import Stage
 
@@ -121,13 +121,13 @@ def bench_train(settings: TrainConfig, options: TrainOptions) -> dict[str, Any]:
     placement = sharding.shardings(jax.eval_shape(init, key), mesh)
     state = jax.jit(init, out_shardings=placement)(key)
     batch = sharding.shard_batch(_random_batch(settings, options.tokens), mesh)
-    work = flops.count(train.make_plain_step(settings), state, batch)
     step = jax.jit(
         train.make_train_step(settings, stage, optimizer, mesh),
         in_shardings=(placement, sharding.batch_sharding(mesh)),
         out_shardings=(placement, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+    work = train.step_flops(settings, step, state, batch)
     parameters = sum(x.size for x in jax.tree.leaves(state["train"]["params"]))
     start = time.perf_counter()
     print("compiling ...", file=sys.stderr)

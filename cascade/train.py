@@ -181,9 +181,10 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 def learning_rate(config: TrainConfig, step: Any) -> jax.Array:
     """The rate of the step with this number, counted from 0."""
     o, b = config.optimizer, config.batch_size
-    up = (step + 1) / max(1, o.warmup_images // b)
-    down = (config.steps - step) / max(1, o.cooldown_images // b)
-    return o.learning_rate * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
+    rise = jnp.minimum(1.0, (step + 1) / max(1, o.warmup_images // b))
+    if not (cooldown := o.cooldown_images // b):
+        return o.learning_rate * rise  # the same program however long the run is
+    return o.learning_rate * jnp.clip((config.steps - step) / cooldown, 0.0, rise)
 
 
 def init_state(
@@ -314,11 +315,16 @@ def make_train_step(
     return train_step
 
 
-def make_plain_step(config: TrainConfig) -> Callable[[State, dict[str, Any]], Any]:
-    """`make_train_step` without remat: what it computes again is no progress, and not counted."""
-    network = dataclasses.replace(config.stage.network, remat=False)
-    stage = Stage(dataclasses.replace(config.stage, network=network))
-    return make_train_step(config, stage, make_optimizer(config))
+def step_flops(config: TrainConfig, train_step: Any, state: State, batch: dict[str, Any]) -> float:
+    """FLOPs of one step, less what remat computes again: that is no progress.
+
+    train_step: the jitted `make_train_step`, which need not be traced again when it is called.
+    """
+    if config.stage.network.remat:
+        network = dataclasses.replace(config.stage.network, remat=False)
+        stage = Stage(dataclasses.replace(config.stage, network=network))
+        train_step = make_train_step(config, stage, make_optimizer(config))
+    return flops.count(train_step, state, batch)
 
 
 def train(
@@ -391,7 +397,8 @@ def train(
             ids, mask = batch.pop("tokens"), batch.pop("token_mask")
             batch |= embed(encoder.params, ids, mask, np.int32(step))
             if log is None:
-                log = _log(config, workdir, step, state, batch)
+                work = step_flops(config, train_step, state, batch)
+                log = _log(config, workdir, step, work)
             profile.before_step()
             state, metrics = train_step(state, batch)
             # One step may be under way while the next is prepared; more would only hide progress.
@@ -424,13 +431,13 @@ def train(
             )
 
 
-def _log(config, workdir, step, state, batch) -> TrainingLog:
+def _log(config, workdir, step, step_flops) -> TrainingLog:
     return TrainingLog(
         workdir,
         config.stage.name,
         step=step,
         batch_size=config.batch_size,
-        step_flops=flops.count(make_plain_step(config), state, batch),
+        step_flops=step_flops,
         skip_limit=config.skip_limit,
         wandb=config.wandb,
         config=to_json(config),

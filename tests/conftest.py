@@ -1,6 +1,7 @@
 """Eight simulated devices; compilation that spends no time on making programs fast, nor on any
 program twice."""
 
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -23,3 +24,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     PROGRAMS = tempfile.TemporaryDirectory(prefix="cascade-programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+# Compilers make objects by the million that are no garbage: to look for it takes a twentieth.
+gc.set_threshold(100_000)

@@ -56,8 +56,7 @@ def run_weights(workdir, seconds_a_step=0.0):
 
 def run(workdir, seconds_a_step=0.0, config=CONFIG):
     """What `cascade train` does with its config; notes which rows of each batch were loaded."""
-    # Half of the time of a small step, and a sixth of what comes before the first.
-    training_log._plot_loss = train.flops.count = lambda *_: None
+    training_log._plot_loss = lambda *_: None  # half of the time of a small step
     load = train.batches
 
     class Slow:

@@ -17,6 +17,7 @@ from cascade.checkpoint import Checkpoints, load_safetensors
 from cascade.data import BSR, ScenesData
 from cascade.errors import UserError
 from cascade.export import _reconstructed, export
+from cascade.models import Level, UNetConfig
 from cascade.runner import Cascade
 from cascade.sharding import MeshConfig
 from cascade.stage import Stage
@@ -67,10 +68,22 @@ def run(config, mesh_config, steps, optimizer=None):
     return after
 
 
+ONE_LEVEL = UNetConfig(
+    levels=(Level(width=16, blocks=1, attention=True),), head_width=8, text_width=8
+)
+
+
+def moved_by_the_gradient(mesh, microbatches=1):
+    """State and metrics after one step of SGD at rate 1."""
+    stage = dataclasses.replace(testing.base_stage(), network=ONE_LEVEL)
+    config = config_of(stage=stage, microbatches=microbatches)
+    return run(config, mesh, steps=1, optimizer=optax.sgd(1.0))[0]
+
+
 @pytest.fixture(scope="module")
 def alone():
-    """One step of SGD at rate 1 on one device, the whole batch at once: it moves by the gradient"""
-    return run(config_of(), MeshConfig(data=1), steps=1, optimizer=optax.sgd(1.0))[0]
+    """On one device, the whole batch at once."""
+    return moved_by_the_gradient(MeshConfig(data=1))
 
 
 @pytest.mark.parametrize(
@@ -80,8 +93,7 @@ def test_any_mesh_and_any_microbatches_give_the_loss_and_gradients_of_one_device
     data, fsdp, tensor, microbatches, alone
 ):
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    config = config_of(microbatches=microbatches)
-    ((state, metrics),) = run(config, mesh, steps=1, optimizer=optax.sgd(1.0))
+    state, metrics = moved_by_the_gradient(mesh, microbatches)
     assert np.isclose(metrics["loss"], alone[1]["loss"], rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
@@ -218,7 +230,7 @@ def scenes_config(**changes):
         data=ScenesData(split="train"),
         mesh=MeshConfig(data=2, fsdp=4),
         log_every_images=8,
-        save_every_images=16,
+        save_every_images=32,
         preview_every_images=0,
         **changes,
     )
@@ -323,19 +335,25 @@ def test_a_finished_run_writes_its_pictures_and_holds_no_text_encoder(tmp_path):
     assert jax.tree.structure(weights(tmp_path)[1]) == jax.tree.structure(abstract)
 
 
-def test_resuming_with_another_network_is_refused(tmp_path):
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The folder of a run of scenes_config() that stopped after two steps."""
+    workdir = tmp_path_factory.mktemp("started") / "run"
+    train.train(scenes_config(), workdir, until=16)
+    return workdir
+
+
+def test_resuming_with_another_network_is_refused(started):
     config = scenes_config()
-    train.train(config, tmp_path, until=16)
     other = dataclasses.replace(
         config, stage=dataclasses.replace(config.stage, condition_dropout=0.5)
     )
     with pytest.raises(UserError, match="condition_dropout: 0.1 there, 0.5 here"):
-        train.train(other, tmp_path)
+        train.train(other, started)
 
 
-def test_a_run_from_before_a_field_existed_goes_on_with_its_default(tmp_path, monkeypatch):
-    config, read_config = scenes_config(), Checkpoints.read_config
-    train.train(config, tmp_path, until=16)
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default(started, tmp_path, monkeypatch):
+    workdir, read_config = shutil.copytree(started, tmp_path / "run"), Checkpoints.read_config
 
     def read_older(self):
         saved = read_config(self)
@@ -343,20 +361,19 @@ def test_a_run_from_before_a_field_existed_goes_on_with_its_default(tmp_path, mo
         return saved
 
     monkeypatch.setattr(Checkpoints, "read_config", read_older)
-    train.train(config, tmp_path, until=24)
-    assert rows(tmp_path)[-1]["images"] == 24
+    train.train(scenes_config(), workdir, until=24)
+    assert rows(workdir)[-1]["images"] == 24
 
 
-def test_a_run_may_start_from_the_weights_of_a_model(tmp_path):
-    config = scenes_config()
-    train.train(config, tmp_path / "first", until=16)
-    export([tmp_path / "first"], tmp_path / "model")
+def test_a_run_may_start_from_the_weights_of_a_model(started, tmp_path):
+    export([started], tmp_path / "model")
     with pytest.raises(UserError, match="holds no snapshots to make --ema 0.1 of"):
-        export([tmp_path / "first"], tmp_path / "other", ema=0.1)
-    still = Optimizer(learning_rate=0.0)
-    start = dataclasses.replace(config, init=str(tmp_path / "model"), optimizer=still, seed=1)
+        export([started], tmp_path / "other", ema=0.1)
+    start = scenes_config(
+        init=str(tmp_path / "model"), optimizer=Optimizer(learning_rate=0.0), seed=1
+    )
     train.train(start, tmp_path / "second", until=16)
-    (_, first), (_, second) = weights(tmp_path / "first"), weights(tmp_path / "second")
+    (_, first), (_, second) = weights(started), weights(tmp_path / "second")
     jax.tree.map(np.testing.assert_array_equal, first, second)
     renamed = dataclasses.replace(start, stage=dataclasses.replace(start.stage, name="other"))
     with pytest.raises(UserError, match="has no stage other"):

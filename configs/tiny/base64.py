@@ -32,6 +32,7 @@ def config() -> TrainConfig:
             sampling=Sampling(steps=16, guidance=3.0),
         ),
         data=ScenesData(split="train", max_objects=1),
+        text_tokens=32,  # captions of one object have at most 15
         images=10_000,
         batch_size=16,
         optimizer=Optimizer(learning_rate=2e-3, warmup_images=500, cooldown_images=4_000, b2=0.99),

@@ -35,6 +35,7 @@ def config() -> TrainConfig:
         ),
         data=ScenesData(split="train"),
         crop=128,
+        text_tokens=32,  # the base's
         images=3_000,
         batch_size=16,
         optimizer=Optimizer(learning_rate=2e-3, warmup_images=500, cooldown_images=1_000, b2=0.99),
