@@ -320,8 +320,8 @@ def step_flops(config: TrainConfig, train_step: Any, state: State, batch: dict[s
 
     train_step: the jitted `make_train_step`, which need not be traced again when it is called.
     """
-    if config.stage.network.remat:
-        network = dataclasses.replace(config.stage.network, remat=False)
+    network = dataclasses.replace(config.stage.network, remat=False)
+    if network != config.stage.network:
         stage = Stage(dataclasses.replace(config.stage, network=network))
         train_step = make_train_step(config, stage, make_optimizer(config))
     return flops.count(train_step, state, batch)

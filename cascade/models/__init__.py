@@ -6,6 +6,7 @@
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,7 +64,8 @@ class Network:
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters. The same key gives the same ones."""
-        return _named(nnx.state(_module(self.config, nnx.Rngs(key))))
+        keys = jax.random.split(key, len(self._paths))
+        return _named(nnx.state(_module(self.config, _Keys(iter(keys).__next__))))
 
     def abstract(self) -> Params:
         """The shapes and dtypes of `init`, without any memory."""
@@ -107,18 +109,19 @@ def _module(config: Any, rngs: nnx.Rngs) -> nnx.Module:
 @functools.cache
 def _traced(config: Any) -> tuple[Any, Any]:
     """The network's graph and the shapes of its parameters: seconds of tracing, once a config."""
-    return nnx.split(nnx.eval_shape(lambda: _module(config, _OneKey())))
+    return nnx.split(nnx.eval_shape(lambda: _module(config, _Keys(lambda: jax.random.key(0)))))
 
 
-class _OneKey(nnx.Rngs):
-    """For shapes alone: nnx.Rngs counts its keys, which in a trace costs the square of their number
-    (10 seconds for DeepFloyd IF)."""
+class _Keys(nnx.Rngs):
+    """Keys from elsewhere. nnx.Rngs counts, and makes a key of each number: half of what there is
+    to compile, and in a trace the square of that number (10 seconds for DeepFloyd IF)."""
 
-    def __init__(self):
+    def __init__(self, draw: Callable[[], Key[Array, ""]]):
         super().__init__()
+        self._draw = draw
 
     def params(self) -> Key[Array, ""]:
-        return jax.random.key(0)
+        return self._draw()
 
 
 def _named(state: Any) -> Params:

@@ -128,10 +128,11 @@ def read_tokenizer(folder: Path) -> Any:
             raise UserError(f"CLIP tokenizer {folder}: {name} is missing; download it again")
     # Or it remarks on stderr that torch, which tokenizers do not need, is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import transformers
+    # Of its own module: type checkers read for 20 seconds what `transformers` itself could name.
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     try:
-        return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # several libraries' errors about files that are not what they should be
         reason = str(e).strip().split("\n")[0]
         raise UserError(f"CLIP tokenizer {folder}: {reason}; download it again") from None
