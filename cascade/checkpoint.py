@@ -141,7 +141,8 @@ class Checkpoints:
             except Exception as e:  # Orbax raises whatever the damaged file made its readers raise
                 reasons.append(f"{step}: {str(e).splitlines()[0][:120]}")
                 warnings.warn(
-                    f"checkpoint {self.directory / str(step)} cannot be read", stacklevel=2
+                    f"checkpoint {self.directory / str(step)} cannot be read and is passed over",
+                    stacklevel=2,
                 )
         raise UserError(
             f"{self.directory}: no readable checkpoint ({'; '.join(reasons) or 'none was saved'}); "

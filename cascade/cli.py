@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cascade.errors import UserError
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{argv[0]!r} is no verb of cascade{nearest(argv[0], list(VERBS))}")
         # Worker threads and libraries read these at import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
         importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -43,6 +43,14 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, pathlib.Path)
 
 
+def make_folder(folder: Path) -> None:
+    """With its parents, unless it is there. UserError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be made a folder ({e.strerror}); name another") from None
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[pathlib.Path]:
     """A local file to write, which becomes `path`, whole, if all goes well."""

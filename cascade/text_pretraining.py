@@ -117,7 +117,7 @@ def pretrain(config: TextPretraining, workdir: str | Path, *, until: int | None 
     from tqdm import tqdm
 
     workdir = paths.path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(workdir)
     _check_config(config, workdir / "config.json")
     spiece = _vocabulary(config, workdir / "spiece.model")
     tokenizer = Tokenizer(spiece, config.encoder.n_positions)

@@ -364,6 +364,7 @@ def train(
         rows=sharding.process_rows(mesh, config.batch_size),
         workers=config.workers,
     )
+    paths.make_folder(workdir)  # after all that may be wrong with the config
     checkpoints = Checkpoints(workdir, keep=config.keep)
     state, placement = _initial_state(config, stage, optimizer, mesh, checkpoints, data)
     step = int(state["train"]["step"])

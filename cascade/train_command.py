@@ -63,10 +63,6 @@ def _workdir(name: str | None) -> Path:
     folder = paths.path(name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir {folder}: is a file; name a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--workdir {folder}: {e.strerror}") from None
     return folder
 
 

@@ -128,6 +128,7 @@ def test_a_damaged_model_is_one_line(model, tmp_path):
     [
         (["configs/tiny/none.py", "--workdir", "{tmp}/w"], "no such file"),
         (["configs/tiny/base64.py"], "--workdir DIR is missing"),
+        (["configs/tiny/base64.py", "--workdir", "setup.cfg/w"], "cannot be made a folder"),
         (
             ["configs/tiny/base64.py", "--workdir", "{tmp}/w", "--imags", "3"],
             "did you mean --images",
@@ -148,6 +149,7 @@ def test_mistakes_in_training_are_one_line(words, message, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_terminated_run_saves_and_exits_in_peace(tmp_path):
