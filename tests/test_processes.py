@@ -28,7 +28,7 @@ CONFIG = TrainConfig(
     mesh=MeshConfig(data=1, fsdp=-1),
     optimizer=Optimizer(learning_rate=1e-3),
     log_every_images=8,
-    save_every_images=16,
+    save_every_images=32,
     preview_every_images=0,
 )
 
