@@ -320,7 +320,8 @@ def test_pretraining_learns_and_exports_a_text_encoder(pretrained):
     assert (pretrained / "loss.png").exists()
 
 
-def test_the_linear_reading_of_a_target_is_learned(pretrained):
+def test_the_linear_reading_learns_which_words_are_told(pretrained):
+    """From which noun takes longer to learn: the next test has the encoder that ships."""
     state = safetensors.numpy.load_file(pretrained / "state.safetensors")
     words = state["['params']['words']"]
     encoder = T5Encoder.load(pretrained / "text_encoder", max_tokens=16)

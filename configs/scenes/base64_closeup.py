@@ -23,6 +23,7 @@ def config() -> TrainConfig:
         data=ScenesData(split="train", max_objects=1, closeup=2),
         images=527_000,
         batch_size=16,
+        text_tokens=16,  # captions of one object have at most 15
         optimizer=dataclasses.replace(base.optimizer, cooldown_images=0),
         preview_prompts=("a big green star", "a big pink ring", "a small red circle on gray"),
     )

@@ -21,7 +21,7 @@ def config() -> TrainConfig:
     return dataclasses.replace(
         closeup,
         data=ScenesData(split="train", min_objects=2, max_objects=2, closeup=2),
-        images=620_000,
+        images=871_000,
         batch_size=8,
         text_tokens=32,  # captions of two objects have at most 30
     )
