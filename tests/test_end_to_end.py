@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,18 @@ def test_exporting_twice_is_refused(runs, model):
     assert done.returncode == 2 and "exists already" in done.stderr
 
 
+def test_a_damaged_checkpoint_is_a_warning_of_one_line(runs, tmp_path):
+    run = shutil.copytree(runs / "base64", tmp_path / "run")
+    newest = max(finished(run / "checkpoints"))
+    for file in (run / "checkpoints" / str(newest)).rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    done = cascade("export", run, tmp_path / "model")
+    (said,) = [line for line in done.stderr.splitlines() if "cannot be read" in line]
+    assert said.startswith(f"warning: checkpoint {run / 'checkpoints' / str(newest)} ")
+    assert "checkpoint.py" not in done.stderr
+
+
 def test_stages_that_do_not_meet_make_no_model(runs, tmp_path):
     done = cascade("export", runs / "base64", runs / "sr1024", tmp_path / "m", check=False)
     assert done.returncode == 2 and "they make no cascade" in done.stderr
@@ -114,8 +127,6 @@ def test_stages_that_do_not_meet_make_no_model(runs, tmp_path):
 
 
 def test_a_damaged_model_is_one_line(model, tmp_path):
-    import shutil
-
     shutil.copytree(model, tmp_path / "m")
     os.truncate(tmp_path / "m/base64/model.safetensors", 1000)
     done = cascade("sample", "a", "--model", tmp_path / "m", "--out", tmp_path / "o", check=False)

@@ -113,8 +113,8 @@ def _traced(config: Any) -> tuple[Any, Any]:
 
 
 class _Keys(nnx.Rngs):
-    """Keys from elsewhere. nnx.Rngs counts, and makes a key of each number: half of what there is
-    to compile, and in a trace the square of that number (10 seconds for DeepFloyd IF)."""
+    """Keys from elsewhere. nnx.Rngs counts, and makes a key of each number: a third of what there
+    is to compile, and in a trace the square of that number (10 seconds for DeepFloyd IF)."""
 
     def __init__(self, draw: Callable[[], Key[Array, ""]]):
         super().__init__()
