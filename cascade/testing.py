@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
+from cascade.models import EfficientLevel, EfficientUNetConfig, Level, Network, UNetConfig
 from cascade.runner import Cascade
 from cascade.stage import Sampling, Stage, StageConfig
 from cascade.text import TextEmbedding, Tokens
@@ -84,7 +84,7 @@ def super_resolution_stage(lowres: int = 8, text_width: int = 8) -> StageConfig:
     )
 
 
-def lively(stage: Stage, seed: int = 0) -> dict[str, Any]:
+def lively(of: Stage | Network, seed: int = 0) -> dict[str, Any]:
     """Random parameters, none of them zero: fresh ones, whose outputs are, would hide mistakes."""
     rng = np.random.default_rng(seed)
 
@@ -93,7 +93,7 @@ def lively(stage: Stage, seed: int = 0) -> dict[str, Any]:
         centre = 1.0 if path[-1].key == "scale" else 0.0
         return jnp.asarray(centre + spread * rng.standard_normal(leaf.shape), jnp.float32)
 
-    return jax.tree.map_with_path(draw, stage.abstract())
+    return jax.tree.map_with_path(draw, of.abstract())
 
 
 def stage_configs() -> list[StageConfig]:

@@ -6,14 +6,19 @@ import os
 import tempfile
 from importlib.metadata import version
 
+FASTER = (
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_disable_hlo_passes=tree_reduction_rewriter",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        # Without them a program compiles in a third of the time. XLA ends a process that gives it
-        # a flag it does not know, so other versions do without this one.
-        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
+        # Without these a program compiles in two to three times as long. XLA ends a process that
+        # gives it a flag it does not know, so other versions do without them.
+        *(FASTER if version("jaxlib").startswith("0.10.") else ()),
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,3 +32,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # Compilers make objects by the million that are no garbage: to look for it takes a twentieth.
 gc.set_threshold(100_000)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: some tests wait for processes, and a core would stand idle."""
+    return (os.cpu_count() or 1) + 1
+
+
+# A file's tests run in one process, for they share what takes long to make; files are taken up one
+# after the other, so the longest come first.
+LONGEST = ("processes", "train", "notebooks", "end_to_end", "models", "judge", "text", "finetuning")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cascade import testing
 from cascade.errors import UserError
 from cascade.models import (
     Conditioning,
@@ -51,14 +52,6 @@ def inputs(config, size=8, tokens=4):
     return jax.random.normal(k_x, (2, size, size, 3)), cond
 
 
-def lively(params):
-    """Every parameter moved at random: zero-initialised ones hide whatever is behind them."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
-
-
 @pytest.fixture(scope="module")
 def compiled():
     """config -> (network compiled once, its parameters as initialised, and lively)."""
@@ -67,8 +60,8 @@ def compiled():
     def get(config):
         if config not in cache:
             network = Network(config)
-            params = jax.jit(network.init)(jax.random.key(2))
-            cache[config] = jax.jit(network.__call__), params, lively(params)
+            params = jax.jit(network.init)(jax.random.key(2, impl="rbg"))  # compiles sooner
+            cache[config] = jax.jit(network.__call__), params, testing.lively(network)
         return cache[config]
 
     return get
@@ -175,7 +168,7 @@ def test_with_coordinates_alone_does_a_plain_picture_differ_beyond_the_reach_of_
         level = Level(width=8, blocks=1)
         config = UNetConfig(levels=(level,), head_width=8, coordinates=coordinates)
         network = Network(config)
-        params = lively(network.init(jax.random.key(0)))
+        params = testing.lively(network)
         y = jax.jit(network.__call__)(params, jnp.ones((1, 32, 32, 3)), TIME[:1], Conditioning())
         return np.asarray(y[0, 14:18, 14:18])
 

@@ -1,6 +1,7 @@
 """The first notebook shows what it says it shows; test_end_to_end.py executes the other."""
 
 from notebooks import executed, pictures
+from processes import ONE_DEVICE
 
 from cascade import Cascade
 from cascade.data.scenes.captions import caption_at
@@ -11,7 +12,7 @@ from cascade.export import export
 def test_the_first_notebook_trains_a_model_that_draws_the_prompt_far_above_chance(tmp_path):
     """Chance is what the same pictures show of other prompts, the next three of each."""
     # The other tests' flags make programs that are fast to compile and slow to run.
-    flags = "--xla_backend_optimization_level=1"
+    flags = ONE_DEVICE.replace("level=0", "level=1").replace("emitters=false", "emitters=true")
     notebook = executed("first_picture", "tiny_images, num, until = 4_000, 1, 64", tmp_path, flags)
     assert pictures(notebook) >= 9
     export([tmp_path / "runs/tiny"], tmp_path / "model")
