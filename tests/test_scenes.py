@@ -228,6 +228,15 @@ def test_the_mix_of_numbers_and_finishes_is_as_stated():
     assert all(len(s.objects) >= 3 and len(s.groups()) >= 2 for s in long)
 
 
+def test_what_has_no_finish_said_is_plain_nine_times_in_ten():
+    unsaid = []
+    for index in range(600):
+        scene, said = caption_at(0, index, "train")
+        finishes = {(o.shape, o.colour): o.finish for o in scene.objects}
+        unsaid += [finishes[t.shape, t.colour] for t in said.facts.things if t.finish is None]
+    assert len(unsaid) > 150 and unsaid.count("plain") / len(unsaid) > 0.9
+
+
 def masks(scene, resolution):
     """Which pixels each object touches, drawn alone."""
     whole = (0, resolution)

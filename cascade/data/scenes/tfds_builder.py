@@ -26,7 +26,7 @@ from cascade.data.scenes.spec import Split
 class Scenes(tfds.core.GeneratorBasedBuilder):
     """One to four coloured shapes on a background, with a caption and the facts it asserts."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
 
     def __init__(
         self,
