@@ -383,10 +383,10 @@ def test_hidden_outputs_are_a_share_and_never_all(pretrained):
 def test_a_description_is_told_from_its_noun_alone(pretrained):
     model = (pretrained / "spiece.model").read_bytes()
     tokenizer, pieces = (
-        Tokenizer(model, 64),
+        Tokenizer(model, 96),
         sentencepiece.SentencePieceProcessor(model_proto=model),
     )
-    config = dataclasses.replace(TINY, length=64)
+    config = dataclasses.replace(TINY, length=96)
     for index in range(60):
         said = caption_at(0, index)[1]
         made = description(config, tokenizer, said, np.random.default_rng(index))
