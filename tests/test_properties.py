@@ -237,7 +237,7 @@ def larger(enlarge):
     stage = Enlarger(enlarge)
     model = Cascade([(stage, {})], testing.FakeEncoder())
     settings = {stage.config.name: stage.config.sampling}
-    few = properties.half(PROMPTS)
+    few = properties.quarter(PROMPTS)
     return properties.larger_pictures(Drawing(cascade=model, settings=settings), few)
 
 

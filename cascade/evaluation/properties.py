@@ -82,15 +82,15 @@ def weights_of(drawing: Drawing) -> tuple[float, float, float]:
     return 1.0, (1 + last) / 2, last
 
 
-def half(prompts: Prompts) -> Prompts:
+def quarter(prompts: Prompts) -> Prompts:
     """Of each seed, for the measures of larger pictures, which take longer to draw."""
-    return [row[: len(row) // 2] for row in prompts]
+    return [row[: len(row) // 4] for row in prompts]
 
 
 def drawings(prompts: Prompts) -> int:
-    """How often the measures below call `advance`: `sensitivity` and `larger_pictures` with half of
-    the prompts, the others with all."""
-    each = [(prompts, 3 + len(THRESHOLDS)), (half(prompts), 2 * len(LEVELS) + 3)]
+    """How often the measures below call `advance`: `sensitivity` and `larger_pictures` with a
+    quarter of the prompts, the others with all."""
+    each = [(prompts, 3 + len(THRESHOLDS)), (quarter(prompts), 2 * len(LEVELS) + 3)]
     return sum(times * len(row) for rows, times in each for row in rows)
 
 
