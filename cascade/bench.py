@@ -41,14 +41,13 @@ class SampleOptions:
 class TrainOptions:
     """Time the train step of a config on random pictures and text: no data, no text encoder.
 
-    --config FILE: as `cascade train` takes it, with the arguments of its function config(), such as
-    the --init MODEL of configs/if/finetune_base64.py; weights are random, whatever that names.
-    The mesh is the config's, over all devices. MFU counts the FLOPs of matrix products and
-    convolutions, forward and backward, without what remat computes again.
+    --config FILE: as `cascade train` takes it, with its overrides (--batch-size 4), and with the
+    arguments of its function config(), such as the --init MODEL of configs/if/finetune_base64.py;
+    weights are random, whatever that names. The mesh is the config's, over all devices. MFU counts
+    the FLOPs of matrix products and convolutions, forward and backward, without what remat computes
+    again.
     """
 
-    batch_size: int | None = None
-    """Pictures a step, instead of the config's."""
     steps: int = 10
     """Steps timed, after two that compile and warm up."""
     tokens: int = 128
@@ -68,8 +67,8 @@ class CompileOptions:
 
 
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
-       cascade bench train --config FILE [--ARG VALUE] [--batch-size N] [--steps N] [--tokens N]
-       cascade bench compile --config FILE [--ARG VALUE] [--tokens N]
+       cascade bench train --config FILE [--FIELD VALUE ...] [--steps N] [--tokens N]
+       cascade bench compile --config FILE [--FIELD VALUE ...] [--tokens N]
        cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]"""
 
 
@@ -105,11 +104,7 @@ def bench_train(settings: TrainConfig, options: TrainOptions) -> dict[str, Any]:
 
     if options.steps < 1:
         raise UserError(f"--steps must be 1 or more, got {options.steps}")
-    try:
-        b = options.batch_size or settings.batch_size
-        settings = dataclasses.replace(settings, batch_size=b)
-    except ValueError as e:
-        raise UserError(f"--batch-size {options.batch_size}: {e}") from None
+    b = settings.batch_size
     mesh = sharding.make_mesh(settings.mesh)
     train.check_batch(settings, mesh)
     stage, optimizer = Stage(settings.stage), train.make_optimizer(settings)
@@ -206,10 +201,16 @@ def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
         config.parse(kind, ["--help"], prog=prog)
     if path is None:
         raise UserError(f"{prog}: --config is missing; give a file as configs/tiny/base64.py")
-    settings, rest = config.load_with(path, rest)
-    if not isinstance(settings, TrainConfig):
+    own = []
+    for field in dataclasses.fields(kind):
+        value, rest = config.take(rest, f"--{field.name}")
+        own += [] if value is None else [f"--{field.name}", value]
+    options = config.parse(kind, own, prog=prog)
+    default, rest = config.load_with(path, rest)
+    if not isinstance(default, TrainConfig):
         raise UserError(f"config {path}: config() must return a TrainConfig")
-    print(json.dumps(bench(settings, config.parse(kind, rest, prog=prog)), indent=2))
+    settings = config.parse(TrainConfig, rest, default=default, prog=prog)
+    print(json.dumps(bench(settings, options), indent=2))
 
 
 def _random_batch(settings: TrainConfig, tokens: int) -> dict[str, Any]:

@@ -23,13 +23,13 @@ def config():
 def test_training_speed_is_measured_on_any_config(tmp_path):
     file = tmp_path / "small.py"
     file.write_text(SMALL)
-    got = bench.bench_train(config.load(str(file)), TrainOptions(batch_size=16, steps=2, tokens=4))
-    assert got["images_per_second"] == pytest.approx(16 / got["step_seconds"], rel=0.1)
+    got = bench.bench_train(config.load(str(file)), TrainOptions(steps=2, tokens=4))
+    assert got["images_per_second"] == pytest.approx(8 / got["step_seconds"], rel=0.1)
     abstract = Stage(config.load(str(file)).stage).abstract()
     assert got["parameters"] == sum(x.size for x in jax.tree.leaves(abstract))
     assert got["tflops_per_device"] > 0 and got["mfu"] is None and got["devices"] == 8
     with pytest.raises(UserError, match="must be a multiple of the 8 parts"):
-        bench.bench_train(config.load(str(file)), TrainOptions(batch_size=4))
+        bench.main(["train", "--config", str(file), "--batch-size", "4"])
 
 
 def test_compiling_is_timed_without_parameters_or_steps(tmp_path, monkeypatch):
@@ -49,17 +49,20 @@ def test_compiling_is_timed_without_parameters_or_steps(tmp_path, monkeypatch):
         bench.bench_compile(config.load(str(file)), CompileOptions(tokens=0))
 
 
-def test_a_config_with_arguments_gets_them_from_the_command_line(tmp_path, capsys):
+def test_a_config_gets_its_arguments_and_overrides_from_the_command_line(tmp_path, capsys):
     file = tmp_path / "of_width.py"
     file.write_text(
         SMALL.replace("config()", "config(width: str)").replace("width=8,", "width=int(width),")
     )
     words = ["train", "--config", str(file), "--steps", "1", "--tokens", "4"]
-    bench.main([*words, "--width", "16"])
+    bench.main([*words, "--width", "16", "--batch-size=16"])
     settings, _ = config.load_with(str(file), ["--width", "16"])
     abstract = Stage(settings.stage).abstract()
     parameters = sum(x.size for x in jax.tree.leaves(abstract))
-    assert json.loads(capsys.readouterr().out)["parameters"] == parameters
+    got = json.loads(capsys.readouterr().out)
+    assert got["parameters"] == parameters and got["batch_size"] == 16
+    with pytest.raises(UserError, match="did you mean --batch-size"):
+        bench.main([*words, "--width", "16", "--batch-sise", "16"])
     with pytest.raises(UserError, match="--width is missing"):
         bench.main(words)
     with pytest.raises(UserError, match="--config is missing"):
