@@ -3,7 +3,7 @@
 A row holds the means of its steps: loss and norms (of steps whose update was finite), `skipped`
 (how many were not), images_per_second, step_seconds, data_wait_seconds (of a step, until its batch
 was there), tflops_per_device and mfu (of a device whose peak is known), and memory_gib (the most
-that the first device held so far, where its driver tells).
+that a device of this process held so far, where its driver tells).
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ class TrainingLog:
             speed["tflops_per_device"] = _significant(flops / 1e12)
             if self._on and self._chip is not None:
                 speed["mfu"] = _significant(flops / self._chip.flops)
-        memory = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in memory:
-            speed["memory_gib"] = round(memory["peak_bytes_in_use"] / 2**30, 3)
+        memory = [device.memory_stats() or {} for device in jax.local_devices()]
+        if held := [one["peak_bytes_in_use"] for one in memory if "peak_bytes_in_use" in one]:
+            speed["memory_gib"] = round(max(held) / 2**30, 3)
         return speed
 
 

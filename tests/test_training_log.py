@@ -68,12 +68,15 @@ def test_rows_past_the_resumed_step_and_half_a_line_are_dropped(tmp_path):
 
 
 def test_utilization_is_flops_a_second_over_the_peak_of_the_devices(tmp_path, monkeypatch):
-    device = types.SimpleNamespace(
-        device_kind="NVIDIA H100 80GB HBM3",
-        memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30},
-    )
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    devices = [
+        types.SimpleNamespace(
+            device_kind="NVIDIA H100 80GB HBM3",
+            memory_stats=lambda n=n: {"peak_bytes_in_use": n * 2**30},
+        )
+        for n in (2, 3)
+    ]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     clock = iter([0.0, 4.0])
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: next(clock))
