@@ -44,7 +44,7 @@ def config() -> TrainConfig:
             sampling=Sampling(steps=24, guidance=3.0),
         ),
         data=ScenesData(split="train"),
-        images=167_000,
+        images=267_000,
         batch_size=8,
         optimizer=Optimizer(
             learning_rate=1e-3,

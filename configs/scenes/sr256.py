@@ -21,7 +21,9 @@ def config() -> TrainConfig:
                 patch=4,
                 lowres=True,
                 levels=(
-                    EfficientLevel(width=64, blocks=1, stride=1),
+                    # Which thing has which finish is found only where finishes are drawn:
+                    # configs/scenes/README.md.
+                    EfficientLevel(width=64, blocks=1, stride=1, text_attention=True),
                     EfficientLevel(width=96, blocks=1),
                     EfficientLevel(width=128, blocks=2, text_attention=True),
                 ),
@@ -38,7 +40,7 @@ def config() -> TrainConfig:
         ),
         data=ScenesData(split="train"),
         crop=128,
-        images=47_000,
+        images=98_000,
         batch_size=8,
         optimizer=Optimizer(learning_rate=8e-4, warmup_images=800, cooldown_images=12_000, b2=0.99),
         ema_decay=0.998,
