@@ -21,7 +21,7 @@ def config() -> TrainConfig:
                 patch=4,
                 lowres=True,
                 levels=(
-                    # Which thing has which finish is found only where finishes are drawn:
+                    # Which thing has which finish is learned sooner where finishes are drawn:
                     # configs/scenes/README.md.
                     EfficientLevel(width=64, blocks=1, stride=1, text_attention=True),
                     EfficientLevel(width=96, blocks=1),
