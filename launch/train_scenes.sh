@@ -28,7 +28,11 @@ if [ ! -e "$runs/layout_model" ]; then
     cascade export "$runs/base64_layout" "$runs/layout_model"
 fi
 train base64 --init "$runs/layout_model"
-train sr256
+train sr256_pairs
+if [ ! -e "$runs/sr_pairs_model" ]; then
+    cascade export "$runs/sr256_pairs" "$runs/sr_pairs_model"
+fi
+train sr256 --init "$runs/sr_pairs_model"
 train sr1024
 if [ ! -e "$runs/model" ]; then
     cascade export "$runs/base64" "$runs/sr256" "$runs/sr1024" "$runs/model" --dtype float16

@@ -315,6 +315,47 @@ def test_a_real_training_ends_complete_after_a_killed_process(tmp_path):
     assert [row["images"] for row in rows] == [16]
 
 
+# The cascade that ships
+
+RECIPE = """
+case "$1" in
+    train) [ -e "$2" ] || exit 3
+        prev=
+        for word in "$@"; do
+            if [ "$prev" = --init ] && [ ! -e "$word" ]; then exit 4; fi
+            if [ "$prev" = --workdir ]; then mkdir -p "$word"; fi
+            prev=$word
+        done ;;
+    export) folders=()
+        for word in "${@:2}"; do
+            case "$word" in */*) folders+=("$word") ;; esac
+        done
+        for run in "${folders[@]::${#folders[@]}-1}"; do [ -e "$run" ] || exit 5; done
+        mkdir "${folders[-1]}" ;;
+    eval) mkdir "${@: -1}" ;;
+esac"""
+
+
+def test_the_recipe_begins_each_part_with_what_an_earlier_one_made_and_repeats_no_export(tmp_path):
+    stand_in(tmp_path, "cascade", RECIPE)
+    first = launch(tmp_path, "train_scenes.sh", str(tmp_path / "runs"))
+    assert first.returncode == 0, first.stderr
+    made = calls(tmp_path)
+    configs = [word for call in made for word in call.split() if word.endswith(".py")]
+    recipe = {f"configs/scenes/{file.name}" for file in (LAUNCH / "../configs/scenes").glob("*.py")}
+    assert len(configs) == len(recipe) and set(configs) == recipe
+    # A stage that another config begins is not begun from nothing.
+    started = [call.split()[2] for call in made if "train" in call and "--init" not in call]
+    assert started == [
+        f"configs/scenes/{name}.py"
+        for name in ("text_encoder", "base64_closeup", "sr256_pairs", "sr1024")
+    ]
+    again = launch(tmp_path, "train_scenes.sh", str(tmp_path / "runs"))
+    assert again.returncode == 0, again.stderr
+    repeated = calls(tmp_path)[len(made) :]
+    assert {call.split()[1] for call in repeated} == {"train", "sample"}
+
+
 # SLURM, with local processes for its nodes
 
 

@@ -1,6 +1,9 @@
 """The shipped cascade's first super-resolution model: text and 64 px -> 256 px.
 
-cascade train configs/scenes/sr256.py --workdir runs/sr256
+    cascade train configs/scenes/sr256.py --workdir runs/sr256 --init PAIRS_MODEL
+
+PAIRS_MODEL is what `cascade export` makes of a run of sr256_pairs.py; without --init it starts from
+nothing, and small things get the finish of others.
 """
 
 from cascade.data import ScenesData
