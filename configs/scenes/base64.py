@@ -27,7 +27,7 @@ def config() -> TrainConfig:
                 levels=(
                     Level(width=24, blocks=1),
                     Level(width=48, blocks=1),
-                    Level(width=96, blocks=1, attention=True),
+                    Level(width=96, blocks=2, attention=True),
                 ),
                 head_width=32,
                 text_width=128,
@@ -44,12 +44,12 @@ def config() -> TrainConfig:
             sampling=Sampling(steps=24, guidance=3.0),
         ),
         data=ScenesData(split="train"),
-        images=267_000,
+        images=362_000,
         batch_size=8,
         optimizer=Optimizer(
             learning_rate=1e-3,
             warmup_images=2_000,
-            cooldown_images=13_000,
+            cooldown_images=40_000,
             b2=0.99,
         ),
         ema_decay=0.999,

@@ -26,6 +26,6 @@ def config() -> TrainConfig:
             schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(64, reference=8)),
             loss=Loss(space="x0"),
         ),
-        images=360_000,
+        images=456_000,
         optimizer=dataclasses.replace(base.optimizer, cooldown_images=0),
     )

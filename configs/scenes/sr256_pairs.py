@@ -22,7 +22,7 @@ def config() -> TrainConfig:
         stage=dataclasses.replace(whole.stage, resolution=128, lowres_resolution=32),
         crop=None,
         data=ScenesData(split="train", min_objects=2, max_objects=2, closeup=2),
-        images=60_000,
+        images=54_000,
         text_tokens=32,  # captions of two objects have at most 30
         optimizer=dataclasses.replace(whole.optimizer, cooldown_images=0),
     )
