@@ -345,7 +345,8 @@ def test_the_recipe_begins_each_part_with_what_an_earlier_one_made_and_repeats_n
     recipe = {f"configs/scenes/{file.name}" for file in (LAUNCH / "../configs/scenes").glob("*.py")}
     assert len(configs) == len(recipe) and set(configs) == recipe
     # A stage that another config begins is not begun from nothing.
-    started = [call.split()[2] for call in made if "train" in call and "--init" not in call]
+    trained = [call.split() for call in made if call.startswith("cascade train ")]
+    started = [call[2] for call in trained if "--init" not in call]
     assert started == [
         f"configs/scenes/{name}.py"
         for name in ("text_encoder", "base64_closeup", "sr256_pairs", "sr1024")

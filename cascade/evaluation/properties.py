@@ -33,7 +33,7 @@ from cascade.models import Conditioning, EfficientUNetConfig
 
 SEEDS = 3
 PLAIN_GUIDANCE = 4.0  # for a base stage whose own settings have none
-SATURATING = 32.0  # at Imagen's 8 the colours of scenes, 16 to 242, hardly reach 0 or 255
+SATURATING = 32.0  # Imagen's sweep ends at 10; scenes' colours, 16 to 242, take more to saturate
 THRESHOLDS = tuple(Threshold(kind=kind) for kind in ("none", "static", "dynamic"))
 LEVELS = (0.0, 0.5, 1.0)  # of augmentation, in shares of the highest that a stage was trained for
 SLACK = 0.05  # scores, shares of facts, that differ by less are as good as equal
