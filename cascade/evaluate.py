@@ -121,7 +121,7 @@ class PropertiesOptions(_Options):
 
     out: Path | None = None
     """A folder for results.json and properties.png; new or empty."""
-    prompts: int = 64
+    prompts: int = 128
     """Prompts of each seed, a quarter of them for e and f; 8 or more."""
 
 

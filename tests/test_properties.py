@@ -193,11 +193,20 @@ def test_saturation_holds_in_the_order_of_imagen_alone():
         assert not properties.saturation(drawing(saturating(right | wrong)), PROMPTS).holds
 
 
-@pytest.mark.parametrize("reach,holds", [(lambda level: 100 * level, True), (lambda _: 9, False)])
+@pytest.mark.parametrize(
+    "reach,holds",
+    [
+        ({0: 0, 0.2: 20, 0.4: 40}, True),
+        ({0: 20, 0.2: 20, 0.4: 40}, True),
+        ({0: 9, 0.2: 9, 0.4: 9}, False),
+        ({0: 20, 0.2: 10, 0.4: 40}, False),
+        ({0: 0, 0.2: 40, 0.4: 40}, False),
+    ],
+)
 def test_sensitivity_is_how_far_pictures_go_with_their_prompts(reach, holds):
     def paint(prompt, seed, settings, lowres):
         assert lowres.shape == (64, 64, 3)
-        fill = reach(settings.aug_level) * (len(prompt) % 2) + seed % 3
+        fill = reach[round(settings.aug_level, 1)] * (len(prompt) % 2) + seed % 3
         return np.full((256, 256, 3), round(fill), np.uint8)
 
     one = properties.sensitivity(drawing(paint), PROMPTS[:2])
@@ -209,7 +218,7 @@ def test_sensitivity_is_how_far_pictures_go_with_their_prompts(reach, holds):
             for i, p in enumerate(row)
         ]
     )
-    assert one.figures["level 0.4"].mean() == pytest.approx(apart * reach(0.4))
+    assert one.figures["level 0.4"].mean() == pytest.approx(apart * reach[0.4])
 
 
 # Stages whose answer is known: `enlarge` stands for the sampling of `testing`'s super-resolution.

@@ -177,8 +177,9 @@ def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: N
     """The more noise on the small picture, the more a super-resolution stage goes by its prompt.
 
     Of the first such stage, which enlarges true small pictures twice: with their own prompt and
-    with another's. Chance is that of the same prompt twice. As with guidance, it
-    need not rise to the last, but may not fall.
+    with another's. Chance is that of the same prompt twice. Little noise hides
+    little, so the response need not rise at once: up to the mean of the levels it may not fall, and
+    at the highest it must be above that of both others.
     """
     stage = next(s.config for s, _ in drawing.cascade.stages if s.config.lowres_resolution)
     side, factor = stage.resolution, stage.resolution // (stage.lowres_resolution or 1)
@@ -204,12 +205,12 @@ def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: N
         how=f"{stage.name} on true small pictures; c1 their prompt, c2 another's; the same noise",
         figures=changes,
         claims=[
-            above(f"{middle} above {none}", changes[middle], changes[none]),
             above(f"{last} above {none}", changes[last], changes[none]),
+            above(f"{last} above {middle}", changes[last], changes[middle]),
             above(
-                f"{last} below {middle} by less than {SLACK:.0%}",
-                changes[last],
-                (1 - SLACK) * changes[middle],
+                f"{middle} below {none} by less than {SLACK:.0%}",
+                changes[middle],
+                (1 - SLACK) * changes[none],
             ),
         ],
         chance=0.0,
