@@ -3,6 +3,7 @@ is known, both where a property holds and where it does not."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from cascade.evaluation.drawing import Drawing
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
 from cascade.runner import Cascade, Picture
 from cascade.stage import Augmentation, Stage, StageConfig
+
+REPOSITORY = Path(__file__).parents[1]
 
 # Claims.
 
@@ -364,6 +367,15 @@ def test_the_command_reports_every_property_of_three_seeds(painter, tmp_path, ca
     assert held == dict(a=True, b=True, c=False, d=True, e=True, f=True)
     assert report["holds"] is False
     assert "(c) DOES NOT HOLD" in captured.err and "(a) holds" in captured.err
+
+
+def test_the_committed_report_is_of_the_weights_and_settings_that_ship():
+    report = json.loads((REPOSITORY / "launch/properties.json").read_text())
+    model = Cascade.load("scenes")
+    assert report["model_sha256"] == model.digest
+    shipped = {stage.config.name: to_json(stage.config.sampling) for stage, _ in model.stages}
+    assert report["settings"] == json.loads(json.dumps(shipped))
+    assert report["holds"] and all(one["holds"] for one in report["properties"].values())
 
 
 @pytest.mark.parametrize(
