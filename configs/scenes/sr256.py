@@ -7,6 +7,7 @@ nothing, and small things get the finish of others.
 """
 
 from cascade.data import ScenesData
+from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
@@ -39,7 +40,11 @@ def config() -> TrainConfig:
             residual=True,
             loss=Loss(space="v"),
             augmentation=Augmentation(max_level=0.5),
-            sampling=Sampling(steps=8, guidance=1.0, aug_level=0.03),
+            # Dynamic thresholding tames guidance, of which there is none here: a picture with a few
+            # values beyond the range would be scaled down whole, white backgrounds to gray.
+            sampling=Sampling(
+                steps=8, guidance=1.0, threshold=Threshold(kind="static"), aug_level=0.03
+            ),
         ),
         data=ScenesData(split="train"),
         crop=128,
