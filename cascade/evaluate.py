@@ -35,7 +35,7 @@ class _Options:
     seed: int = 0
     """Chooses the prompts, none of which are training's; picture i is drawn with seed + i."""
     steps: str | None = None
-    """Sampling steps, by stage: 24,8,4, smallest first, or one value for all."""
+    """Sampling steps, by stage: 16,4,2, smallest first, or one value for all."""
     null_text_in_sr: Literal["true", "false"] = "false"
     """Whether super-resolution stages draw without the prompt."""
     compilation_cache: bool = True

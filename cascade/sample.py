@@ -28,7 +28,7 @@ class Options:
     For picture 0000 this writes OUT/0000_64.png, OUT/0000_256.png, OUT/0000_1024.png and
     OUT/0000.json (prompt, seed, every setting, versions, the model's hash), and OUT/grid.png when
     there are several; one line of JSON on stdout for each. A folder that has pictures already is
-    continued. Lists such as --steps 24,8,4 go by stage, smallest first; one value is for all.
+    continued. Lists such as --steps 16,4,2 go by stage, smallest first; one value is for all.
     Several processes, started as `cascade train --help` says, share the pictures among them.
     """
 

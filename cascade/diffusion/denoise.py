@@ -218,6 +218,9 @@ def dynamic_threshold(
     99.5th percentile (linear interpolation) over everything but the batch. cap: an upper bound for
     s, beyond which pictures are clipped rather than dimmed (DeepFloyd IF uses 1.5, with .95); 1
     makes this static thresholding. Raises ValueError. Saharia et al. 2022, sec. 2.3.
+
+    It is there for what guidance throws beyond the range. The division dims all of the picture, its
+    flat background too, for a few values that overshoot at edges; without guidance, clip instead.
     """
     _check(percentile, cap)
     x0 = x0.astype(jnp.float32)

@@ -41,7 +41,7 @@ def config() -> TrainConfig:
             # Where noise hides where things are, the error is large whatever the network does; the
             # v loss lets it drown the gradient of what can be learned.
             loss=Loss(weighting="debiased"),
-            sampling=Sampling(steps=24, guidance=3.0),
+            sampling=Sampling(steps=16, guidance=3.0),
         ),
         data=ScenesData(split="train"),
         images=362_000,

@@ -43,7 +43,7 @@ def config() -> TrainConfig:
             # Dynamic thresholding tames guidance, of which there is none here: a picture with a few
             # values beyond the range would be scaled down whole, white backgrounds to gray.
             sampling=Sampling(
-                steps=8, guidance=1.0, threshold=Threshold(kind="static"), aug_level=0.03
+                steps=4, guidance=1.0, threshold=Threshold(kind="static"), aug_level=0.03
             ),
         ),
         data=ScenesData(split="train"),
