@@ -1,6 +1,7 @@
 """`cascade eval`: its distances against closed forms, its commands on models of known quality."""
 
 import csv
+import dataclasses
 import json
 import re
 
@@ -206,6 +207,16 @@ def test_a_sweep_has_a_row_for_every_combination(renderer, tmp_path, capsys):
     assert all(float(row["facts"]) == 1 and float(row["fd_proxy"]) < 1e-9 for row in rows)
     assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert "27/27" in progress
+
+
+def test_a_sweep_stops_before_the_last_stage(renderer, tmp_path, capsys):
+    last = dataclasses.replace(
+        renderer.stages[1][0].config, name="sr1024", resolution=1024, lowres_resolution=256
+    )
+    renderer.stages = [*renderer.stages, (Stage(last), {})]
+    argv = ["--guidance", "1", "--aug-level", "0.1", "--prompts", 2, "--out", tmp_path / "out"]
+    report, _ = run(capsys, "sweep", *argv, "--until", 256)
+    assert [(row["side"], row["aug_level"]) for row in report["points"]] == [(64, None), (256, 0.1)]
 
 
 def test_a_sweep_lays_its_values_over_the_stages(renderer, tmp_path, capsys, monkeypatch):

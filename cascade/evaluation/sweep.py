@@ -41,7 +41,7 @@ def sweep(
     advance: called after each picture that a base stage or an augmentation level makes.
     """
     sides = [side for side in check_sides(drawing, until) if side in SIDES]
-    base = drawing.cascade.stages[0][0].config
+    base, *upper = (stage.config for stage, _ in drawing.cascade.select(until=until))
     pairs = [caption_at(seed, i, "seen") for i in range(prompts)]
     facts = [said.facts for _, said in pairs]
     truths = {side: quality.features(render(scene, side) for scene, _ in pairs) for side in sides}
@@ -61,8 +61,7 @@ def sweep(
         if until == base.resolution:
             continue
         for level in aug_levels:
-            upper = [stage.config.name for stage, _ in drawing.cascade.stages[1:]]
-            augmented = guided.replaced(upper, aug_level=level)
+            augmented = guided.replaced([stage.name for stage in upper], aug_level=level)
             by_side = {side: _Scores(facts) for side in sides if side != base.resolution}
             for i, (_, said) in enumerate(pairs):
                 pictures = augmented(said.text, seed + i, until=until, lowres=small[i])
