@@ -87,6 +87,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """A panel for each side, a curve for each level; points are guidance weights."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     sides = sorted({row["side"] for row in rows})
     figure = Figure(figsize=(5 * len(sides), 4.2), layout="constrained")
@@ -95,17 +96,22 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         here = [row for row in rows if row["side"] == side]
         for level in sorted({row["aug_level"] for row in here}, key=lambda v: v or 0.0):
             curve = [row for row in here if row["aug_level"] == level]
-            x, y = ([row[name] for row in curve] for name in ("fd_proxy", "facts"))
+            x = [max(row["fd_proxy"], 1e-6) for row in curve]  # rounding can leave 0, or less
+            y = [row["facts"] for row in curve]
             low, high = (
                 [abs(row[name] - row["facts"]) for row in curve]
                 for name in ("facts_low", "facts_high")
             )
             label = None if level is None else f"augmentation {level:g}"
             panel.errorbar(x, y, yerr=[low, high], marker="o", capsize=2, label=label)
-            for row in curve:
-                text, at = f" {row['guidance']:g}", (row["fd_proxy"], row["facts"])
-                panel.annotate(text, at, fontsize=8)
-        panel.set(title=f"{side} px", xlabel="FD-proxy (smaller is closer)", ylabel="facts right")
+            for row, *at in zip(curve, x, y, strict=True):
+                panel.annotate(f" {row['guidance']:g}", at, fontsize=8)
+        # One weight too high can be ten times as far as the others.
+        panel.set(title=f"{side} px", xscale="log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter("")
+        panel.set(xlabel="FD-proxy (smaller is closer)", ylabel="facts right")
         if any(row["aug_level"] is not None for row in here):
             panel.legend(fontsize=8)
     figure.suptitle("points: guidance weight", fontsize=9)
