@@ -1,0 +1,49 @@
+"""What ships: its configs are those of its recipe, its size, its colours."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascade import images, pretrained
+from cascade.config import from_json, load
+from cascade.data.scenes.captions import caption_at
+from cascade.data.scenes.render import render
+from cascade.models import Conditioning
+from cascade.runner import Cascade
+from cascade.stage import StageConfig
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "scenes"
+FOLDER = pretrained.find("scenes")
+
+
+@pytest.mark.parametrize("name", ["base64", "sr256", "sr1024"])
+def test_a_stage_that_ships_is_what_its_config_trains(name):
+    shipped = json.loads((FOLDER / name / "config.json").read_text())
+    assert from_json(StageConfig, shipped) == load(str(CONFIGS / f"{name}.py")).stage
+
+
+def test_the_weights_that_ship_take_at_most_32_mb():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 32e6
+
+
+def test_super_resolution_leaves_a_white_background_white():
+    """Stripes overshoot the range; a dynamic threshold would dim the whole picture for it."""
+    scene, said = caption_at(1234, 5, "seen")
+    picture = render(scene, 256).astype(float)
+    cascade = Cascade.load("scenes")
+    stage, params = cascade.stages[1]
+    text = cascade.encoder([said.text])
+    drawn = stage.sample(
+        params,
+        Conditioning(text=text.values, text_mask=text.mask),
+        jax.random.split(jax.random.key(0), 1),
+        settings=stage.config.sampling,
+        lowres=jnp.asarray(images.to_float(render(scene, 64)[None])),
+    )
+    background = np.all(picture == 242, axis=-1)
+    assert background.mean() > 0.5
+    assert abs(images.to_uint8(drawn)[0][background].mean() - 242) < 2
