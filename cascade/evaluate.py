@@ -213,7 +213,7 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
                 drawing,
                 folder,
                 guidance=guidance,
-                aug_levels=() if alone else aug_levels,
+                aug_levels=aug_levels,
                 prompts=options.prompts,
                 seed=options.seed,
                 until=options.until,

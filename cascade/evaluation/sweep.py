@@ -58,9 +58,7 @@ def sweep(
                 scores.add(picture)
             figures = scores.report(truths[base.resolution])
             rows.append(_row(weight, None, base.resolution, figures))
-        if until == base.resolution:
-            continue
-        for level in aug_levels:
+        for level in aug_levels if upper else ():
             augmented = guided.replaced([stage.name for stage in upper], aug_level=level)
             by_side = {side: _Scores(facts) for side in sides if side != base.resolution}
             for i, (_, said) in enumerate(pairs):
