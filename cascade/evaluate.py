@@ -35,7 +35,7 @@ class _Options:
     seed: int = 0
     """Chooses the prompts, none of which are training's; picture i is drawn with seed + i."""
     steps: str | None = None
-    """Sampling steps, by stage: 16,4,2, smallest first, or one value for all."""
+    """Sampling steps, by stage that draws: 16,4,2, smallest first, or one value for all."""
     null_text_in_sr: Literal["true", "false"] = "false"
     """Whether super-resolution stages draw without the prompt."""
     compilation_cache: bool = True
@@ -81,7 +81,7 @@ class SuperResolutionOptions(_Options):
     out: Path | None = None
     """A folder for results.json and a sheet for each stage; new or empty."""
     guidance: str | None = None
-    """Weight of classifier-free guidance, by stage; 1 is none."""
+    """Weight of classifier-free guidance, by super-resolution stage; 1 is none."""
     aug_level: str | None = None
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
 
@@ -174,9 +174,10 @@ def evaluate_super_resolution(options: SuperResolutionOptions) -> dict[str, Any]
     from cascade.evaluation import super_resolution
 
     def run(folder: Path | None) -> dict[str, Any]:
-        drawing = _drawing(options, guidance=options.guidance, aug_level=options.aug_level)
-        stages = len(super_resolution.super_resolution_stages(drawing))
-        with _progress(stages * options.pictures) as advance:
+        drawing = _drawing(
+            options, guidance=options.guidance, aug_level=options.aug_level, enlarging=True
+        )
+        with _progress(len(drawing.settings) * options.pictures) as advance:
             results = super_resolution.evaluate_super_resolution(
                 drawing,
                 pictures=options.pictures,
@@ -234,7 +235,7 @@ def properties(options: PropertiesOptions) -> dict[str, Any]:
     def run(folder: Path | None) -> dict[str, Any]:
         drawing = _drawing(options)
         scenes.check_sides(drawing, drawing.cascade.stages[0][0].config.resolution)
-        super_resolution.super_resolution_stages(drawing)
+        super_resolution.super_resolution_stages(drawing.cascade)
         prompts = measures.prompts_of(options.seed, options.prompts)
         quarter = measures.quarter(prompts)
         with _progress(measures.drawings(prompts)) as advance:
@@ -278,10 +279,15 @@ def _drawing(
     guidance: str | None = None,
     aug_level: str | None = None,
     until: int | None = None,
+    enlarging: bool = False,
 ) -> Drawing:
-    """The model, with the command line's lists laid over its stages, of those up to `until`."""
+    """The model, with the command line's lists laid over the stages that draw.
+
+    Those up to `until`; with `enlarging`, super-resolution stages alone.
+    """
     from cascade import sample
     from cascade.evaluation.drawing import Drawing
+    from cascade.evaluation.super_resolution import super_resolution_stages
     from cascade.runner import Cascade
 
     if options.compilation_cache:
@@ -289,6 +295,9 @@ def _drawing(
     cascade = Cascade.load(options.model)
     chosen = cascade.stages if until is None else cascade.select(until=until)
     stages = [stage for stage, _ in chosen]
+    if enlarging:
+        names = [name for name, _, _ in super_resolution_stages(cascade)]
+        stages = [stage for stage in stages if stage.config.name in names]
     lists = sample.Options(steps=options.steps, guidance=guidance, aug_level=aug_level)
     settings = sample.override(stages, lists)
     return Drawing(

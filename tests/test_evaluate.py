@@ -195,6 +195,16 @@ def test_super_resolution_figures_of_the_truth_and_of_bicubic(renderer, tmp_path
     assert names == {"results.json", "sr256.png"}
 
 
+def test_lists_of_super_resolution_count_its_stages_alone(renderer, capsys):
+    argv = ["sr", "--pictures", 2, "--steps", "3", "--guidance", "2", "--aug-level", "0.1"]
+    report, _ = run(capsys, *argv)
+    of_sr = report["settings"].pop("sr256")
+    assert (of_sr["steps"], of_sr["guidance"], of_sr["aug_level"]) == (3, 2, 0.1)
+    assert not report["settings"]
+    with pytest.raises(UserError, match="2 values for 1 stages"):
+        run(capsys, "sr", "--pictures", 2, "--steps", "3,4")
+
+
 def test_a_sweep_has_a_row_for_every_combination(renderer, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["--guidance", "1,2,4", "--aug-level", "0,0.1", "--prompts", 3, "--out", out]

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -128,8 +129,8 @@ def test_a_report_is_written_to_object_storage(bucket, monkeypatch, capsys):
         return {}
 
     monkeypatch.setattr(super_resolution, "evaluate_super_resolution", evaluated)
-    monkeypatch.setattr(super_resolution, "super_resolution_stages", lambda _: [])
-    monkeypatch.setattr(evaluate, "_drawing", lambda *_, **__: None)
+    drawing = types.SimpleNamespace(settings={})
+    monkeypatch.setattr(evaluate, "_drawing", lambda *_, **__: drawing)
     monkeypatch.setattr(evaluate, "_described", lambda *_: {"model": "none"})
     evaluate.main(["sr", "--out", "gs://bucket/report", "--pictures", "2"])
     report = json.loads((bucket / "report" / "results.json").read_text())

@@ -15,6 +15,7 @@ from cascade.data.scenes.spec import scene_at
 from cascade.errors import UserError
 from cascade.evaluation import quality
 from cascade.evaluation.drawing import Drawing
+from cascade.runner import Cascade
 
 SHOWN = 6  # pictures on a sheet
 
@@ -39,7 +40,7 @@ def evaluate_super_resolution(
     called after each picture.
     """
     report = {}
-    for name, small, large in super_resolution_stages(drawing):
+    for name, small, large in super_resolution_stages(drawing.cascade):
         figures = {"model": _Figures(), "bicubic": _Figures()}
         truths, others, rows = [], [], []
         for i in range(pictures):
@@ -70,9 +71,9 @@ def evaluate_super_resolution(
     return report
 
 
-def super_resolution_stages(drawing: Drawing) -> list[tuple[str, int, int]]:
+def super_resolution_stages(cascade: Cascade) -> list[tuple[str, int, int]]:
     """Name, side of the small and of the large picture of each. UserError where there are none."""
-    configs = [stage.config for stage, _ in drawing.cascade.stages]
+    configs = [stage.config for stage, _ in cascade.stages]
     found = [(c.name, c.lowres_resolution, c.resolution) for c in configs if c.lowres_resolution]
     if not found:
         raise UserError("this model has no super-resolution stage; try `cascade eval scenes`")
