@@ -92,7 +92,7 @@ class Start:
         if found := self._pipelines():
             return [pipeline.config for pipeline in found]
         folder = pretrained.find(self.model)
-        names = read_json(folder / "config.json").get("stages", ())
+        names = pretrained.described(folder)["stages"]
         files = [folder / name / "config.json" for name in names]
         return [from_json(StageConfig, read_json(file), str(file)) for file in files]
 
@@ -101,20 +101,20 @@ class Start:
         if found := self._pipelines():
             return str(found[0].folder)
         folder = pretrained.find(self.model)
-        return read_json(folder / "config.json").get("text_encoder", str(folder / "text_encoder"))
+        return pretrained.described(folder).get("text_encoder") or str(folder / "text_encoder")
 
     def max_tokens(self) -> int:
         """Of that text encoder."""
         if self._pipelines():
             return MAX_TOKENS
-        about = read_json(pretrained.find(self.model) / "config.json")
+        about = pretrained.described(pretrained.find(self.model))
         return about.get("max_tokens", DEFAULT_MAX_TOKENS)
 
     def captions(self) -> Captions:
         """What is done to a prompt first."""
         if self._pipelines():
             return CAPTIONS
-        about = read_json(pretrained.find(self.model) / "config.json")
+        about = pretrained.described(pretrained.find(self.model))
         return from_json(Captions, about.get("captions", "verbatim"), "captions")
 
     def own_text_encoder(self, config: StageConfig) -> published.Published | None:

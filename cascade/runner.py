@@ -113,18 +113,9 @@ class Cascade:
         if deepfloyd.is_pipeline(names[0]):
             return cls._of_pipelines(names, text_encoder, dtype, t5_int8, offload)
         folder = pretrained.find(name_or_dir)
-        described = read_json(folder / "config.json")
-        if not isinstance(described, dict) or described.get("format") != "cascade":
-            raise UserError(
-                f"{folder / 'config.json'}: not a cascade's; give a folder of `cascade export`"
-            )
-        names = described.get("stages")
-        if not isinstance(names, list) or not names or not all(map(_is_plain_name, names)):
-            raise UserError(
-                f"{folder / 'config.json'}: stages must list folder names, got {names!r}"
-            )
+        described = pretrained.described(folder)
         stages, own_encoders, digest, held = [], {}, hashlib.sha256(), _held(offload)
-        for stage_name in names:
+        for stage_name in described["stages"]:
             where = folder / stage_name
             config = from_json(
                 StageConfig, read_json(where / "config.json"), f"{where}/config.json"
@@ -139,15 +130,12 @@ class Cascade:
                 stages.append((stage, held(load_safetensors(file, stage.abstract()))))
             _update(digest, file)
         own = described.get("text_encoder") or str(folder / "text_encoder")
-        tokens = described.get("max_tokens", DEFAULT_MAX_TOKENS)
-        if not isinstance(tokens, int) or tokens < 1:
-            raise UserError(f"{folder / 'config.json'}: max_tokens must be 1 or more, got {tokens}")
         encoder = _shared_encoder(
             stages,
             own_encoders,
             text_encoder,
             own,
-            max_tokens=tokens,
+            max_tokens=described.get("max_tokens", DEFAULT_MAX_TOKENS),
             captions=from_json(Captions, described.get("captions", "verbatim"), "captions"),
             compute_dtype=dtype,
             int8=t5_int8,
@@ -294,18 +282,20 @@ class Cascade:
     def _texts(
         self, stages: Sequence[tuple[Stage, Any]], prompts: list[str], negative: str | None
     ) -> list[tuple[TextEmbedding, TextEmbedding | None]]:
-        """For each stage the embeddings of the prompts, and of what guidance moves away from."""
-        without = negative or next(
-            (p for s, _ in stages if (p := s.config.network.null_prompt) is not None), None
-        )
-        embedded: dict[str | None, tuple[TextEmbedding, TextEmbedding | None]] = {}
+        """For each stage the embeddings of the prompts, and of what guidance moves away from.
+
+        The second is None where that is the null condition, which is no text's embedding.
+        """
+        embedded: dict[Any, tuple[TextEmbedding, TextEmbedding | None]] = {}
         texts = []
         for stage, _ in stages:
             own = stage.config.name if stage.config.name in self.own_encoders else None
-            if own not in embedded:
+            without = negative or stage.config.network.null_prompt
+            if (own, without) not in embedded:
                 encoder = self.encoder if own is None else self.own_encoders[own]
-                embedded[own] = encoder(prompts), None if without is None else encoder([without])
-            texts.append(embedded[own])
+                away = None if without is None else encoder([without])
+                embedded[own, without] = encoder(prompts), away
+            texts.append(embedded[own, without])
         return texts
 
     def _edits(self, stages, settings, init, mask, strength) -> list[Edit | None]:
@@ -498,7 +488,7 @@ def _shared_encoder(
     for config in sharing:
         if config.network.text_width not in (0, encoder.width):
             raise UserError(
-                f"text encoder {chosen}: its embeddings are {encoder.width} wide, stage "
+                f"text encoder {chosen or default}: its embeddings are {encoder.width} wide, stage "
                 f"{config.name} was trained on {config.network.text_width}"
             )
     return encoder
@@ -518,7 +508,3 @@ def _rows(text: TextEmbedding, rows: np.ndarray) -> Conditioning:
 def _square(picture: UInt8[np.ndarray, "h w *c"], side: int) -> UInt8[np.ndarray, "s s 3"]:
     """The central square of a picture or mask at that side, as IF's pipelines shrink them."""
     return images.square(Image.fromarray(picture), side, Image.Resampling.BICUBIC)
-
-
-def _is_plain_name(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ def read_scheduler(file: Path) -> Scheduler:
     Raises UserError naming the file and the field that has no counterpart here.
     """
     fields = read_json(file)
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: must hold a scheduler's fields, got {fields!r}")
     name = fields.get("_class_name", "DDPMScheduler")
     if name not in ("DDPMScheduler", "DDIMScheduler"):
         raise UserError(
@@ -37,23 +38,26 @@ def read_scheduler(file: Path) -> Scheduler:
     given = {**_DEFAULTS, **{k: v for k, v in fields.items() if not k.startswith("_")}}
 
     def one_of(field: str, known: dict[Any, Any]) -> Any:
-        if given[field] not in known:
-            names = " or ".join(map(repr, known))
-            raise UserError(f"{file}: {field} must be {names}, got {given[field]!r}")
-        return known[given[field]]
+        for value, here in known.items():
+            if given[field] == value:
+                return here
+        names = " or ".join(map(repr, known))
+        raise UserError(f"{file}: {field} must be {names}, got {given[field]!r}")
 
     for field in ("trained_betas", "rescale_betas_zero_snr"):
         one_of(field, {_DEFAULTS[field]: None})
     steps = given["num_train_timesteps"]
     spacing = one_of("timestep_spacing", {"leading": "leading", "trailing": "trailing"})
     if given["thresholding"]:
-        ratio, largest = given["dynamic_thresholding_ratio"], float(given["sample_max_value"])
-        threshold = functools.partial(denoise.Threshold, percentile=ratio, cap=largest)
+        threshold: dict[str, Any] = {
+            "percentile": given["dynamic_thresholding_ratio"],
+            "cap": given["sample_max_value"],
+        }
     elif given["clip_sample"]:
         one_of("clip_sample_range", {1.0: None})
-        threshold = functools.partial(denoise.Threshold, kind="static")
+        threshold = {"kind": "static"}
     else:
-        threshold = functools.partial(denoise.Threshold, kind="none")
+        threshold = {"kind": "none"}
     if name == "DDIMScheduler":
         sampler = samplers.DDIM()
     else:
@@ -78,7 +82,7 @@ def read_scheduler(file: Path) -> Scheduler:
                 "prediction_type", {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
             ),
             sampler=sampler,
-            threshold=threshold(),
+            threshold=denoise.Threshold(**threshold),
             grid=grids.OnTable(
                 spacing=spacing,
                 entries=steps,

@@ -3,8 +3,8 @@
 A base stage draws [b, s, s, 3] from text; a super-resolution stage draws it from text and a
 smaller picture. Parameters are nested dicts of arrays and always arguments, so a Stage itself is
 a value without state: `init` makes parameters, `loss` scores them on a batch, `denoiser` makes of
-them what samplers take, `sample` draws pictures. A stage with an autoencoder does all of that to
-latents, but for `sample`, which decodes what it has drawn.
+them what samplers take, `sample` draws pictures. A stage with an autoencoder diffuses in latents,
+which `sample` decodes; its denoiser takes the network's parameters alone, and it has no loss.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ class Sampling:
     @property
     def guided(self) -> bool:
         """Whether any step needs the unconditional half of the network's batch."""
-        return self.guidance != 1 or isinstance(self.guidance_plan, denoise.PerStep)
+        plan = self.guidance_plan
+        turns = isinstance(plan, denoise.Oscillating) and plan.low != 1
+        return self.guidance != 1 or turns or isinstance(plan, denoise.PerStep)
 
 
 @functools.partial(
@@ -149,7 +151,7 @@ class Edit:
         if taken < 1:
             raise ValueError(
                 f"Edit.strength {self.strength} of {steps} steps takes none: it must be at least "
-                f"{1 / steps:.3g}"
+                f"1/{steps}"
             )
         return steps - taken
 
@@ -309,9 +311,11 @@ class Stage:
         Where the network has a null_prompt, whoever embeds the text has dropped it already: only
         they know that prompt's embedding.
         part: (i, n) if it is rows i, i + n, ... of a batch n times as large: the mean of the parts'
-        losses is then that batch's, dropout masks aside.
+        losses is then that batch's, dropout masks aside. ValueError for a latent stage.
         """
         config = self.config
+        if config.autoencoder is not None:
+            raise ValueError(f"{config.name} diffuses in latents: such a stage is not trained")
         k_drop, k_level, k_augment, k_loss, k_dropout = jax.random.split(key, 5)
         x0 = images.to_float(batch["image"])
         cond = Conditioning(text=batch["text"], text_mask=batch["text_mask"])

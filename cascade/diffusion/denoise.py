@@ -127,9 +127,9 @@ class Interval:
 class Oscillating:
     """w for the first share of the steps, then `low` and w by turns.
 
-    A weight that saturates when held may be had in every other step. Ho et al. 2022 ("Imagen
-    Video", sec. 3.4) go between 15 and 1; how many steps come first is not stated there, a tenth is
-    our choice.
+    A weight that over-saturates when all steps have it can be had in every other one. Ho et al.
+    2022 ("Imagen Video", sec. 3.4) go between 15 and 1; how many steps come first is not stated
+    there, a tenth is our choice.
     """
 
     low: float = 1.0
@@ -141,7 +141,7 @@ class Oscillating:
 
     def __call__(self, w, logsnr, grid):
         n = len(grid)
-        i = jnp.arange(n) - math.ceil(self.share * n)
+        i = jnp.arange(n) - math.ceil(round(self.share * n, 6))
         return jnp.where((i >= 0) & (i % 2 == 0), self.low, w)[_nearest(logsnr, grid)]
 
 
@@ -167,7 +167,10 @@ def rescale(
     Diffusion Noise Schedules and Sample Steps are Flawed"), eq. 15 and 16, with phi = .7.
     """
     over = tuple(range(1, guided.ndim))
-    ratio = conditional.std(over, keepdims=True) / guided.std(over, keepdims=True)
+    # An untrained network predicts nothing but zeros, whose deviation is 0.
+    ratio = conditional.std(over, keepdims=True) / jnp.maximum(
+        guided.std(over, keepdims=True), jnp.finfo(jnp.float32).tiny
+    )
     return guided * (1 - phi + phi * ratio)
 
 

@@ -153,8 +153,8 @@ class Respaced(Grid):
 
     The table is cut into equal sections, the first at the clean end, and each is given its own
     number of entries, spread over the section with both its ends (Nichol & Dhariwal 2021, "Improved
-    DDPM", as published with the paper). fast27 is that of GLIDE (Nichol et al. 2022). It says
-    itself how many `steps` there are.
+    DDPM", as published with the paper). fast27 is that of GLIDE (Nichol et al. 2022). The
+    name fixes the number of `steps`.
     """
 
     name: Literal[

@@ -117,8 +117,8 @@ class LinearVP:
 
     log alpha^2 = -beta_min t - (beta_max - beta_min) t^2 / 2. beta_min=.1, beta_max=20 is the
     continuous limit of 1000 steps with betas 1e-4 to .02 (Ho et al. 2020; Song et al. 2021,
-    "Score-Based Generative Modeling through SDEs", App. C). log-SNR is clipped to [-20, 20]; at
-    t=0, and nowhere above t=1e-7, it would be infinite. Log-SNR ends at -10.05.
+    "Score-Based Generative Modeling through SDEs", App. C). log-SNR is clipped to [-20, 20]: at
+    t=0 it would be infinite, and up to t=1e-7 above 20. It ends at -10.05.
     """
 
     beta_min: float = 0.1

@@ -52,7 +52,7 @@ def sample(
     x: `initial_noise` for times[0] = 1, or an image corrupted to the log-SNR of times[0] to start
         from (SDEdit, Meng et al. 2022).
     times: decreasing, [n + 1], ending at 0, or above it to keep that much noise; see `time_grid`.
-    keys: one a image, from jax.random.key; deterministic steps leave them alone.
+    keys: one for each image, from jax.random.key; deterministic steps leave them alone.
     after_step: changes x after every step, the last included (log-SNR is then that of times[-1]).
 
     One scan: tracing cost does not grow with n. The caller compiles it, denoiser and all, with
@@ -334,8 +334,8 @@ def _walk(denoiser, x, schedule, times, step, keys, after_step, emit):
     """The loop of `sample` and `sample_path`: -> (x at the end, emit(x0_hat) of every step)."""
     if keys.shape != x.shape[:1]:
         raise ValueError(
-            f"sample: keys must be one a image, [{x.shape[0]}] from jax.random.key (not PRNGKey); "
-            f"got shape {keys.shape}"
+            f"sample: keys must be one for each image, [{x.shape[0]}] from jax.random.key (not "
+            f"PRNGKey); got shape {keys.shape}"
         )
     n = times.shape[0] - 1
     logsnr, ends_clean = _grid(schedule, times, x), times[-1] <= 0

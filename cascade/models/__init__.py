@@ -84,7 +84,7 @@ class Network:
         return self.bind(params)(x, time, cond, key)
 
     def bind(self, params: Params) -> Any:
-        """The module that holds these parameters; those of no denoiser are called otherwise."""
+        """The module that holds these parameters, to be called as its own class says."""
         state = nnx.from_flat_state((path, _at(params, path)) for path in self._paths)
         return nnx.merge(self._graphdef, state)
 

@@ -66,7 +66,7 @@ class IFUNetConfig:
     groups, epsilon: of GroupNorm. residual_scale, middle_scale: multiply the sum of a residual
         block, 1 in stage I and .7071 in stage II.
     compute_dtype: of activations; norms, softmax, embedding and output are float32.
-    remat: recompute each block in the backward pass: slower, far less memory.
+    remat: what each block keeps for its backward pass, as in `NetworkConfig`.
     """
 
     levels: tuple[IFLevel, ...]

@@ -1,4 +1,4 @@
-"""The pieces both U-Nets are built from.
+"""The pieces that the networks are built from.
 
 Images are [b, h, w, c]. Parameters are float32; a layer computes in the dtype of its input
 (bfloat16 or float32), except that norms, FiLM and the softmax are always float32.
@@ -27,7 +27,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The fields both U-Nets share.
+    """The fields that UNet and EfficientUNet share; the public networks' configs are their own.
 
     levels: from full resolution down; each network has its own kind of level.
     patch: pixels a side that enter as one (space to depth; Hoogeboom et al. 2023); 1 is the
@@ -62,8 +62,7 @@ class NetworkConfig:
         for i, level in enumerate(self.levels):
             if level.width < 8 or level.width % 8:
                 raise UserError(
-                    f"{name}.levels[{i}].width must be a multiple of 8 (GroupNorm groups), "
-                    f"got {level.width}"
+                    f"{name}.levels[{i}].width must be a multiple of 8, got {level.width}"
                 )
             if level.blocks < 1:
                 raise UserError(f"{name}.levels[{i}].blocks must be at least 1, got {level.blocks}")
@@ -72,6 +71,8 @@ class NetworkConfig:
                 raise UserError(f"{name}.{field} must be at least 1, got {getattr(self, field)}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"{name}.dropout must be in [0, 1), got {self.dropout}")
+        if self.context_width and not self.text_width:
+            raise UserError(f"{name}.context_width is of a text: it needs text_width, which is 0")
         if self.text_width:
             self.check_heads("emb_width", self.embedding_width)
 
@@ -198,8 +199,8 @@ class Attention(nnx.Module):
     Both share one softmax: keys and values of the text are appended to those of the image
     (Imagen, sec. 2.1 and app. D.3.1). Without image=True it is plain cross-attention. Heads are
     head_width wide, so there are width // head_width of them. The output projection starts at zero.
-    coordinates: a pixel's query says where it is, whatever it shows, and from the first step on as
-    loudly: what attention hardly sees, it is slow to find a use for.
+    coordinates: a projection of the pixel's place is added to its query, from the first step on as
+    large as the query itself, since attention is slow to find a use for what it hardly sees.
     """
 
     def __init__(
@@ -429,9 +430,10 @@ class Linear(nnx.Module):
 def coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
     """(y, x) of every pixel's centre, from -1 at one edge of the picture to 1 at the other."""
     b, h, w, _ = x.shape
-    y, x_ = ((2 * jnp.arange(side, dtype=x.dtype) + 1) / side - 1 for side in (h, w))
+    # Counted in float32: bfloat16 has no odd numbers above 256.
+    y, x_ = ((2 * jnp.arange(side, dtype=jnp.float32) + 1) / side - 1 for side in (h, w))
     grid = jnp.stack(jnp.meshgrid(y, x_, indexing="ij"), axis=-1)
-    return jnp.broadcast_to(grid, (b, h, w, 2))
+    return jnp.broadcast_to(grid.astype(x.dtype), (b, h, w, 2))
 
 
 def shrink(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

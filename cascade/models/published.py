@@ -49,7 +49,7 @@ def one_each(given: Mapping[str, Any], field: str, kind: type, levels: int) -> l
     """The field's list with a value for each level, or its one value for all of them."""
     values = [v] * levels if isinstance(v := given[field], kind) else v
     if not isinstance(values, list | tuple) or len(values) != levels:
-        raise ValueError(f"{field} must have {levels} values as down_block_types, {v!r}")
+        raise ValueError(f"{field} must have {levels} values, as down_block_types has, got {v!r}")
     return list(values)
 
 

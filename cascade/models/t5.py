@@ -25,6 +25,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from cascade.models.layers import stack
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
@@ -108,7 +110,7 @@ class T5EncoderModel(nnx.Module):
         self.config = config
         self.shared = _normal(rngs, (config.vocab_size, config.d_model), 1.0)
         self.relative_attention_bias = nnx.Param(_neighbourly_table(config))
-        self.layers = _stacked(lambda rngs: _EncoderLayer(config, rngs), config.num_layers, rngs)
+        self.layers = stack(lambda rngs: _EncoderLayer(config, rngs), config.num_layers, rngs)
         self.final_norm = _RMSNorm(config)
 
     def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
@@ -135,7 +137,7 @@ class T5Decoder(nnx.Module):
         shape = (config.relative_attention_num_buckets, config.num_heads)
         self.relative_attention_bias = _normal(rngs, shape, config.d_model**-0.5)
         depth = config.num_decoder_layers or config.num_layers
-        self.layers = _stacked(lambda rngs: _DecoderLayer(config, rngs), depth, rngs)
+        self.layers = stack(lambda rngs: _DecoderLayer(config, rngs), depth, rngs)
         self.final_norm = _RMSNorm(config)
         self.head = _linear(config, config.d_model, config.vocab_size, config.d_model**-0.5, rngs)
 
@@ -369,13 +371,6 @@ def _position_bias(config: T5Config, table: Array, length: int, *, bidirectional
         bidirectional=bidirectional,
     )
     return table.astype(jnp.float32)[buckets].transpose(2, 0, 1)[None]
-
-
-def _stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """What `make` makes, each parameter holding `depth` independent ones along a leading axis."""
-    keys = jax.random.split(rngs.params(), depth)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
 
 
 def _run(

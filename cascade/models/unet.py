@@ -33,7 +33,7 @@ class Level:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig(NetworkConfig):
     """A UNet; the size of Imagen's base is levels of 512, 1024, 1536 and 2048, 3 blocks each,
-    attention at all but the first, text_width=4096, context_width=2048 (Imagen, app. F).
+    attention at all but the first, text_width=4096 (Imagen, app. F).
 
     coordinates: every pixel knows where it is: y and x enter as two more channels (Liu et al. 2018,
         "CoordConv") and are part of each query of attention. The papers' networks must tell it from
