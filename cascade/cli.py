@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv[0] not in VERBS:
             from cascade.config import nearest
 
-            raise UserError(f"{argv[0]!r} is no verb of cascade{nearest(argv[0], list(VERBS))}")
+            raise UserError(f"{argv[0]!r} is no command of cascade{nearest(argv[0], list(VERBS))}")
         # Worker threads and libraries read these at import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

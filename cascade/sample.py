@@ -43,8 +43,8 @@ class Options:
     the folders (or Hugging Face names) of DeepFloyd IF's stages, with a comma between them; the
     third is stable-diffusion-x4-upscaler."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of DeepFloyd IF's and the upscaler's weights, and of what they and their text encoders
-    compute in."""
+    """Type of DeepFloyd IF's and the upscaler's weights, and of all their computation, text
+    encoders included."""
     t5_int8: bool = False
     """Keep the text encoder's matrices in int8, with a scale for every 64 inputs of an output: .53
     of bfloat16's memory. An embedding's cosine to the exact one stays above .999, measured on
@@ -63,17 +63,17 @@ class Options:
     lowres: Path | None = None
     """Start from this 64 or 256 px picture: super-resolution only."""
     init_image: Path | None = None
-    """Draw this picture anew, as far as --strength goes: its central square, of any size."""
+    """Redraw this picture (its central square; any size), as much as --strength says."""
     mask: Path | None = None
     """Which part of --init-image, in a picture of its size: white is drawn anew, black stays."""
     strength: str | None = None
-    """Of --init-image, by stage: the share of the steps taken, from little (above 0) to all (1) of
-    it changed. Default .7 in a stage that has text alone, 1 there with --mask, .8 in the others."""
+    """How much of --init-image changes, by stage: the share of the steps taken, above 0 to 1.
+    Default: .7 in the base stage (1 with --mask), .8 in the others."""
     steps: str | None = None
     """Sampling steps, by stage: a number, or a list of DeepFloyd IF's such as smart50."""
     grid: str | None = None
-    """Which times they are at, by stage: uniform, quadratic, logsnr, karras, trailing or leading
-    (the last two on a table of 1000)."""
+    """Spacing of the sampling steps, by stage: uniform, quadratic, logsnr, karras, trailing or
+    leading (the last two on a table of 1000)."""
     guidance: str | None = None
     """Weight of classifier-free guidance, by stage; 1 is none."""
     guidance_plan: str | None = None
@@ -97,8 +97,8 @@ class Options:
     batch_size: int | None = None
     """Pictures drawn together; default 1 on a CPU, 8 elsewhere."""
     split_rows: int = 1
-    """So many devices of this machine share each picture of the super-resolution stages, by its
-    rows of pixels: less memory and time for 1024 px."""
+    """Number of this machine's devices that share each super-resolution picture, by its rows of
+    pixels: less memory and time for 1024 px."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
 
@@ -401,7 +401,7 @@ def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
         if unknown := cascade.unknown_words(prompt):
             listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
             print(
-                f"warning: the captions that {cascade.name} learned from had no: {listed}",
+                f"warning: not in the captions that {cascade.name} was trained on: {listed}",
                 file=sys.stderr,
             )
 

@@ -1,6 +1,6 @@
 """Where arrays live: the device mesh and the rules that place parameters and batches on it.
 
-The only file that names mesh axes:
+The mesh axes:
 
     data    replicates parameters and splits the batch
     fsdp    splits both: a parameter is gathered where it is used, its gradient scattered again

@@ -2,9 +2,9 @@
 
     cascade train configs/imagen/base64_mini.py --workdir runs/imagen/mini --data.path pictures
 
-Imagen's base at a quarter of its width, with T5-v1.1-large for the text. Against the paper, what
-makes small budgets learn: v-prediction, Adam with a larger rate and a cooldown, few 2M steps to
-sample. Nobody has trained this file; 25 million pictures are 100 thousand steps.
+Imagen's base at a quarter of its width, with T5-v1.1-large for the text. Changed from the paper to
+suit a small budget: v-prediction, Adam with a larger rate and a cooldown, few DPM-Solver++ steps
+for sampling. Nobody has trained this file; 25.6 million pictures are 100 thousand steps.
 """
 
 from cascade.data import FolderData

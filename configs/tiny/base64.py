@@ -2,7 +2,7 @@
 
     cascade train configs/tiny/base64.py --workdir runs/tiny/base64
 
-Of scenes of one object it learns backgrounds first, then colours and sizes; shapes take longer.
+On scenes of one object, it learns backgrounds first, then colours and sizes; shapes take longer.
 """
 
 from cascade.data import ScenesData
