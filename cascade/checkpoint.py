@@ -136,21 +136,41 @@ class Checkpoints:
         (self.directory / str(step)).rename(next(p for p in names if not p.exists()))
 
     def _newest(self, args: ocp.args.Composite) -> tuple[int, Any]:
+        """That all processes can read, each its own part: they go on to the one before together."""
         reasons = []
         for step in reversed(self.steps()):
+            found, reason = None, "another process cannot read it"
             try:
-                with _quiet_orbax():
-                    return step, self._manager.restore(step, args=args)
+                with _quiet_orbax(), _own_reader() as reader:
+                    found = reader.restore(self.directory / str(step), args=args)
             except Exception as e:  # Orbax raises whatever the damaged file made its readers raise
-                reasons.append(f"{step}: {str(e).splitlines()[0][:120]}")
-                warnings.warn(
-                    f"checkpoint {self.directory / str(step)} cannot be read and is passed over",
-                    stacklevel=2,
-                )
+                reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
+            if _all_processes(found is not None):
+                return step, found
+            reasons.append(f"{step}: {reason}")
+            warnings.warn(
+                f"checkpoint {self.directory / str(step)} cannot be read and is passed over",
+                stacklevel=2,
+            )
         raise UserError(
             f"{self.directory}: no readable checkpoint ({'; '.join(reasons) or 'none was saved'}); "
             "restore the folder from a copy, or start again in an empty --workdir"
         )
+
+
+def _own_reader() -> ocp.Checkpointer:
+    """One that waits for no other process, which may have failed."""
+    own = jax.process_index()
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}
+        ),
+    )
+
+
+def _all_processes(ok: bool) -> bool:
+    return bool(multihost_utils.process_allgather(np.array(ok)).all())
 
 
 def save_safetensors(
