@@ -9,6 +9,7 @@ What the configs say decides what a stage is; watermarker and safety checker are
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -89,33 +90,32 @@ class Start:
 
     def stages(self) -> list[StageConfig]:
         """Smallest first; no weights are read."""
-        if found := self._pipelines():
+        if found := self._pipelines:
             return [pipeline.config for pipeline in found]
-        folder = pretrained.find(self.model)
-        names = pretrained.described(folder)["stages"]
-        files = [folder / name / "config.json" for name in names]
+        files = [self._model / name / "config.json" for name in self._described["stages"]]
         return [from_json(StageConfig, read_json(file), str(file)) for file in files]
 
     def text_encoder(self) -> str:
         """What `T5Encoder.load` takes: that of the model."""
-        if found := self._pipelines():
+        if found := self._pipelines:
             return str(found[0].folder)
-        folder = pretrained.find(self.model)
-        return pretrained.described(folder).get("text_encoder") or str(folder / "text_encoder")
+        if named := self._described.get("text_encoder"):
+            return named
+        # The local copy of a model in object storage is gone when this process ends.
+        folder = self.model if "://" in self.model else self._model
+        return f"{folder}/text_encoder"
 
     def max_tokens(self) -> int:
         """Of that text encoder."""
-        if self._pipelines():
+        if self._pipelines:
             return MAX_TOKENS
-        about = pretrained.described(pretrained.find(self.model))
-        return about.get("max_tokens", DEFAULT_MAX_TOKENS)
+        return self._described.get("max_tokens", DEFAULT_MAX_TOKENS)
 
     def captions(self) -> Captions:
         """What is done to a prompt first."""
-        if self._pipelines():
+        if self._pipelines:
             return CAPTIONS
-        about = pretrained.described(pretrained.find(self.model))
-        return from_json(Captions, about.get("captions", "verbatim"), "captions")
+        return from_json(Captions, self._described.get("captions", "verbatim"), "captions")
 
     def own_text_encoder(self, config: StageConfig) -> published.Published | None:
         """Of its stage of that name, if that does not share the model's."""
@@ -140,7 +140,7 @@ class Start:
             raise UserError(
                 f"init={self.model}: the network of its {config.name} is not that of the config"
             )
-        if found := self._pipelines():
+        if found := self._pipelines:
             pipeline = next(p for p in found if p.config.name == config.name)
             return pipeline.params(dtype, shardings)
         folder = self._folder(config.name)
@@ -148,7 +148,7 @@ class Start:
 
     def copy_stage(self, name: str, folder: Path) -> None:
         """Write its stage of that name as a new folder of a model, weights as they are stored."""
-        for pipeline in self._pipelines():
+        for pipeline in self._pipelines:
             if pipeline.config.name == name:
                 write_stage(pipeline, folder)
                 return
@@ -156,11 +156,21 @@ class Start:
 
     def _folder(self, stage: str) -> Path:
         """What holds a stage's weights, and its own text encoder if it has one."""
-        for pipeline in self._pipelines():
+        for pipeline in self._pipelines:
             if pipeline.config.name == stage:
                 return pipeline.folder
-        return pretrained.find(self.model) / stage
+        return self._model / stage
 
+    @functools.cached_property
+    def _model(self) -> Path:
+        """Of one of ours, its folder; of one in object storage a local copy, made once."""
+        return pretrained.find(self.model)
+
+    @property
+    def _described(self) -> dict[str, Any]:
+        return pretrained.described(self._model)
+
+    @functools.cached_property
     def _pipelines(self) -> Sequence[Pipeline | UpscalePipeline]:
         names = self.model.split(",")
         return pipelines(names) if is_pipeline(names[0]) else []

@@ -71,7 +71,7 @@ def export(
     from cascade.checkpoint import Checkpoints, WholeFolder, save_safetensors, write_json
     from cascade.data import known_words
     from cascade.deepfloyd import Start
-    from cascade.text.encoder import is_hub_name, locate
+    from cascade.text.encoder import is_hub_name
     from cascade.text.folder import copy_folder
     from cascade.train import TrainConfig, init_params
 
@@ -96,6 +96,10 @@ def export(
         raise UserError(
             f"the stages were trained on different text encoders: {', '.join(encoders)}"
         )
+    encoder = encoders.pop()
+    # Without a slash a name is rather a folder that is not here than one of the hub.
+    named = is_hub_name(encoder) and "/" in encoder
+    own_encoder = None if named else _text_encoder(encoder)
     tokens = {run.text_tokens for run, _, _ in runs}
     if len(tokens) > 1:
         raise UserError(f"the stages were trained on captions of {sorted(tokens)} tokens")
@@ -103,8 +107,15 @@ def export(
     if len(captions) > 1:
         raise UserError(f"the stages were trained on captions {' and '.join(sorted(captions))}")
     trained = [run.stage for run, _, _ in runs]
-    others = [] if rest is None else _others(rest, runs[0][0], [stage.name for stage in trained])
+    start = None if rest is None else Start(model=str(rest))
+    others = [] if start is None else _others(start, runs[0][0], [stage.name for stage in trained])
     stages = sorted([*trained, *others], key=lambda stage: stage.resolution)
+    bases = [stage.name for stage in stages if stage.lowres_resolution is None]
+    if len(bases) > 1:
+        raise UserError(
+            f"stages {' and '.join(bases)} draw from text alone: a cascade has one such; leave out "
+            "the others"
+        )
     for below, above in itertools.pairwise(stages):
         if above.lowres_resolution != below.resolution:
             raise UserError(
@@ -135,24 +146,36 @@ def export(
                 "seed": run.seed,
                 **({} if ema is None else {"ema_sigma_rel": ema}),
             }
-        for stage in others:
-            Start(model=str(rest)).copy_stage(stage.name, folder / stage.name)
-        if is_hub_name(encoder := encoders.pop()):
+        if start is not None:
+            for stage in others:
+                start.copy_stage(stage.name, folder / stage.name)
+        if own_encoder is None:
             report["text_encoder"] = encoder
         else:
-            copy_folder(locate(encoder), folder / "text_encoder")
+            copy_folder(own_encoder, folder / "text_encoder")
         write_json(folder / "config.json", report)
     return report
 
 
-def _others(rest, run, trained):
-    """The stages of the model `rest` that are not trained; UserError unless they read the text as
+def _text_encoder(name):
+    """The folder of a run's text encoder, which is no name of the hub."""
+    from cascade.text.encoder import SHIPPED, locate
+
+    if name in SHIPPED or paths.path(name).expanduser().is_dir():
+        return locate(name)
+    raise UserError(
+        f"the run's text_encoder={name!r} is no folder here; export from the directory that "
+        "`cascade train` was started in, or put the folder back there"
+    )
+
+
+def _others(start, run, trained):
+    """The stages of the model --rest that are not trained; UserError unless they read the text as
     the run's do."""
-    from cascade.deepfloyd import Start
     from cascade.text.encoder import locate
     from cascade.text.folder import read_config
 
-    start = Start(model=rest)
+    rest = start.model
     others = [stage for stage in start.stages() if stage.name not in trained]
     if not others:
         raise UserError(f"--rest {rest}: has no stage but those trained, {', '.join(trained)}")
@@ -187,7 +210,7 @@ def _reconstructed(workdir, stage, last, sigma_rel):
             f"{workdir}: holds no snapshots to make --ema {sigma_rel} of; train with "
             "ema_profiles=(0.05, 0.1), or export without --ema"
         )
-    steps, widths, paths = zip(*found, strict=True)
+    steps, widths, files = zip(*found, strict=True)
     try:
         wanted = ema.gamma_from_sigma_rel(sigma_rel)
     except ValueError as e:
@@ -195,7 +218,7 @@ def _reconstructed(workdir, stage, last, sigma_rel):
     gammas = [ema.gamma_from_sigma_rel(width) for width in widths]
     shares = ema.posthoc_weights(steps, gammas, max(steps), wanted)
     abstract = Stage(stage).abstract()
-    return max(steps), ema.combine(shares, (load_safetensors(p, abstract) for p in paths))
+    return max(steps), ema.combine(shares, (load_safetensors(p, abstract) for p in files))
 
 
 def _leaves(tree):

@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -91,12 +92,17 @@ def local_copy(folder: Path) -> pathlib.Path:
 
 
 def copy_folder(source: pathlib.Path, target: Path) -> None:
-    """All files under a local folder into `target`; those directly in it last.
+    """All files under a local folder into `target`; of each folder those that describe it (.json)
+    after the rest, config.json last of all.
 
-    So a folder whose description (config.json) is there is whole.
+    So a folder whose description (config.json, dataset_info.json) is there is whole.
     """
+
+    def order(file: pathlib.Path) -> tuple[Any, ...]:
+        return -len(file.parts), file.name == "config.json", file.suffix == ".json", file
+
     files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
-    for file in sorted(files, key=lambda file: (-len(file.parts), file)):
+    for file in sorted(files, key=order):
         _copy(source / file, target / file.as_posix())
 
 

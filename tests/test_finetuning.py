@@ -22,6 +22,7 @@ from cascade.models import IFLevel, IFUNetConfig
 from cascade.runner import Cascade
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig
 from cascade.text import T5Encoder
+from cascade.text.encoder import SHIPPED
 from cascade.train import TrainConfig
 
 T5 = Path(__file__).parent / "fixtures" / "t5"
@@ -231,6 +232,42 @@ def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
     write_json(base / "config.json", about)
     report = export([tmp_path / "run"], tmp_path / "out", rest=str(base))
     assert report["stages"] == ["if8", "if16"]
+
+
+def made_run(workdir, name="base8", **changes):
+    """A run of one checkpoint, which nothing has trained."""
+    stage = dataclasses.replace(testing.smallest_stage(), name=name)
+    config = TrainConfig(stage=stage, images=8, batch_size=8, **changes)
+    weights = jax.tree.map(lambda x: jnp.zeros(x.shape), Stage(stage).abstract())
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(1, train=weights, ema=weights, config=to_json(config), data={})
+    checkpoints.close()
+    return workdir
+
+
+@pytest.mark.parametrize("name", ["enc", "../enc", "/no/such/enc"])
+def test_a_text_encoder_that_is_not_there_cannot_be_exported(tmp_path, monkeypatch, name):
+    run = made_run(tmp_path / "run", text_encoder=name)
+    with pytest.raises(UserError, match=f"text_encoder='{name}' is no folder here; export from"):
+        export([run], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_encoder_of_the_hub_is_named_and_a_folder_copied(tmp_path, monkeypatch):
+    report = export([made_run(tmp_path / "hub", text_encoder="google/t5")], tmp_path / "named")
+    assert report["text_encoder"] == "google/t5"
+    assert not (tmp_path / "named" / "text_encoder").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "enc").symlink_to(SHIPPED["scenes"])
+    report = export([made_run(tmp_path / "here", text_encoder="enc")], tmp_path / "copied")
+    assert "text_encoder" not in report
+    assert (tmp_path / "copied" / "text_encoder" / "config.json").is_file()
+
+
+def test_two_stages_that_draw_from_text_alone_are_no_cascade(tmp_path):
+    runs = [made_run(tmp_path / name, name) for name in ("one", "two")]
+    with pytest.raises(UserError, match="stages one and two draw from text alone"):
+        export(runs, tmp_path / "out")
 
 
 def test_adapters_change_nothing_to_begin_with_in_any_network():

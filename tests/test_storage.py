@@ -8,8 +8,19 @@ import pytest
 import storage
 from etils import epath
 
-from cascade import evaluate, export, images, paths, sample, testing, text_pretraining, train
-from cascade.checkpoint import WholeFolder, load_safetensors, save_safetensors
+from cascade import (
+    deepfloyd,
+    evaluate,
+    export,
+    images,
+    paths,
+    sample,
+    testing,
+    text_pretraining,
+    train,
+)
+from cascade.checkpoint import WholeFolder, load_safetensors, save_safetensors, write_json
+from cascade.config import to_json
 from cascade.data import FolderData, ScenesData, TFDSData, commands, open_source
 from cascade.data.scenes.captions import caption_at
 from cascade.errors import UserError
@@ -186,6 +197,35 @@ def test_files_and_folders_appear_whole_or_not_at_all(bucket, tmp_path, where):
         (folder / "part" / "weights").write_text("all")
     assert (root / "folder" / "part" / "weights").read_text() == "all"
     assert [p.name for p in root.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_folder_is_described_in_object_storage_once_all_else_is_there(bucket, tmp_path):
+    names = ("a/1.record", "a/dataset_info.json", "a/features.json", "a/z.record", "b/c/w")
+    names += ("config.json", "model.safetensors", "z.json")
+    for name in names:
+        (tmp_path / "made" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "made" / name).write_text(name)
+    paths.copy_folder(tmp_path / "made", paths.path("gs://bucket/made"))
+    written = sorted((bucket / "made" / name for name in names), key=lambda p: p.stat().st_mtime_ns)
+    assert [str(p.relative_to(bucket / "made")) for p in written] == [
+        *("b/c/w", "a/1.record", "a/z.record", "a/dataset_info.json", "a/features.json"),
+        *("model.safetensors", "z.json", "config.json"),
+    ]
+
+
+def test_a_model_of_object_storage_is_copied_once_and_its_text_encoder_named_there(
+    bucket, monkeypatch
+):
+    copies, copy = [], paths.local_copy
+    monkeypatch.setattr(paths, "local_copy", lambda folder: copies.append(folder) or copy(folder))
+    (bucket / "model" / "base8").mkdir(parents=True)
+    stage = testing.smallest_stage()
+    write_json(bucket / "model" / "base8" / "config.json", to_json(stage))
+    write_json(bucket / "model" / "config.json", {"format": "cascade", "stages": ["base8"]})
+    start = deepfloyd.Start(model="gs://bucket/model")
+    assert start.stages() == [stage] and start.max_tokens() > 0 and start.captions() == "verbatim"
+    assert start.text_encoder() == "gs://bucket/model/text_encoder"
+    assert len(copies) == 1
 
 
 def test_names_of_object_storage_survive_pathlib(bucket, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -151,7 +152,9 @@ class T5Encoder:
 
 def is_hub_name(name: str) -> bool:
     """Whether `T5Encoder.load(name)` would ask the Hugging Face hub."""
-    return name not in SHIPPED and not paths.path(name).expanduser().is_dir()
+    if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", name) is None:
+        return False
+    return name not in SHIPPED and not Path(name).is_dir()
 
 
 def locate(name_or_dir: str | Path) -> Path:
@@ -159,11 +162,12 @@ def locate(name_or_dir: str | Path) -> Path:
     name = str(name_or_dir)
     if name in SHIPPED:
         return SHIPPED[name]
-    if not is_hub_name(name):
-        return paths.local_copy(paths.path(name).expanduser())
-    if isinstance(name_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if isinstance(name_or_dir, str) and is_hub_name(name):
+        return _downloaded(name)
+    folder = paths.path(name).expanduser()
+    if not folder.is_dir():
         raise UserError(f"text encoder {name}: no such folder")
-    return _downloaded(name)
+    return paths.local_copy(folder)
 
 
 def _downloaded(name: str) -> Path:
