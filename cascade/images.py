@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from cascade import paths
 from cascade.errors import UserError
@@ -112,11 +112,22 @@ def save_png(
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Open a picture file as RGB. Raises UserError when it is missing or is not a picture."""
+    """Open a picture file as `decoded`. Raises UserError when it is missing or is not a picture."""
     try:
-        with paths.path(path).open("rb") as file, Image.open(file) as image:
-            return image.convert("RGB")
+        with paths.path(path).open("rb") as file:
+            return decoded(file)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
         raise UserError(f"picture {path}: cannot be read as an image ({e})") from None
+
+
+def decoded(file: Any) -> Image.Image:
+    """An open picture file as RGB, as people see it: turned as its EXIF says, on white."""
+    with Image.open(file) as image:
+        turned = ImageOps.exif_transpose(image)
+        if not turned.has_transparency_data:
+            return turned.convert("RGB")
+        picture = turned.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")

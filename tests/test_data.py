@@ -1,5 +1,6 @@
 """From datasets to batches: order, resumption, sharding, crops; folders, TFDS, mistakes."""
 
+import io
 import itertools
 import json
 import pickle
@@ -270,6 +271,18 @@ def test_a_captions_file_lists_examples_in_its_order(tmp_path):
     assert source[2]["image"][0, 0].tolist() == [255, 0, 0]
 
 
+def test_captions_may_hold_any_separator_and_files_a_byte_order_mark(tmp_path):
+    caption = "a red\u2028circle\u0085and\u2029more"
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a circle", encoding="utf-8-sig")
+    source = open_source(FolderData(path=str(tmp_path)), 4)
+    assert source[0]["caption"] == "a circle"
+    line = json.dumps({"file": "a.png", "caption": caption}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_bytes(f"{line}\r\n{line}\r\n".encode("utf-8-sig"))
+    source = open_source(FolderData(path=str(tmp_path)), 4)
+    assert [source[i]["caption"] for i in range(len(source))] == [caption, caption]
+
+
 def spoiled_folders():
     def no_folder(path):
         return path / "absent"
@@ -342,6 +355,14 @@ def test_a_tfds_dataset_reads_back_as_it_was_drawn_without_tensorflow(dataset):
     assert batch["image"].shape == (4, 8, 8, 3)
     assert len(pickle.dumps(source)) < 20_000
     assert "tensorflow" not in sys.modules
+
+
+def test_pictures_of_a_tfds_dataset_are_opened_as_those_of_a_folder(dataset):
+    source = open_source(TFDSData(name="scenes", data_dir=str(dataset), split="unseen"), 4)
+    file = io.BytesIO()
+    Image.new("RGBA", (4, 4)).save(file, "PNG")
+    source.records = [{"image": file.getvalue(), "caption": b"nothing"}]
+    assert (source[0]["image"] == 255).all()
 
 
 def test_tfds_itself_knows_the_scenes(dataset):

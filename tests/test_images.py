@@ -59,6 +59,30 @@ def test_png_round_trip_keeps_pixels_and_metadata(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_picture_is_turned_as_its_camera_was_held(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its top is on the right
+    wide = Image.new("RGB", (16, 8), "white")
+    wide.paste("black", (0, 0, 8, 8))
+    wide.save(tmp_path / "a.png", exif=exif)
+    got = np.asarray(images.load_image(tmp_path / "a.png"))
+    assert got.shape == (16, 8, 3) and (got[:8] == 0).all() and (got[8:] == 255).all()
+
+
+@pytest.mark.parametrize("mode,ink", [("RGBA", (0, 0, 0)), ("LA", (0,)), ("P", None)])
+def test_what_is_transparent_is_white(tmp_path, mode, ink):
+    picture = Image.new(mode, (2, 1))  # black
+    if ink is None:
+        picture.putpalette([0, 0, 0, 255, 0, 0])
+        picture.putpixel((1, 0), 1)
+        picture.save(tmp_path / "a.png", transparency=0)
+    else:
+        picture.putpixel((1, 0), (*ink, 255))
+        picture.save(tmp_path / "a.png")
+    got = np.asarray(images.load_image(tmp_path / "a.png"))[0].tolist()
+    assert got == [[255, 255, 255], [0, 0, 0] if ink else [255, 0, 0]]
+
+
 def test_files_that_are_no_pictures_are_refused(tmp_path):
     (tmp_path / "a.png").write_text("not a picture")
     with pytest.raises(UserError, match="cannot be read as an image"):

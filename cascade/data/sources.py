@@ -222,8 +222,8 @@ class _TFDSSource(Source):
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
         try:
-            picture = Image.open(io.BytesIO(record[self.config.image])).convert("RGB")
-        except (UnidentifiedImageError, OSError) as e:
+            picture = images.decoded(io.BytesIO(record[self.config.image]))
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
             raise UserError(f"{_where(self.config)}: record {index} has no picture ({e})") from None
         caption = record[self.config.caption].decode()
         return {"image": images.square(picture, self.resolution), "caption": caption}
@@ -232,7 +232,7 @@ class _TFDSSource(Source):
 def _listed(listing: Path) -> list[tuple[Path, str]]:
     """The pairs named by a captions.jsonl."""
     pairs = []
-    for number, line in enumerate(_read_text(listing).splitlines(), 1):
+    for number, line in enumerate(_read_text(listing).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{listing}, line {number}"
@@ -282,7 +282,7 @@ def _paired(folder: Path) -> list[tuple[Path, str]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
 
