@@ -72,7 +72,7 @@ CHIPS = (
     ),
     Chip(
         name="h100",
-        kinds=("NVIDIA H100",),
+        kinds=("NVIDIA H100 80GB HBM3",),  # not PCIe, nor NVL, which are slower
         flops=989 * T,
         hbm=80 * GB,
         hbm_bandwidth=3350 * GB,

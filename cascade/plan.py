@@ -108,7 +108,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--topology is missing, such as v5e:16x16; see cascade plan --help")
     if options.tokens is not None and options.tokens < 1:
         raise UserError(f"--tokens must be positive, got {options.tokens}")
-    if (options.sample_batch is not None) > options.sample or (options.sample_batch or 1) < 1:
+    given = options.sample_batch
+    if given is not None and (given < 1 or not options.sample):
         raise UserError("--sample-batch must be positive, and goes with --sample")
     if options.split_rows != 1 and not options.sample:
         raise UserError("--split-rows goes with --sample")
@@ -241,7 +242,7 @@ def plan_sampling(
     elif split_rows == 1:
         mesh = _mesh(config, topology)
         weights, pictures = sharding.shardings(params, mesh), sharding.batch_sharding(mesh)
-        drawn, b = pictures, batch_size or _batch_parts(mesh)
+        drawn, b = pictures, batch_size or sharding.batch_parts(mesh)
     else:
         raise UserError(f"--split-rows {split_rows}: {stage.config.name} draws from text alone")
     draw, inputs = drawing(stage, tokens, b, place)
@@ -418,6 +419,11 @@ def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
     split least come first, and of those that seem to fit, at most six are tried, two of them with a
     tensor axis.
     """
+    if config.batch_size % topology.count:
+        raise UserError(
+            f"--suggest: batch_size={config.batch_size} must be a multiple of the "
+            f"{topology.count} chips of {topology.name}; change one of them"
+        )
     tried: list[Figures] = []
     best: Figures | None = None
     for candidate in _suggestions(config, topology, tokens):
@@ -437,8 +443,9 @@ def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
             best = figures
     if best is None:
         raise UserError(
-            f"nothing that was tried fits {topology.name}: {json.dumps(tried)}; take more chips, a "
-            "smaller batch_size, or a smaller network"
+            f"nothing that was tried fits {topology.name} "
+            f"({json.dumps(tried) if tried else 'no setting does, by its shapes alone'}); "
+            "take more chips, a smaller batch_size, or a smaller network"
         )
     return best | {"tried": tried}
 
@@ -603,7 +610,7 @@ def _from_shapes(config: TrainConfig, topology: Topology, mesh: Mesh, tokens: in
     for the fsdp axis, parameters gathered forward and backward and gradients scattered, for every
     microbatch; for the data axis, gradients summed.
     """
-    data, fsdp, parts = mesh.shape["data"], mesh.shape["fsdp"], _batch_parts(mesh)
+    data, fsdp, parts = mesh.shape["data"], mesh.shape["fsdp"], sharding.batch_parts(mesh)
     state, batch, n = _state_of(config), batch_of(config, tokens), config.microbatches
     held = _bytes_each(state, sharding.shardings(state, mesh))
     params = state["train"]["params"]
@@ -717,12 +724,7 @@ def _mesh(config: TrainConfig, topology: Topology) -> Mesh:
     """The run's mesh. UserError unless it divides the batch."""
     devices = topology.devices or [_AbsentGPU(i) for i in range(topology.count)]
     mesh = sharding.make_mesh(config.mesh, devices)
-    micro, parts = config.batch_size // config.microbatches, _batch_parts(mesh)
-    if micro % parts:
-        raise UserError(
-            f"batch_size={config.batch_size} / microbatches={config.microbatches} = {micro} must "
-            f"be a multiple of the {parts} parts that the mesh's axes make of it"
-        )
+    train.check_batch(config, mesh)
     return mesh
 
 
@@ -734,10 +736,6 @@ class _AbsentGPU:
     platform: str = "gpu"
     device_kind: str = "GPU"
     process_index: int = 0
-
-
-def _batch_parts(mesh: Mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
 
 
 def _figures(

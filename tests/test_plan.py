@@ -70,7 +70,9 @@ def test_every_chip_is_found_by_jaxs_name_of_it():
         "NVIDIA H200": "h200",
     }
     assert {kind: chip_of(kind).name for kind in names} == names
-    assert chip_of("cpu") is None and {chip.name for chip in CHIPS} == set(names.values())
+    assert {chip.name for chip in CHIPS} == set(names.values())
+    unlisted = ("cpu", "NVIDIA H100 PCIe", "NVIDIA H100 NVL")
+    assert [chip_of(kind) for kind in unlisted] == [None] * 3
 
 
 # GPUs: from shapes
@@ -252,6 +254,9 @@ def run(*words):
         (["--topology", "h100:8", "--tokens", "x"], "--tokens"),
         (["--topology", "h100:8", "--sample"], "--sample needs a compiler"),
         (["--topology", "h100:8", "--sample", "--suggest"], "leave out"),
+        (["--topology", "h100:3", "--suggest"], "must be a multiple of the 3 chips of h100:3"),
+        (["--topology", "h100:8", "--sample-batch", "2"], "goes with --sample"),
+        (["--topology", "h100:8", "--sample", "--sample-batch", "0"], "must be positive"),
         (["--topology", "h100:8", "--split-rows", "2"], "goes with --sample"),
         (["--topology", "h100:8", "--mesh.data", "3"], "found 8"),
         (["--topology", "h100:8", "--batch-size", "12"], "must be a multiple of"),
