@@ -122,7 +122,13 @@ class TrainConfig:
     profile_steps: int = 0
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.batch_size % self.microbatches:
+        every = ("log_every_images", "save_every_images", "ema_snapshot_images")
+        counts = ("images", "batch_size", "microbatches", "text_tokens", "keep", "skip_limit")
+        free = ("seed", "workers", "preview_every_images", "profile_steps")
+        for name in (*counts, *every, *free):
+            if (value := getattr(self, name)) < (least := int(name not in free)):
+                raise ValueError(f"TrainConfig.{name} must be at least {least}, got {value}")
+        if self.batch_size % self.microbatches:
             raise ValueError(
                 f"TrainConfig.batch_size must be a multiple of microbatches={self.microbatches}, "
                 f"got {self.batch_size}"
@@ -137,14 +143,10 @@ class TrainConfig:
                 "TrainConfig.stage.autoencoder must be None: a latent stage is drawn from, not "
                 "trained"
             )
-        if self.text_tokens < 1:
-            raise ValueError(f"TrainConfig.text_tokens must be at least 1, got {self.text_tokens}")
         if self.lora_rank and self.ema_profiles:
             raise ValueError("TrainConfig.ema_profiles are of weights: none with a lora_rank")
         for width in self.ema_profiles:
             averages.gamma_from_sigma_rel(width)
-        if self.skip_limit < 1:
-            raise ValueError(f"TrainConfig.skip_limit must be at least 1, got {self.skip_limit}")
         low, crop = self.stage.lowres_resolution, self.crop
         if self.degradation is not None and low is None:
             raise ValueError("TrainConfig.degradation is for super-resolution stages only")
@@ -329,12 +331,12 @@ def step_flops(config: TrainConfig, train_step: Any, state: State, batch: dict[s
 
 def train(
     config: TrainConfig, workdir: str | os.PathLike[str], *, until: int | None = None
-) -> None:
-    """Train in `workdir`, from its newest checkpoint if it has one; returns when done.
+) -> bool:
+    """Train in `workdir`, from its newest checkpoint if it has one; whether it came to its end.
 
-    workdir: a folder here, or gs://BUCKET/NAME or s3://BUCKET/NAME. until: stop (with a checkpoint)
+    workdir: a folder here, or gs://BUCKET/NAME or s3://BUCKET/NAME. until: end (with a checkpoint)
     after this many images instead of config.images. SIGTERM and Ctrl-C save a checkpoint and return
-    too. Several processes (jax.distributed) call it alike; a SIGTERM to any of them stops all.
+    False. Several processes (jax.distributed) call it alike; a SIGTERM to any of them stops all.
     Raises UserError when skip_limit updates in a row were not finite, with the state before them
     saved.
     """
@@ -430,6 +432,7 @@ def train(
                 f"{step * config.batch_size}, were not finite and left out; the weights before "
                 "them are saved; lower optimizer.learning_rate or optimizer.clip and run again"
             )
+    return step >= last
 
 
 def _log(config, workdir, step, step_flops) -> TrainingLog:
@@ -470,9 +473,16 @@ def _initial_state(config, stage, optimizer, mesh, checkpoints, data) -> tuple[S
             f"({_difference(to_json(there), to_json(config.stage))}); use its config, or another "
             "folder"
         )
-    for name, default in (("lora_rank", 0), ("init", None)):
-        was, now = saved.get(name, default), getattr(config, name)
-        if was != now and (name == "lora_rank" or config.lora_rank):
+    fixed = [
+        ("lora_rank", saved.get("lora_rank", 0), config.lora_rank),
+        ("batch_size", saved["batch_size"], config.batch_size),  # a step is so many images
+        ("optimizer.name", saved["optimizer"]["name"], config.optimizer.name),
+        ("ema_profiles", tuple(saved.get("ema_profiles", ())), config.ema_profiles),
+    ]
+    if config.lora_rank:
+        fixed.append(("init", saved.get("init"), config.init))
+    for name, was, now in fixed:
+        if was != now:
             raise UserError(
                 f"{checkpoints.directory.parent}: holds a run with {name}={was}, not {now}; give "
                 "that, or another folder"
@@ -531,32 +541,30 @@ def _snapshot(profiles: dict[str, Any], workdir: Path, step: int) -> None:
 
 def _preview(config, stage, weights, encoder, batch, workdir, step) -> None:
     """Write previews/IMAGES.png: drawn from the prompts (base), or low | drawn | true rows (SR)."""
-    if config.stage.lowres_resolution is None and not config.preview_prompts:
+    prompts, base = list(config.preview_prompts), config.stage.lowres_resolution is None
+    if base and not prompts:
         return
-    text = encoder(list(config.preview_prompts or ("",)))
-    cond, negative = Conditioning(text=text.values, text_mask=text.mask), None
+    n = len(prompts) if base else min(4, config.batch_size)
+    if base:
+        text = encoder(prompts)
+        batch = {"text": text.values, "text_mask": text.mask}
+    negative = None
     if (null := config.stage.network.null_prompt) is not None:
-        text = encoder([null] * len(cond.text))
+        text = encoder([null] * n)
         negative = Conditioning(text=text.values, text_mask=text.mask)
-    cond, negative, params, batch = sharding.fetch((cond, negative, weights, batch))
+    negative, params, batch = sharding.fetch((negative, weights, batch))
     if jax.process_index() != 0:
         return
-    settings = config.stage.sampling
-    if config.stage.lowres_resolution is None:
-        keys = jax.vmap(jax.random.key)(jnp.arange(len(config.preview_prompts)))
-        rows = stage.sample(params, cond, keys, settings=settings, negative=negative)
+    batch = {k: v[:n] for k, v in batch.items()}
+    cond = Conditioning(text=batch["text"], text_mask=batch["text_mask"])
+    keys = jax.vmap(jax.random.key)(jnp.arange(n))
+    options = {"settings": config.stage.sampling, "negative": negative}
+    if base:
+        rows = stage.sample(params, cond, keys, **options)
         picture = images.grid(images.to_uint8(rows))
     else:
-        n = min(4, config.batch_size)
-        batch = {k: v[:n] for k, v in batch.items()}
-        cond = Conditioning(text=batch["text"], text_mask=batch["text_mask"])
-        keys = jax.vmap(jax.random.key)(jnp.arange(n))
-        low = images.to_float(batch["lowres"])
-        side = batch["image"].shape[1]
-        negative = negative and jax.tree.map(lambda x: x[:1].repeat(n, 0), negative)
-        drawn = stage.sample(
-            params, cond, keys, settings=settings, lowres=low, negative=negative, size=side
-        )
+        low, side = images.to_float(batch["lowres"]), batch["image"].shape[1]
+        drawn = stage.sample(params, cond, keys, lowres=low, size=side, **options)
         shown = images.to_uint8(images.upsample(low, (side, side)))
         columns = zip(shown, images.to_uint8(drawn), batch["image"], strict=True)
         picture = images.grid([image for row in columns for image in row], columns=3)

@@ -18,13 +18,16 @@ Train one stage of a cascade, or a text encoder, as the config file says.
   --workdir DIR  the run's folder: checkpoints, metrics.jsonl, tensorboard/, previews/, loss.png.
                  If it holds a checkpoint, the run continues from there. Here, or in object storage:
                  gs://BUCKET/NAME, s3://BUCKET/NAME (pip install 'cascade-diffusion[storage]').
-  --until N      stop, with a checkpoint, after N images in all
+  --until N      stop, with a checkpoint, after N images (of a text encoder: examples) in all
   --FIELD VALUE  override a field of the config; or an argument of its function config(), such as
                  the --init MODEL of configs/if/finetune_base64.py
 
 `cascade train CONFIG --help` lists the config's fields with their values.
 
 {distributed.HELP}"""
+
+STOPPED = 143
+"""The exit status of a run that was told to stop before its end: that of SIGTERM, in a shell."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,13 +50,15 @@ def main(argv: Sequence[str]) -> None:
     if not isinstance(defaults, (TrainConfig, TextPretraining)):
         raise UserError(f"config {path}: config() must return a TrainConfig or a TextPretraining")
     settings = config.parse(type(defaults), rest, default=defaults, prog=f"cascade train {path}")
-    folder = _workdir(workdir)
+    folder, images = _workdir(workdir), _images(until)
     if isinstance(settings, TextPretraining):
-        pretrain(settings, folder)
+        pretrain(settings, folder, until=images and -(-images // settings.batch_size))
     else:
-        images = _images(until)
         with distributed.processes():
-            train(settings, folder, until=images)
+            ended = train(settings, folder, until=images)
+        if not ended:
+            print(f"stopped: {folder}; the same command goes on", file=sys.stderr)
+            sys.exit(STOPPED)
     print(f"done: {folder}", file=sys.stderr)
 
 

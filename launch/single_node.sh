@@ -11,7 +11,8 @@
 #
 # SIGTERM (a spot machine that is being taken away) and Ctrl-C let cascade save a checkpoint first;
 # the same line then goes on from there. Exit status: 0 when the training is complete, 143 when it
-# was stopped, 2 at once for a mistake in the command, otherwise that of the last crash.
+# was stopped, 2 at once for a mistake in the command, otherwise that of the last crash. A training
+# that stops because another of its hosts was told to counts as a crash, and is started again.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "$0")/lib.sh"

@@ -257,7 +257,7 @@ def test_retries_end_and_mistakes_are_not_repeated(status, tries, tmp_path):
 def saving(folder: Path) -> str:
     """A cascade that takes a moment to save at the first SIGTERM, and whom a second one kills."""
     return f"""
-        trap 'trap - TERM; sleep 0.2; touch {folder}/saved$SLURM_PROCID; exit 0' TERM
+        trap 'trap - TERM; sleep 0.2; touch {folder}/saved$SLURM_PROCID; exit 143' TERM
         touch {folder}/started$SLURM_PROCID
         while true; do sleep 0.05; done"""
 
@@ -293,14 +293,34 @@ def config():
 """
 
 
-def test_a_real_training_ends_complete_after_a_killed_process(tmp_path):
+# Where it is read, the process has been told to stop after its first step.
+STOPS = """
+import os, signal
+from cascade.training_log import TrainingLog
+
+add = TrainingLog.add
+
+def add_and_stop(*given):
+    add(*given)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+TrainingLog.add = add_and_stop
+"""
+
+
+def test_a_real_training_ends_complete_after_a_killed_and_a_stopped_process(tmp_path):
+    """The stopped one was told by other means than the script, such as a signal to another host."""
     (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "stops.py").write_text(STOPS + CONFIG)
     real = f"{sys.executable} -m cascade"
     stand_in(
         tmp_path,
         "cascade",
-        f"""[ $(wc -l < {tmp_path}/calls) = 2 ] && exec {real} "$@"
-        {real} --version; kill -KILL $$""",
+        f"""case $(wc -l < {tmp_path}/calls) in
+            1) {real} --version; kill -KILL $$ ;;
+            2) exec {real} train stops.py "${{@:3}}" ;;
+            *) exec {real} "$@" ;;
+        esac""",
     )
     done = launch(
         tmp_path,
@@ -310,9 +330,11 @@ def test_a_real_training_ends_complete_after_a_killed_process(tmp_path):
         XLA_FLAGS=ONE_DEVICE,
     )
     assert done.returncode == 0, done.stderr
-    assert "status 137" in done.stderr and len(calls(tmp_path)) == 2
+    assert "status 137" in done.stderr and len(calls(tmp_path)) == 3
+    assert "stopped: run; the same command goes on" in done.stderr and "status 143" in done.stderr
+    assert done.stderr.count("done: run") == 1
     rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["images"] for row in rows] == [16]
+    assert [row["images"] for row in rows] == [8, 16]
 
 
 # The cascade that ships
@@ -355,6 +377,26 @@ def test_the_recipe_begins_each_part_with_what_an_earlier_one_made_and_repeats_n
     assert again.returncode == 0, again.stderr
     repeated = calls(tmp_path)[len(made) :]
     assert {call.split()[1] for call in repeated} == {"train", "sample"}
+
+
+def test_the_recipe_ends_with_a_part_that_was_stopped_and_exports_none_of_it(tmp_path):
+    """Ctrl-C reaches script and part alike; the part saves, and exits with a status of its own."""
+    part = """
+        [[ $2 != *closeup* ]] && exit
+        trap 'trap - INT; touch saved; exit 143' INT
+        touch started
+        while true; do sleep 0.05; done"""
+    stand_in(tmp_path, "cascade", f"cd {tmp_path}; {part}")
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "train_scenes.sh", tmp_path / "runs"],
+        env=environment(tmp_path),
+        start_new_session=True,
+    )
+    wait_for(tmp_path / "started")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 143
+    assert (tmp_path / "saved").exists()
+    assert [call.split()[1] for call in calls(tmp_path)] == ["train", "train"]
 
 
 # SLURM, with local processes for its nodes

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import sys
 import time
 
 import jax
@@ -18,6 +19,7 @@ from cascade.errors import UserError
 from cascade.sharding import MeshConfig
 from cascade.stage import Stage
 from cascade.train import Optimizer, TrainConfig
+from cascade.train_command import STOPPED
 
 STEPS = 12
 CONFIG = TrainConfig(
@@ -55,7 +57,10 @@ def run_weights(workdir, seconds_a_step=0.0):
 
 
 def run(workdir, seconds_a_step=0.0, config=CONFIG):
-    """What `cascade train` does with its config; notes which rows of each batch were loaded."""
+    """What `cascade train` does with its config; notes which rows of each batch were loaded.
+
+    Exits with STOPPED where `train` says so.
+    """
     training_log._plot_loss = lambda *_: None  # half of the time of a small step
     load = train.batches
 
@@ -73,7 +78,9 @@ def run(workdir, seconds_a_step=0.0, config=CONFIG):
 
     train.batches = lambda _, **options: Slow(**options)
     with distributed.processes():
-        train.train(config, workdir)
+        ended = train.train(config, workdir)
+    if not ended:
+        sys.exit(STOPPED)
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +172,13 @@ def test_a_run_killed_at_twenty_moments_ends_like_an_uninterrupted_one(tmp_path,
 
 
 def test_several_processes_stop_together_and_go_on(tmp_path, whole, cache):
-    """A SIGTERM to one saves and ends all in peace; when one is killed the others end by error."""
+    """A SIGTERM to one saves and stops all in peace, which all know to be no end; when one is
+    killed the others end by error."""
     group = processes.start_group(2, run, tmp_path, 0.4, environment=cache)
     wait_for(begun(tmp_path, 2))
     group[1].terminate()
     group[1].terminate()  # being told twice does not interrupt the saving
-    assert processes.codes(group, 60) == [0, 0]
+    assert processes.codes(group, 60) == [STOPPED, STOPPED]
     stopped = Checkpoints(tmp_path).steps()[-1]
     assert 1 <= stopped < STEPS
 

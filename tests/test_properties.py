@@ -314,11 +314,18 @@ def test_a_trained_stage_has_the_averaged_weights_of_the_trainer(tmp_path, monke
         weights = {"train": {"w": jnp.zeros(2)}, "ema": {"w": jnp.ones(2)}}
         checkpoints.save(1, **weights, config=to_json(config), data={})
         checkpoints.close()
+        return True
 
     monkeypatch.setattr(augmentation.train, "train", train)
     config, _ = augmentation.pair_of_configs(0)
     stage, params = augmentation.trained(config, tmp_path)
     assert stage.config == config.stage and params["w"].tolist() == [1, 1]
+
+
+def test_a_stage_whose_training_was_stopped_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(augmentation.train, "train", lambda config, folder: False)
+    with pytest.raises(KeyboardInterrupt):
+        augmentation.trained(augmentation.pair_of_configs(0)[0], tmp_path)
 
 
 # The command.

@@ -206,6 +206,13 @@ def test_every_optimizer_lowers_the_loss(name):
     assert losses[0] > 3 and losses[-1] < 0.1
 
 
+POSITIVE = (
+    *("images", "batch_size", "microbatches", "text_tokens", "keep", "skip_limit"),
+    *("log_every_images", "save_every_images", "ema_snapshot_images"),
+)
+FROM_ZERO = ("seed", "workers", "preview_every_images", "profile_steps")
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
@@ -214,6 +221,8 @@ def test_every_optimizer_lowers_the_loss(name):
         ({"degradation": BSR()}, "degradation is for super-resolution"),
         ({"stage": testing.super_resolution_stage(), "crop": 5}, "upsampling factor 2"),
         ({"lora_rank": 2}, "lora_rank must be 0, or positive with an init"),
+        *(({name: 0}, rf"TrainConfig\.{name} must be at least 1, got 0") for name in POSITIVE),
+        *(({name: -1}, rf"TrainConfig\.{name} must be at least 0, got -1") for name in FROM_ZERO),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):
@@ -248,8 +257,8 @@ def rows(workdir):
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch):
     """On the same mesh; on other ones it goes on with the same numbers, up to rounding."""
     config = scenes_config(ema_profiles=(0.05, 0.1), ema_snapshot_images=32, text_tokens=16)
-    train.train(config, tmp_path / "whole")
-    train.train(config, tmp_path / "parts", until=24)
+    assert train.train(config, tmp_path / "whole") is True
+    assert train.train(config, tmp_path / "parts", until=24) is True
     assert rows(tmp_path / "parts")[-1]["images"] == 24
     alone = jax.devices()[:1]
     for name, mesh in (("three", MeshConfig(data=2, fsdp=2, tensor=2)), ("none", MeshConfig())):
@@ -304,7 +313,7 @@ def test_a_run_that_is_told_again_to_end_finishes_its_checkpoint(tmp_path, monke
     monkeypatch.setattr(Checkpoints, "close", lambda self: (terminate(), terminate(), close(self)))
     before = signal.signal(signal.SIGTERM, lambda number, frame: usual.append(number))
     try:
-        train.train(scenes_config(), tmp_path)
+        assert train.train(scenes_config(), tmp_path) is False
         assert usual == []
         terminate()
         assert usual == [signal.SIGTERM]
@@ -335,6 +344,34 @@ def test_a_finished_run_writes_its_pictures_and_holds_no_text_encoder(tmp_path):
     assert jax.tree.structure(weights(tmp_path)[1]) == jax.tree.structure(abstract)
 
 
+@pytest.mark.parametrize("base", [True, False])
+def test_a_preview_encodes_the_prompts_of_a_base_and_fetches_the_batch_of_the_others(
+    base, tmp_path, monkeypatch
+):
+    encoded, fetched, fetch = [], [], sharding.fetch
+    monkeypatch.setattr(sharding, "fetch", lambda tree: fetched.append(tree) or fetch(tree))
+
+    class Drawer:
+        def sample(self, params, cond, keys, *, settings, negative, lowres=None, size=8):
+            assert params == {"w": 1} and len(cond.text) == len(cond.text_mask) == len(keys)
+            return jnp.zeros((len(keys), size, size, 3))
+
+    stage = testing.base_stage() if base else testing.super_resolution_stage()
+    config = config_of(stage=stage, preview_prompts=("a b", "c"))
+    batch = batch_of() | {"lowres": batch_of()["image"]}
+    batch["image"] = batch["image"].repeat(2, 1).repeat(2, 2)
+
+    def encoder(texts):
+        encoded.append(texts)
+        return ENCODER(texts)
+
+    train._preview(config, Drawer(), {"w": 1}, encoder, batch, tmp_path, 4)
+    assert encoded == ([["a b", "c"]] if base else [])
+    used = {"text", "text_mask"} if base else set(batch)
+    assert {name for tree in fetched for part in tree if part for name in part} == {"w", *used}
+    assert [p.name for p in (tmp_path / "previews").iterdir()] == ["0000000032.png"]
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """The folder of a run of scenes_config() that stopped after two steps."""
@@ -350,6 +387,21 @@ def test_resuming_with_another_network_is_refused(started):
     )
     with pytest.raises(UserError, match="condition_dropout: 0.1 there, 0.5 here"):
         train.train(other, started)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"batch_size": 16}, "batch_size=8, not 16"),
+        ({"optimizer": Optimizer(name="adafactor")}, "optimizer.name=adam, not adafactor"),
+        ({"ema_profiles": (0.05,)}, r"ema_profiles=\(\), not \(0.05,\)"),
+    ],
+)
+def test_resuming_with_what_a_run_cannot_change_is_refused_by_name(changes, message, started):
+    config = dataclasses.replace(scenes_config(), **changes)
+    with pytest.raises(UserError, match=f"run: holds a run with {message}; give that, or another"):
+        train.train(config, started)
+    assert [p.name for p in (started / "checkpoints").iterdir()] == ["2"]
 
 
 def test_a_run_from_before_a_field_existed_goes_on_with_its_default(started, tmp_path, monkeypatch):

@@ -80,7 +80,8 @@ def pair_of_configs(seed: int, count: int = IMAGES) -> tuple[TrainConfig, TrainC
 
 def trained(config: TrainConfig, folder: Path) -> Trained:
     """As `cascade train` does it, in `folder`; the averaged weights."""
-    train.train(config, folder)
+    if not train.train(config, folder):
+        raise KeyboardInterrupt
     checkpoints = Checkpoints(folder)
     params = checkpoints.restore_ema()[1]
     checkpoints.close()
