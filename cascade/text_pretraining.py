@@ -48,6 +48,7 @@ from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel
 from cascade.paths import Path
 from cascade.text.folder import write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID, Tokenizer
+from cascade.training_log import rows_until, write_rows
 
 SENTINELS = 100  # the last ids of the vocabulary, counted down from the end as in T5
 _FEWEST_IDS = 256 + 100 + SENTINELS
@@ -85,6 +86,11 @@ class TextPretraining:
     seed: int = 0
 
     def __post_init__(self):
+        free = ("seed", "warmup_steps")
+        every = ("log_every_steps", "save_every_steps")
+        for name in ("examples", "batch_size", "length", "vocabulary_captions", *every, *free):
+            if (value := getattr(self, name)) < (least := int(name not in free)):
+                raise ValueError(f"TextPretraining.{name} must be at least {least}, got {value}")
         if self.encoder.vocab_size < _FEWEST_IDS:
             raise ValueError(
                 "TextPretraining.encoder.vocab_size must leave room for 256 bytes, characters and "
@@ -124,7 +130,7 @@ def pretrain(config: TextPretraining, workdir: str | Path, *, until: int | None 
     optimizer = _optimizer(config)
     state = _restored(_initial_state(config, optimizer), workdir / "state.safetensors")
     train_step = jax.jit(_train_step(config, optimizer), donate_argnums=0)
-    step, last = int(state["step"]), min(config.steps, until or config.steps)
+    step, last = int(state["step"]), config.steps if until is None else min(config.steps, until)
     log = _Log(config, workdir, step)
     bar = tqdm(
         total=config.examples, initial=step * config.batch_size, unit="ex", desc="text encoder"
@@ -450,9 +456,8 @@ class _Log:
     def __init__(self, config: TextPretraining, workdir: Path, step: int):
         self._config, self._since, self._pending = config, (time.perf_counter(), step), []
         self._path, self._plot = workdir / "metrics.jsonl", workdir / "loss.png"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._rows = [row for line in lines if (row := json.loads(line))["step"] <= step]
-        self._write_rows()
+        self._rows = rows_until(self._path, step)
+        write_rows(self._path, self._rows)
 
     def add(self, loss: Array) -> None:
         self._pending.append(loss)
@@ -467,13 +472,10 @@ class _Log:
         self._since = (now, step)
         rate = (step - before) * self._config.batch_size / (now - then)
         self._rows.append({"step": step, "loss": loss, "examples_per_second": round(rate, 1)})
-        self._write_rows()
+        # Whole each time: object storage cannot append, and the rows are few.
+        write_rows(self._path, self._rows)
         self._draw()
         return loss
-
-    def _write_rows(self) -> None:
-        # Whole each time: object storage cannot append, and the rows are few.
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
 
     def _draw(self) -> None:
         from matplotlib.figure import Figure

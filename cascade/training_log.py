@@ -2,7 +2,7 @@
 
 A row holds the means of its steps: loss and norms (of steps whose update was finite), `skipped`
 (how many were not), images_per_second, step_seconds, data_wait_seconds (of a step, until its batch
-was there), tflops_per_device and mfu (of a device whose peak is known), and memory_gib (the most
+was there), tflops_per_device, mfu (of a device whose peak is known), and memory_gib (the most
 that a device of this process held so far, where its driver tells).
 """
 
@@ -27,6 +27,18 @@ from cascade.paths import Path
 
 # Drawing the curve takes as long as many small steps, and nobody looks more often.
 PLOT_SECONDS = 20.0
+
+
+def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl up to this step; none of a file that is not there."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(_parsed, lines) if row and row["step"] <= step]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A metrics.jsonl of these rows; a writer that is killed leaves the old one."""
+    with paths.writing(path) as file:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class TrainingLog:
@@ -66,12 +78,10 @@ class TrainingLog:
         else:
             self._own = tempfile.TemporaryDirectory()
             folder = pathlib.Path(self._own.name)
-        before = workdir / "metrics.jsonl"
-        lines = before.read_text().splitlines() if before.exists() else []
         self._path, self._picture = folder / "metrics.jsonl", folder / "loss.png"
         self._plotted = self._since[0]
-        self._rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._rows = rows_until(workdir / "metrics.jsonl", step)
+        write_rows(self._path, self._rows)
         self._writers = [_TensorBoard(folder, step)]
         if wandb:
             self._writers.append(_WeightsAndBiases(wandb, workdir, folder, config))
@@ -159,10 +169,12 @@ class TrainingLog:
 
 
 class _TensorBoard:
+    """What an earlier writer has of steps after `step` is not shown."""
+
     def __init__(self, folder: pathlib.Path, step: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any], step: int) -> None:
         for name, value in row.items():

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 
+from cascade import cli
 from cascade.data.scenes.captions import VOCABULARY, caption_at, mentions
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config
@@ -356,9 +357,24 @@ def test_a_linear_map_reads_from_a_noun_of_the_shipped_encoder_where_its_thing_s
     assert len(x) > 400 and right[~fitted].mean() > 0.95
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, tmp_path):
-    pretrain(TINY, tmp_path, until=17)
+CONFIG = """
+from cascade.models.t5 import T5Config
+from cascade.text_pretraining import TextPretraining
+
+def config():
+    return {!r}
+"""
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, tmp_path, capsys):
+    """Also when the line of a killed run is left in its figures."""
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(TINY))
+    cli.main(["train", str(file), "--workdir", str(tmp_path), "--until", "260"])
     assert not (tmp_path / "text_encoder").exists()
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(row)["step"] for row in rows.splitlines()] == [10, 17]  # 17 of 16 examples
+    (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 20, "lo')
     pretrain(TINY, tmp_path)
     saved, expected = (
         safetensors.numpy.load_file(d / "state.safetensors") for d in (tmp_path, pretrained)
@@ -368,6 +384,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, tmp_path):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
     with pytest.raises(UserError, match=r"another config \(seed\)"):
         pretrain(dataclasses.replace(TINY, seed=1), tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(file), "--workdir", str(tmp_path), "--until", "banana"])
+    assert "--until must be a number of images, got banana" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name,least",
+    [
+        *((name, 1) for name in ("examples", "batch_size", "length", "vocabulary_captions")),
+        *((name, 1) for name in ("log_every_steps", "save_every_steps")),
+        *((name, 0) for name in ("seed", "warmup_steps")),
+    ],
+)
+def test_pretraining_that_cannot_be_is_refused(name, least):
+    message = rf"TextPretraining\.{name} must be at least {least}, got {least - 1}"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **{name: least - 1})
 
 
 def test_hidden_outputs_are_a_share_and_never_all(pretrained):

@@ -1,10 +1,12 @@
 import json
+import pathlib
 import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from cascade import training_log, xla_flags
 from cascade.chips import chip_of
@@ -65,6 +67,36 @@ def test_rows_past_the_resumed_step_and_half_a_line_are_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "im')
     log_in(tmp_path, step=2).close()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_a_log_killed_while_it_drops_rows_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file, row = tmp_path / "metrics.jsonl", json.dumps({"step": 1, "loss": 1.0}) + "\n"
+    file.write_text(row)
+
+    def write_half(self, text):
+        with self.open("w") as f:
+            f.write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "write_text", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        log_in(tmp_path, step=1)
+    assert file.read_text() == row and list(tmp_path.iterdir()) == [file]
+
+
+def test_tensorboard_is_told_to_replace_the_steps_after_the_resumed_one(tmp_path):
+    log = log_in(tmp_path, step=2)
+    log.add(metrics(1.0), waited=0.0)
+    log.write(3)
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []
+    while data:  # an event's length, a checksum, the event, a checksum
+        size = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    assert [e.step for e in events if e.HasField("session_log")] == [3]
+    assert {e.step for e in events if e.HasField("summary")} == {3}
 
 
 def test_utilization_is_flops_a_second_over_the_peak_of_the_devices(tmp_path, monkeypatch):
