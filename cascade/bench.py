@@ -216,17 +216,18 @@ def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
 def _random_batch(settings: TrainConfig, tokens: int) -> dict[str, Any]:
     import numpy as np
 
-    stage, b, rng = settings.stage, settings.batch_size, np.random.default_rng(0)
-    side = settings.crop or stage.resolution
-    batch = {
-        "image": rng.integers(0, 256, (b, side, side, 3), np.uint8),
-        "text": rng.standard_normal((b, tokens, stage.network.text_width), np.float32),
-        "text_mask": np.ones((b, tokens), bool),
-    }
-    if stage.lowres_resolution is not None:
-        low = side * stage.lowres_resolution // stage.resolution
-        batch["lowres"] = rng.integers(0, 256, (b, low, low, 3), np.uint8)
-    return batch
+    from cascade.plan import batch_of
+
+    rng = np.random.default_rng(0)
+
+    def filled(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        if dtype == np.bool_:
+            return np.ones(shape, bool)
+        if dtype == np.uint8:
+            return rng.integers(0, 256, shape, np.uint8)
+        return rng.standard_normal(shape, dtype)
+
+    return {name: filled(x.shape, x.dtype) for name, x in batch_of(settings, tokens).items()}
 
 
 def bench_sample(options: SampleOptions) -> dict[str, Any]:
