@@ -6,8 +6,10 @@ that `cascade --help` needs no JAX. A person's mistake (UserError) is one line a
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +25,13 @@ VERBS = {
     "data": ("cascade.data.commands", "make or inspect a dataset"),
     "plan": ("cascade.plan", "what a run needs on a TPU slice or GPUs that are not here"),
     "bench": ("cascade.bench", "measure this machine: time to a picture, training speed"),
+}
+
+
+# What a folder's permissions, a full disk or a name can do at any time: no fault of the program.
+_OF_THE_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
 }
 
 
@@ -42,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from cascade.config import nearest
 
             raise UserError(f"{argv[0]!r} is no command of cascade{nearest(argv[0], list(VERBS))}")
+        # So that what is half-written is cleared away; training has a handler of its own.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         # Worker threads and libraries read these at import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -52,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as e:
+        if e.errno not in _OF_THE_MACHINE:
+            raise
+        print(f"error: {e.filename or argv[0]}: {e.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

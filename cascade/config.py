@@ -225,8 +225,13 @@ def _one_line(text: str) -> str:
     """tyro's boxed message as one line: what was wrong, and the nearest option if it names one."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"^[╭╰━┌└]", line)]
+    lines = [line for line in lines if line and not re.match(r"^([╭╰━┌└]|-+$|For full help)", line)]
     sections = " ".join("\0" if re.match(r"^─+$", line) else line for line in lines).split("\0")
     message = sections[0].strip() or "cannot understand these arguments"
+    # The words of Python and of tyro's types, for a person.
+    number = re.search(r"parsing (--\S+):.*?invalid literal for int\(\).*?: ('[^']*')", message)
+    if number:
+        message = f"{number[1]} must be a whole number, got {number[2]}"
+    message = message.replace(").", ")")
     close = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", text, re.DOTALL)
     return message + (f" (did you mean {close[1]}?)" if close else "; see --help")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cascade import config
 from cascade.errors import UserError
+from cascade.sample import ByStage, Until
 
 if TYPE_CHECKING:
     from cascade.evaluation.drawing import Drawing
@@ -34,10 +36,8 @@ class _Options:
     """A model that ships (scenes), or a folder that `cascade export` wrote."""
     seed: int = 0
     """Chooses the prompts, none of which are training's; picture i is drawn with seed + i."""
-    steps: str | None = None
+    steps: ByStage = None
     """Sampling steps, by stage that draws: 16,4,2, smallest first, or one value for all."""
-    null_text_in_sr: Literal["true", "false"] = "false"
-    """Whether super-resolution stages draw without the prompt."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
 
@@ -57,13 +57,15 @@ class ScenesOptions(_Options):
     set: Literal["seen", "unseen", "long", "all"] = "seen"
     """seen: prompts as in training. unseen: with combinations of shape and colour that training
     never had. long: with three or four objects. all: each of these."""
+    null_text_in_sr: Literal["true", "false"] = "false"
+    """Whether super-resolution stages draw without the prompt."""
     prompts: int = 300
     """Prompts of each set."""
-    until: int | None = None
+    until: Until = None
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
-    guidance: str | None = None
+    guidance: ByStage = None
     """Weight of classifier-free guidance, by stage; 1 is none."""
-    aug_level: str | None = None
+    aug_level: ByStage = None
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
 
 
@@ -76,13 +78,15 @@ class SuperResolutionOptions(_Options):
     FID), next to bicubic enlargement.
     """
 
+    null_text_in_sr: Literal["true", "false"] = "false"
+    """Whether super-resolution stages draw without the prompt."""
     pictures: int = 100
     """Scenes to enlarge."""
     out: Path | None = None
     """A folder for results.json and a sheet for each stage; new or empty."""
-    guidance: str | None = None
+    guidance: ByStage = None
     """Weight of classifier-free guidance, by super-resolution stage; 1 is none."""
-    aug_level: str | None = None
+    aug_level: ByStage = None
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
 
 
@@ -100,9 +104,11 @@ class SweepOptions(_Options):
     """Weights of classifier-free guidance in the base stage."""
     aug_level: str = "0,0.1,0.2,0.4"
     """Noise on the low-resolution picture, 0 to 1, the same in all super-resolution stages."""
+    null_text_in_sr: Literal["true", "false"] = "false"
+    """Whether super-resolution stages draw without the prompt."""
     prompts: int = 100
     """Prompts drawn at each combination."""
-    until: int | None = None
+    until: Until = None
     """Stop at the stage that draws this side, in pixels; 1024 takes long."""
 
 
@@ -299,11 +305,11 @@ def _drawing(
         names = [name for name, _, _ in super_resolution_stages(cascade)]
         stages = [stage for stage in stages if stage.config.name in names]
     lists = sample.Options(steps=options.steps, guidance=guidance, aug_level=aug_level)
-    settings = sample.override(stages, lists)
+    settings = sample.override(stages, lists, [stage for stage, _ in cascade.stages])
     return Drawing(
         cascade=cascade,
         settings={stage.config.name: s for stage, s in zip(stages, settings, strict=True)},
-        null_text_in_sr=options.null_text_in_sr == "true",
+        null_text_in_sr=getattr(options, "null_text_in_sr", "false") == "true",
     )
 
 
@@ -341,6 +347,9 @@ def _check(options: _Options, flag: str, count: int, least: int = 1, seeds: int 
 
 def _numbers(flag: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(word) for word in text.split(","))
+        values = tuple(float(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"{flag} {text}: must be numbers with commas between, as 1,2,4") from None
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{flag} {text}: must be numbers with commas between, as 1,2,4")
+    return values

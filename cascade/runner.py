@@ -267,6 +267,8 @@ class Cascade:
                 raise UserError("this model only enlarges pictures; give one with --lowres")
             return stages
         starts = [s.config.lowres_resolution for s, _ in stages if s.config.lowres_resolution]
+        if lowres[0] == lowres[1] == until:
+            raise UserError(f"until={until}: the lowres picture has that side already")
         if lowres[0] != lowres[1] or lowres[0] not in starts:
             raise UserError(
                 f"lowres picture is {lowres[1]}x{lowres[0]} px; this model starts from "

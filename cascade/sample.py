@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
     from cascade.runner import Cascade, Picture
     from cascade.stage import Sampling, Stage, StageConfig
 
+ByStage = Annotated[
+    str | None,
+    tyro.conf.arg(metavar="LIST", help_behavior_hint="(default: the model's own)"),
+]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
+Until = Annotated[
+    int | None, tyro.conf.arg(metavar="SIDE", help_behavior_hint="(default: the last stage's)")
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -36,7 +46,7 @@ class Options:
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="prompt", metavar="PROMPT ...")
     ] = ()
     """What to draw; quote each prompt."""
-    prompts: Path | None = None
+    prompts: File = None
     """A UTF-8 text file with one prompt a line, drawn after those given as words."""
     model: str = "scenes"
     """A model that ships (scenes), a folder that `cascade export` or `cascade convert` wrote, or
@@ -58,43 +68,45 @@ class Options:
     """Seed of each prompt's first picture; the next ones count up."""
     num: int = 1
     """Pictures of each prompt."""
-    until: int | None = None
+    until: Until = None
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
-    lowres: Path | None = None
+    lowres: File = None
     """Start from this 64 or 256 px picture: super-resolution only."""
-    init_image: Path | None = None
+    init_image: File = None
     """Redraw this picture (its central square; any size), as much as --strength says."""
-    mask: Path | None = None
+    mask: File = None
     """Which part of --init-image, in a picture of its size: white is drawn anew, black stays."""
-    strength: str | None = None
+    strength: Annotated[str | None, tyro.conf.arg(metavar="LIST", help_behavior_hint="")] = None
     """How much of --init-image changes, by stage: the share of the steps taken, above 0 to 1.
     Default: .7 in the base stage (1 with --mask), .8 in the others."""
-    steps: str | None = None
+    steps: ByStage = None
     """Sampling steps, by stage: a number, or a list of DeepFloyd IF's such as smart50."""
-    grid: str | None = None
+    grid: ByStage = None
     """Spacing of the sampling steps, by stage: uniform, quadratic, logsnr, karras, trailing or
     leading (the last two on a table of 1000)."""
-    guidance: str | None = None
+    guidance: ByStage = None
     """Weight of classifier-free guidance, by stage; 1 is none."""
-    guidance_plan: str | None = None
+    guidance_plan: ByStage = None
     """The weight over the steps, by stage: constant, interval (at middling noise only) or
     oscillating (in every other step)."""
-    rescale: str | None = None
+    rescale: ByStage = None
     """How far guided predictions get back the contrast of unguided ones, 0 to 1, by stage."""
-    aug_level: str | None = None
+    aug_level: ByStage = None
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
-    sampler: str | None = None
+    sampler: ByStage = None
     """By stage: ancestral, ddim, dpm++, dpm++sde or heun; with a number for the noise they add,
     ancestral:0.3 (gamma), ddim:0.5 (eta) or heun:0.1 (churn)."""
-    threshold: str | None = None
+    threshold: ByStage = None
     """By stage: none, static or dynamic (Imagen's), the last also with percentile and cap, as in
     dynamic:0.95:1.5."""
-    negative: str | None = None
+    negative: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
     """What guidance moves away from, instead of the empty condition."""
-    text_encoder: str | None = None
+    text_encoder: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model's own)")
+    ] = None
     """A T5 v1.1 encoder instead of the model's own: a local folder, or a name such as
     google/t5-v1_1-xl. Its width must be the one the model was trained on."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
     """Pictures drawn together; default 1 on a CPU, 8 elsewhere."""
     split_rows: int = 1
     """Number of this machine's devices that share each super-resolution picture, by its rows of
@@ -140,7 +152,8 @@ def _sample(options: Options, prompts: list[str], folder: paths.Path) -> None:
     stages = cascade.select(
         until=options.until, lowres=None if lowres is None else lowres.shape[:2]
     )
-    settings = override([s for s, _ in stages], options)
+    every = [s for s, _ in cascade.stages]
+    settings = override([s for s, _ in stages], options, every)
     if share[0] == 0:
         _warn(cascade, prompts)
     # All processes count on from what the first one saw before any of them wrote.
@@ -160,7 +173,7 @@ def _sample(options: Options, prompts: list[str], folder: paths.Path) -> None:
             lowres=lowres,
             init=init,
             mask=mask,
-            strength=_strength(options, len(stages)),
+            strength=_strength(options, [s for s, _ in stages], every),
             negative=options.negative,
             settings=settings,
             batch_size=batch_size,
@@ -170,7 +183,7 @@ def _sample(options: Options, prompts: list[str], folder: paths.Path) -> None:
         )
         for number, picture in zip(own, pictures, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            line = _write(picture, folder, first + number, save_png)
+            line = _write(picture, folder, first + number, save_png, options)
             print(json.dumps(line), flush=True)
             side = _nearest(picture, min(256, max(picture.images)))
     if share[1] > 1:
@@ -191,9 +204,12 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
+def override(
+    stages: Sequence[Stage], options: Options, every: Sequence[Stage] | None = None
+) -> list[Sampling]:
     """The stages' own settings with the command line's lists laid over them.
 
+    stages: those that draw; every: all of the model, whose number a list may have as well.
     Raises UserError naming the flag for a list of the wrong length or a value out of range.
     """
     import dataclasses
@@ -221,26 +237,19 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
         "leading": grids.OnTable(spacing="leading"),
     }
     settings = [s.config.sampling for s in stages]
-    everyone = list(range(len(stages)))
-    upper = [i for i in everyone if stages[i].config.lowres_resolution is not None]
 
     def lay(
         flag: str,
         text: str | None,
         parse: Callable[[str, Sampling, StageConfig], dict[str, Any]],
-        on: Sequence[int] = everyone,
+        enlarging: bool = False,
     ):
-        """parse: word, settings of the stage so far, its config -> the fields to replace."""
+        """parse: word, settings of the stage so far, its config -> the fields to replace.
+        enlarging: the list goes by super-resolution stages."""
         if text is None:
             return
-        words = [w.strip() for w in text.split(",")]
-        names = ", ".join(stages[i].config.name for i in on)
-        if len(words) not in (1, len(on)) or not on:
-            raise UserError(
-                f"{flag} {text}: {len(words)} values for {len(on)} stages ({names}); "
-                "give one for each, or a single one for all"
-            )
-        for word, i in zip(words * (len(on) if len(words) == 1 else 1), on, strict=True):
+        for name, word in _by_stage(flag, text, stages, every or stages, enlarging).items():
+            i = next(i for i, s in enumerate(stages) if s.config.name == name)
             stage = stages[i].config
             try:
                 settings[i] = dataclasses.replace(settings[i], **parse(word, settings[i], stage))
@@ -254,7 +263,7 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
             grid = grids.Respaced(name=name)
             return {"steps": grid.steps, "grid": grid}
         if not word.isdecimal():
-            raise ValueError(f"must be a number, or one of {', '.join(grids.SECTIONS)}")
+            raise ValueError(f"must be a whole number, or one of {', '.join(grids.SECTIONS)}")
         own = not isinstance(now.grid, grids.Respaced)
         return {"steps": int(word), "grid": now.grid if own else grids.OnTable()}
 
@@ -265,44 +274,81 @@ def override(stages: Sequence[Stage], options: Options) -> list[Sampling]:
         step, field = _one_of(steps, name)
         if len(numbers) > (field is not None):
             raise ValueError(f"{name} takes {'one number' if field else 'no number'}")
-        return {"sampler": step(**dict(zip((field,), map(float, numbers), strict=False)))}
+        return {"sampler": step(**dict(zip((field,), map(_number, numbers), strict=False)))}
 
     def threshold(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
         kind, *numbers = word.split(":")
         if len(numbers) > (2 if kind == "dynamic" else 0):
             raise ValueError("takes no numbers, dynamic at most two: percentile and cap")
-        fields = dict(zip(("percentile", "cap"), map(float, numbers), strict=False))
+        fields = dict(zip(("percentile", "cap"), map(_number, numbers), strict=False))
         kind = _one_of({k: k for k in ("none", "static", "dynamic")}, kind)
         return {"threshold": dataclasses.replace(now.threshold, kind=kind, **fields)}
 
     lay("--grid", options.grid, lambda w, *_: {"grid": _one_of(spacings, w)})
     lay("--steps", options.steps, count)
-    lay("--guidance", options.guidance, lambda w, *_: {"guidance": float(w)})
+    lay("--guidance", options.guidance, lambda w, *_: {"guidance": _number(w)})
     lay(
         "--guidance-plan", options.guidance_plan, lambda w, *_: {"guidance_plan": _one_of(plans, w)}
     )
-    lay("--rescale", options.rescale, lambda w, *_: {"guidance_rescale": float(w)})
-    lay("--aug-level", options.aug_level, lambda w, *_: {"aug_level": float(w)}, upper)
+    lay("--rescale", options.rescale, lambda w, *_: {"guidance_rescale": _number(w)})
+    lay("--aug-level", options.aug_level, lambda w, *_: {"aug_level": _number(w)}, True)
     lay("--sampler", options.sampler, sampler)
     lay("--threshold", options.threshold, threshold)
     return settings
 
 
-def _strength(options: Options, stages: int) -> list[float] | None:
+def _strength(
+    options: Options, stages: Sequence[Stage], every: Sequence[Stage]
+) -> list[float] | None:
     """By stage, as `Cascade.draw` takes it."""
     if options.strength is None:
         return None
-    words = options.strength.split(",")
+    words = _by_stage("--strength", options.strength, stages, every)
     try:
-        values = [float(word) for word in words]
+        return [_number(word) for word in words.values()]
     except ValueError as e:
         raise UserError(f"--strength {options.strength}: {e}") from None
-    if len(values) not in (1, stages):
+
+
+def _by_stage(
+    flag: str,
+    text: str,
+    stages: Sequence[Stage],
+    every: Sequence[Stage],
+    enlarging: bool = False,
+) -> dict[str, str]:
+    """A list's word for each of the stages that draw, or for those of them that enlarge."""
+
+    def names(of: Sequence[Stage]) -> list[str]:
+        return [s.config.name for s in of if not enlarging or s.config.lowres_resolution]
+
+    drawn, known = names(stages), names(every)
+    words = [word.strip() for word in text.split(",")]
+    if not drawn:
+        raise UserError(f"{flag} {text}: no super-resolution stage draws; leave it out")
+    if "" in words:
+        raise UserError(f"{flag} {text!r}: value {words.index('') + 1} is empty")
+    if len(words) == 1:
+        words *= len(drawn)
+    elif len(words) == len(known):
+        words = [word for word, name in zip(words, known, strict=True) if name in drawn]
+    if len(words) != len(drawn):
+        count = "1 stage" if len(drawn) == 1 else f"{len(drawn)} stages"
         raise UserError(
-            f"--strength {options.strength}: {len(values)} values for {stages} stages; give one "
-            "for each, or a single one for all"
+            f"{flag} {text}: {len(words)} values for {count} ({', '.join(drawn)}); give one for "
+            "each, or a single one for all"
         )
-    return values * stages if len(values) == 1 else values
+    return dict(zip(drawn, words, strict=True))
+
+
+def _number(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"must be a number, such as 0.5, got {word!r}")
+    return value
 
 
 def _one_of(values: Mapping[str, Any], word: str) -> Any:
@@ -341,7 +387,12 @@ def _prompts(options: Options) -> list[str]:
 def _check_words(options: Options) -> None:
     if options.seed < 0:
         raise UserError(f"--seed must be 0 or more, got {options.seed}")
-    for flag, value in (("--num", options.num), ("--batch-size", options.batch_size)):
+    if options.seed + options.num > 2**32:
+        raise UserError(
+            f"--seed {options.seed} and --num {options.num}: their sum must be at most 2^32"
+        )
+    counts = {"--num": options.num, "--batch-size": options.batch_size}
+    for flag, value in {**counts, "--split-rows": options.split_rows}.items():
         if value is not None and value < 1:
             raise UserError(f"{flag} must be 1 or more, got {value}")
     for flag, value in (("--mask", options.mask), ("--strength", options.strength)):
@@ -372,11 +423,26 @@ def _next_number(folder: paths.Path) -> int:
 
 
 def _write(
-    picture: Picture, folder: paths.Path, number: int, save_png: Callable[..., None]
+    picture: Picture,
+    folder: paths.Path,
+    number: int,
+    save_png: Callable[..., None],
+    options: Options,
 ) -> dict[str, Any]:
     name = f"{number:04d}"
+    if (folder / f"{name}.json").exists():
+        raise UserError(
+            f"--out {folder}: picture {name} has come there since this command started; give every "
+            "command that draws at the same time a folder of its own"
+        )
     names = ("cascade-diffusion", "jax", "jaxlib", "flax")
-    record = {**picture.metadata, "versions": {n: version(n) for n in names}}
+    fields = ("text_encoder", "dtype", "t5_int8", "lowres", "init_image", "mask")
+    given = {field: getattr(options, field) for field in fields}
+    record = {
+        **picture.metadata,
+        **{field: str(v) if isinstance(v, Path) else v for field, v in given.items()},
+        "versions": {n: version(n) for n in names},
+    }
     files = {}
     for side, image in picture.images.items():
         files[str(side)] = str(folder / f"{name}_{side}.png")
@@ -387,6 +453,12 @@ def _write(
 
 
 def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
+    if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+        print(
+            f"warning: {len(prompts)} prompts of one word each; a prompt of several words needs "
+            f'quotes: "{" ".join(prompts[:5])}"',
+            file=sys.stderr,
+        )
     encoders = [cascade.encoder, *cascade.own_encoders.values()]
     cuts = [encoder.tokenize(list(prompts)).truncated for encoder in encoders]
     for i, prompt in enumerate(prompts):

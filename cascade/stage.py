@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,8 @@ class Sampling:
             self.grid.check(self.steps)
         except ValueError as e:
             raise ValueError(f"Sampling.{e}") from None
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"Sampling.guidance must be 0 or more, got {self.guidance}")
         for name in ("aug_level", "guidance_rescale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Sampling.{name} must be in [0, 1], got {getattr(self, name)}")

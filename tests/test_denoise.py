@@ -89,6 +89,18 @@ def test_rescaling_gives_back_the_conditionals_contrast():
     assert np.all(none.std((1, 2, 3)) > 3 * full.std((1, 2, 3)))
 
 
+def test_rescaling_leaves_the_zeros_of_an_untrained_network_zeros():
+    zeros = jnp.zeros((2, 4, 4, 3))
+    np.testing.assert_array_equal(rescale(zeros, zeros, 0.7), zeros)
+
+
+def test_the_first_share_of_the_steps_is_counted_exactly():
+    """.07 * 100 is 7.000000000000001."""
+    grid = jnp.arange(100.0)
+    weights = Oscillating(share=0.07)(jnp.float32(7), grid, grid)
+    assert np.flatnonzero(weights == 1)[0] == 7
+
+
 @pytest.mark.parametrize("percentile", [0.9, 0.995])
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 20, 20, 3)])
 def test_dynamic_threshold_is_numpys_percentile_of_each_example(shape, percentile):

@@ -201,8 +201,8 @@ def test_lists_of_super_resolution_count_its_stages_alone(renderer, capsys):
     of_sr = report["settings"].pop("sr256")
     assert (of_sr["steps"], of_sr["guidance"], of_sr["aug_level"]) == (3, 2, 0.1)
     assert not report["settings"]
-    with pytest.raises(UserError, match="2 values for 1 stages"):
-        run(capsys, "sr", "--pictures", 2, "--steps", "3,4")
+    with pytest.raises(UserError, match="3 values for 1 stage "):
+        run(capsys, "sr", "--pictures", 2, "--steps", "3,4,5")
 
 
 def test_a_sweep_has_a_row_for_every_combination(renderer, tmp_path, capsys):

@@ -66,6 +66,11 @@ def test_attention_with_coordinates_alone_asks_by_place(coordinates):
     np.testing.assert_allclose(layers.coordinates(jnp.ones((1, 2, 4, 1)))[0, 1, 0], (0.5, -0.75))
 
 
+def test_coordinates_tell_all_rows_of_a_large_picture_apart_in_bfloat16():
+    rows = layers.coordinates(jnp.ones((1, 256, 1, 1), jnp.bfloat16))[0, :, 0, 0]
+    assert rows.dtype == jnp.bfloat16 and len(np.unique(np.asarray(rows, np.float32))) == 256
+
+
 @pytest.mark.parametrize("width", [24, 128])
 def test_group_norm_agrees_with_flax(width):
     x = 2 * jax.random.normal(jax.random.key(0), (2, 4, 6, width)) + 1

@@ -7,8 +7,9 @@ import pytest
 
 from cascade import images, sharding, testing
 from cascade.errors import UserError
-from cascade.models import Conditioning
+from cascade.models import Conditioning, UNetConfig
 from cascade.runner import Cascade, with_options
+from cascade.stage import Stage
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +101,31 @@ def test_starting_from_a_picture_goes_on_as_the_cascade_would(cascade, red, side
         ({"seed": -1}, "seed must be"),
         ({"lowres": np.zeros((9, 9, 3), np.uint8)}, "9x9 px; this model starts from 8x8 or 16x16"),
         ({"lowres": np.zeros((8, 16, 3), np.uint8)}, "16x8 px"),
+        ({"lowres": np.zeros((8, 8, 3), np.uint8), "until": 8}, "has that side already"),
     ],
 )
 def test_impossible_requests_are_refused(cascade, options, message):
     with pytest.raises(UserError, match=message):
         cascade("red circle", **options)
+
+
+def test_each_stage_is_guided_away_from_what_its_own_network_takes_for_no_text(cascade):
+    """A network with a null token of its own, beside a public one that was taught "" for it."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Public(UNetConfig):
+        null_prompt = property(lambda self: "")
+
+    (native, _), *_ = cascade.stages
+    fields = vars(native.config.network)
+    config = dataclasses.replace(native.config, name="public", network=Public(**fields))
+    stages = [(native, None), (Stage(config), None)]
+    (_, none), (_, empty) = cascade._texts(stages, ["red circle"], None)
+    assert none is None
+    np.testing.assert_array_equal(empty.values, cascade.encoder([""]).values)
+    blurry = cascade.encoder(["blurry"]).values
+    for _, negative in cascade._texts(stages, ["red circle"], "blurry"):
+        np.testing.assert_array_equal(negative.values, blurry)
 
 
 def test_settings_are_replaced_stage_by_stage(cascade):

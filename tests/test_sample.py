@@ -1,5 +1,6 @@
 """The words of `cascade sample`: what is accepted, what is refused, what is written."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascade import cli, testing
+from cascade import cli, images, testing
+from cascade import sample as sample_command
 from cascade.diffusion import denoise, grids, samplers
 from cascade.errors import UserError
 from cascade.sample import Options, override
@@ -47,7 +49,9 @@ def sample(*argv):
         (["a", "--seed", "-1"], "--seed must be 0 or more, got -1"),
         (["a", "--num", "0"], "--num must be 1 or more, got 0"),
         (["a", "--sede", "1"], "--sede"),
-        (["a", "--seed", "x"], "--seed"),
+        (["a", "--seed", "x"], "--seed must be a whole number, got 'x'; see --help"),
+        (["a", "--until", "abc"], "--until must be a whole number, got 'abc'; see --help"),
+        (["a", "--seed", str(2**32)], "--seed 4294967296 and --num 1: their sum"),
         (["a", "--model", "no/such"], "model no/such: no such folder"),
         (["a", "--prompts", "missing.txt"], "--prompts missing.txt: No such file"),
         (["a", "--lowres", "missing.png"], "missing.png: no such file"),
@@ -74,6 +78,38 @@ def test_prompt_files_must_be_text_without_holes(capsys, tmp_path):
     assert "line 2 is empty" in fails(capsys, "sample", "--prompts", str(file))
 
 
+def test_a_list_may_count_all_stages_of_the_model_or_those_that_draw():
+    every = [stage for stage, _ in testing.cascade().stages]
+    for stages, text, expected in (
+        (every[:2], "4,5,6", [4, 5]),
+        (every[:2], "4,5", [4, 5]),
+        (every[1:], "4,5,6", [5, 6]),
+        (every[:1], "7", [7]),
+    ):
+        got = override(stages, Options(steps=text), every)
+        assert [s.steps for s in got] == expected
+    (_, sr16) = override(every[:2], Options(aug_level="0.1,0.2"), every)
+    assert sr16.aug_level == 0.1
+    with pytest.raises(UserError, match="--aug-level 0.1: no super-resolution stage draws"):
+        override(every[:1], Options(aug_level="0.1"), every)
+
+
+def test_a_prompt_without_its_quotes_is_warned_of(fake, tmp_path, capsys):
+    sample("red", "circle", "--until", "8", "--out", str(tmp_path), "--steps", "1")
+    assert 'needs quotes: "red circle"' in capsys.readouterr().err
+
+
+def test_what_the_machine_refuses_is_one_line(fake, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", "disk/0000_8.png")
+
+    monkeypatch.setattr(images, "save_png", full)
+    with pytest.raises(SystemExit) as e:
+        sample("a", "--until", "8", "--out", str(tmp_path), "--steps", "1")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and last == "error: disk/0000_8.png: No space left on device"
+
+
 def test_an_unknown_verb_names_the_nearest(capsys):
     assert "did you mean 'sample'" in fails(capsys, "smaple")
 
@@ -91,7 +127,10 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         ("sampler", "ancestral:2", "Ancestral.gamma must be in [0, 1]"),
         ("guidance_plan", "wave", "must be one of constant, interval, oscillating"),
         ("threshold", "static:.9", "dynamic at most two"),
-        ("steps", "smart5", "must be a number, or one of fast27"),
+        ("steps", "smart5", "must be a whole number, or one of fast27"),
+        ("steps", "4,,5", "--steps '4,,5': value 2 is empty"),
+        ("guidance", "nan", "--guidance nan: must be a number, such as 0.5, got 'nan'"),
+        ("guidance", "-1", "guidance must be 0 or more, got -1"),
         ("grid", "linear", "must be one of uniform, quadratic"),
         ("threshold", "clip", "must be one of none, static, dynamic"),
     ],
@@ -144,10 +183,23 @@ def test_pictures_their_json_and_the_grid_are_written(fake, tmp_path, capsys):
     record = json.loads((out / "0003.json").read_text())
     assert (record["prompt"], record["seed"]) == ("blue square", 1)
     assert record["stages"]["sr32"]["steps"] == 2 and record["versions"]["jax"]
+    assert record["text_encoder"] is None and record["dtype"] == "float32"
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["picture"] for line in lines] == ["0000", "0001", "0002", "0003"]
     with Image.open(out / "0000_32.png") as image:
         assert image.size == (32, 32)
+
+
+def test_a_picture_that_another_command_drew_meanwhile_is_not_overwritten(
+    fake, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "0000.json").write_text("theirs")
+    monkeypatch.setattr(sample_command, "_next_number", lambda folder: 0)
+    with pytest.raises(SystemExit):
+        sample("a", "--until", "8", "--out", str(tmp_path))
+    assert "picture 0000 has come there" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["0000.json"]
+    assert (tmp_path / "0000.json").read_text() == "theirs"
 
 
 def test_a_folder_with_pictures_is_continued(fake, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from cascade import config, images, testing
 from cascade.diffusion import grids, process
-from cascade.diffusion.denoise import PerStep, Threshold, WithVariance
+from cascade.diffusion.denoise import Constant, Oscillating, PerStep, Threshold, WithVariance
 from cascade.diffusion.loss import LearnedVariance
 from cascade.diffusion.samplers import DDIM, Ancestral
 from cascade.models import Conditioning
@@ -333,3 +333,9 @@ def test_contradicting_settings_are_refused(fields, message):
 def test_a_stage_with_a_schedule_in_a_schedule_survives_json():
     stage = dataclasses.replace(testing.base_stage(), prediction="v", schedule=ZERO_TERMINAL)
     assert config.from_json(StageConfig, json.loads(json.dumps(config.to_json(stage)))) == stage
+
+
+def test_a_stage_is_guided_if_any_of_its_steps_is():
+    plans = [Constant(), Oscillating(), Oscillating(low=3.0), PerStep(factors=(2.0,))]
+    guided = [Sampling(steps=1, guidance=1.0, guidance_plan=plan).guided for plan in plans]
+    assert guided == [False, False, True, True]
