@@ -16,6 +16,7 @@ import io
 import json
 import re
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -46,9 +47,12 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
     try:
         names = runpy.run_path(str(file))
     except SyntaxError as e:
-        raise UserError(f"config {path}, line {e.lineno}: {e.msg}") from None
-    except ImportError as e:
+        where = "" if e.lineno is None else f", line {e.lineno}"
+        raise UserError(f"config {path}{where}: {e.msg}") from None
+    except (ImportError, UserError) as e:
         raise UserError(f"config {path}: {e}") from None
+    except Exception as e:
+        raise UserError(f"config {path}, line {_line(e, path)}: {type(e).__name__}: {e}") from None
     if not callable(names.get("config")):
         raise UserError(f"config {path}: defines no function config(); it must return the config")
     given, rest = {}, list(words)
@@ -64,6 +68,8 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
         raise UserError(f"config {path}: {_with_nearest_field(str(e), names)}") from None
     except ValueError as e:
         raise UserError(f"config {path}: {e}") from None
+    except (ArithmeticError, AttributeError, LookupError, NameError) as e:
+        raise UserError(f"config {path}, line {_line(e, path)}: {type(e).__name__}: {e}") from None
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
@@ -219,6 +225,12 @@ def _with_nearest_field(message: str, names: dict[str, Any]) -> str:
     classes = [c for c in classes if c.__name__ == found[1]] or classes
     known = [f.name for c in classes for f in dataclasses.fields(c)]
     return f"{found[1] or 'a class'} has no field {found[2]!r}{nearest(found[2], known)}"
+
+
+def _line(error: Exception, path: str) -> int | None:
+    """The last line of that file which led to the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f.lineno for f in reversed(frames) if f.filename == path), None)
 
 
 def _one_line(text: str) -> str:

@@ -344,19 +344,23 @@ class Cascade:
         ):
             cond, negative = _rows(text, rows), away and _rows(away, np.zeros_like(rows))
             resolution = stage.config.resolution
-            low = images.to_uint8(
-                stage.sample(
-                    params,
-                    cond,
-                    # folded by resolution, so that a stage draws the same wherever one starts
-                    jax.vmap(lambda k, r=resolution: jax.random.fold_in(k, r))(keys),
-                    settings=options,
-                    lowres=None if low is None else images.to_float(jnp.asarray(low)),
-                    negative=negative,
-                    edit=jax.tree.map(lambda x: np.broadcast_to(x, (len(rows), *x.shape)), edit),
-                    place=place,
-                )
+            x0 = stage.sample(
+                params,
+                cond,
+                # folded by resolution, so that a stage draws the same wherever one starts
+                jax.vmap(lambda k, r=resolution: jax.random.fold_in(k, r))(keys),
+                settings=options,
+                lowres=None if low is None else images.to_float(jnp.asarray(low)),
+                negative=negative,
+                edit=jax.tree.map(lambda x: np.broadcast_to(x, (len(rows), *x.shape)), edit),
+                place=place,
             )
+            if not jnp.isfinite(x0).all():
+                raise UserError(
+                    f"stage {stage.config.name} drew values that are not finite: its weights are "
+                    "damaged, or its settings too extreme"
+                )
+            low = images.to_uint8(x0)
             drawn[resolution] = low
             if progress:
                 progress(stage.config.name, len(rows))

@@ -86,3 +86,9 @@ def test_config_files_report_mistakes_with_the_nearest_field(tmp_path):
     file.write_text("def config(:\n")
     with pytest.raises(UserError, match="line 1"):
         config.load(str(file))
+    file.write_text("x = 0\nx = 1 / x\n")
+    with pytest.raises(UserError, match="c.py, line 2: ZeroDivisionError"):
+        config.load(str(file))
+    file.write_text("def config():\n    return unknown\n")
+    with pytest.raises(UserError, match="c.py, line 2: NameError: name 'unknown'"):
+        config.load(str(file))

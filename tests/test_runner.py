@@ -128,6 +128,13 @@ def test_each_stage_is_guided_away_from_what_its_own_network_takes_for_no_text(c
         np.testing.assert_array_equal(negative.values, blurry)
 
 
+def test_weights_that_are_not_finite_draw_no_picture(cascade):
+    (base, params), *_ = cascade.stages
+    damaged = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
+    with pytest.raises(UserError, match="stage base8 drew values that are not finite"):
+        Cascade([(base, damaged)], cascade.encoder)("red circle", seed=3)
+
+
 def test_settings_are_replaced_stage_by_stage(cascade):
     changed = with_options(cascade.settings, steps=(4, 5, 6))
     assert [s.steps for s in changed] == [4, 5, 6]

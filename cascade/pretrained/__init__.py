@@ -48,8 +48,10 @@ def described(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(names, list) or not names or not all(map(_is_plain_name, names)):
         raise UserError(f"{file}: stages must list folder names, got {names!r}")
     tokens = about.get("max_tokens", 1)
-    if not isinstance(tokens, int) or tokens < 1:
+    if type(tokens) is not int or tokens < 1:
         raise UserError(f"{file}: max_tokens must be 1 or more, got {tokens}")
+    if not isinstance(about.get("known_words", []), list):
+        raise UserError(f"{file}: known_words must be a list, got {about['known_words']!r}")
     return about
 
 
