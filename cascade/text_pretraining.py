@@ -48,7 +48,6 @@ from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel
 from cascade.paths import Path
 from cascade.text.folder import write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID, Tokenizer
-from cascade.training_log import rows_until, write_rows
 
 SENTINELS = 100  # the last ids of the vocabulary, counted down from the end as in T5
 _FEWEST_IDS = 256 + 100 + SENTINELS
@@ -456,8 +455,9 @@ class _Log:
     def __init__(self, config: TextPretraining, workdir: Path, step: int):
         self._config, self._since, self._pending = config, (time.perf_counter(), step), []
         self._path, self._plot = workdir / "metrics.jsonl", workdir / "loss.png"
-        self._rows = rows_until(self._path, step)
-        write_rows(self._path, self._rows)
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
+        self._write_rows()
 
     def add(self, loss: Array) -> None:
         self._pending.append(loss)
@@ -472,10 +472,13 @@ class _Log:
         self._since = (now, step)
         rate = (step - before) * self._config.batch_size / (now - then)
         self._rows.append({"step": step, "loss": loss, "examples_per_second": round(rate, 1)})
-        # Whole each time: object storage cannot append, and the rows are few.
-        write_rows(self._path, self._rows)
+        self._write_rows()
         self._draw()
         return loss
+
+    def _write_rows(self) -> None:
+        # Whole each time: object storage cannot append, and the rows are few.
+        _write(self._path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
 
     def _draw(self) -> None:
         from matplotlib.figure import Figure
@@ -487,6 +490,13 @@ class _Log:
         axes.grid(alpha=0.3)
         with paths.writing(self._plot) as file:
             figure.savefig(file, dpi=120, format="png")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # half a line, as older runs left it when they were killed
+        return None
 
 
 # Words that captions lack and prompts may have: the vocabulary gets pieces for them.

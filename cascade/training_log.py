@@ -29,18 +29,6 @@ from cascade.paths import Path
 PLOT_SECONDS = 20.0
 
 
-def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl up to this step; none of a file that is not there."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(_parsed, lines) if row and row["step"] <= step]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A metrics.jsonl of these rows; a writer that is killed leaves the old one."""
-    with paths.writing(path) as file:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 class TrainingLog:
     """Of all processes, the first writes. Rows past the resumed step are dropped first.
 
@@ -78,10 +66,13 @@ class TrainingLog:
         else:
             self._own = tempfile.TemporaryDirectory()
             folder = pathlib.Path(self._own.name)
+        before = workdir / "metrics.jsonl"
+        lines = before.read_text().splitlines() if before.exists() else []
         self._path, self._picture = folder / "metrics.jsonl", folder / "loss.png"
         self._plotted = self._since[0]
-        self._rows = rows_until(workdir / "metrics.jsonl", step)
-        write_rows(self._path, self._rows)
+        self._rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
+        with paths.writing(self._path) as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._writers = [_TensorBoard(folder, step)]
         if wandb:
             self._writers.append(_WeightsAndBiases(wandb, workdir, folder, config))
