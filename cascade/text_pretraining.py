@@ -405,6 +405,8 @@ def _logits(
 
 def _check_config(config: TextPretraining, path: Path) -> None:
     """Refuse to continue another run's folder; remember the config in a new one."""
+    if (path.parent / "checkpoints").exists():
+        raise UserError(f"{path.parent}: holds a stage's run; name another --workdir")
     current = to_json(config)
     saved = json.loads(path.read_text()) if path.exists() else current
     fixed = current.keys() - {"log_every_steps", "save_every_steps"}

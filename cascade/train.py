@@ -366,6 +366,8 @@ def train(
         rows=sharding.process_rows(mesh, config.batch_size),
         workers=config.workers,
     )
+    if (workdir / "state.safetensors").exists():
+        raise UserError(f"{workdir}: holds a text encoder's run; name another --workdir")
     paths.make_folder(workdir)  # after all that may be wrong with the config
     checkpoints = Checkpoints(workdir, keep=config.keep)
     state, placement = _initial_state(config, stage, optimizer, mesh, checkpoints, data)

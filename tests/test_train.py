@@ -14,6 +14,7 @@ import pytest
 from cascade import ema as averages
 from cascade import sharding, testing, train
 from cascade.checkpoint import Checkpoints, load_safetensors
+from cascade.config import load
 from cascade.data import BSR, ScenesData
 from cascade.errors import UserError
 from cascade.export import _reconstructed, export
@@ -21,6 +22,7 @@ from cascade.models import Level, UNetConfig
 from cascade.runner import Cascade
 from cascade.sharding import MeshConfig
 from cascade.stage import Stage
+from cascade.text_pretraining import pretrain
 from cascade.train import Optimizer, TrainConfig
 from cascade.training_log import TrainingLog
 
@@ -402,6 +404,16 @@ def test_resuming_with_what_a_run_cannot_change_is_refused_by_name(changes, mess
     with pytest.raises(UserError, match=f"run: holds a run with {message}; give that, or another"):
         train.train(config, started)
     assert [p.name for p in (started / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_stage_and_a_text_encoder_do_not_share_a_folder(started, tmp_path):
+    files = {p: p.read_bytes() for p in started.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="holds a stage's run; name another --workdir"):
+        pretrain(load("configs/scenes/text_encoder.py"), started)
+    assert {p: p.read_bytes() for p in started.rglob("*") if p.is_file()} == files
+    (tmp_path / "state.safetensors").touch()
+    with pytest.raises(UserError, match="holds a text encoder's run; name another --workdir"):
+        train.train(scenes_config(), tmp_path)
 
 
 def test_a_run_from_before_a_field_existed_goes_on_with_its_default(started, tmp_path, monkeypatch):
