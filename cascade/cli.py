@@ -77,5 +77,6 @@ def usage() -> str:
     lines = "\n".join(f"  {verb:<8} {help}" for verb, (_, help) in VERBS.items())
     return (
         "usage: cascade VERB ...\n\nText to image by cascaded pixel diffusion.\n\n"
-        f"{lines}\n\n`cascade VERB --help` shows what a verb takes, with units and defaults."
+        f"{lines}\n\n`cascade VERB --help` shows what a verb takes, with units and defaults; "
+        "`cascade --version` which version this is."
     )

@@ -28,12 +28,15 @@ CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}
 
 
 def path(name: str | os.PathLike[str]) -> Path:
-    """What a person calls a file or folder. UserError for storage whose client is not installed.
+    """What a person calls a file or folder. UserError for storage that is not understood, or whose
+    client is not installed.
 
     A pathlib.Path of gs://b/x, which has folded the slashes into one, is understood too.
     """
     found = re.fullmatch(r"(gs|s3):/+(.+)", os.fspath(name))
     if found is None:
+        if other := re.match(r"(\w\w+):/", os.fspath(name)):
+            raise UserError(f"{name}: {other[1]}: is not understood; only gs:// and s3:// are")
         return pathlib.Path(name)
     scheme, rest = found.groups()
     _check_bucket(scheme, rest.partition("/")[0])

@@ -235,6 +235,12 @@ def test_names_of_object_storage_survive_pathlib(bucket, tmp_path):
     assert paths.path(tmp_path) == tmp_path and not paths.is_remote(paths.path("gs"))
 
 
+@pytest.mark.parametrize("name", ["http://there/run", "https:/there/run", "gcs://bucket/run"])
+def test_other_storage_is_refused_and_no_folder_of_its_name_is_made(name):
+    with pytest.raises(UserError, match=r"is not understood; only gs:// and s3:// are"):
+        paths.path(name)
+
+
 def test_storage_without_its_client_is_one_line(monkeypatch):
     kind = type(storage.backend.fsspec_backend)
 
