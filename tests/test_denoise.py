@@ -192,3 +192,8 @@ def test_impossible_plans_are_refused_by_name(make, match):
 def test_mistakes_are_refused_by_name(fields, match):
     with pytest.raises((ValueError, TypeError), match=match):
         Threshold(**fields)
+
+
+def test_a_threshold_has_its_percentile():
+    x0 = 3 * normal(0, (2, 8, 8, 3))
+    np.testing.assert_array_equal(Threshold(percentile=0.6)(x0), dynamic_threshold(x0, 0.6))

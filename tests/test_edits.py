@@ -148,8 +148,8 @@ def test_less_strength_stays_closer_to_the_picture(cascade):
         (["--init-image", "none.png"], "none.png: no such file"),
         (["--init-image", "a.png", "--mask", "mask.png"], "mask is 8x8 px, the picture 9x8 px"),
         (["--init-image", "a.png", "--strength", "0"], "base8: Edit.strength must be in (0, 1]"),
-        (["--init-image", "a.png", "--strength", ".1"], "takes none: it must be at least 0.333"),
-        (["--init-image", "a.png", "--strength", "x"], "--strength x: could not convert"),
+        (["--init-image", "a.png", "--strength", ".1"], "takes none: it must be at least 1/3"),
+        (["--init-image", "a.png", "--strength", "x"], "--strength x: must be a number"),
         (["--init-image", "a.png", "--strength", "1,1"], "2 values for 3 stages"),
     ],
 )

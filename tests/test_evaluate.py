@@ -15,7 +15,7 @@ from cascade.data.scenes.captions import Caption, Facts, Thing, caption_at
 from cascade.data.scenes.render import render
 from cascade.data.scenes.spec import scene_at
 from cascade.errors import UserError
-from cascade.evaluation import page, quality
+from cascade.evaluation import page, quality, scenes
 from cascade.evaluation.drawing import Drawing
 from cascade.evaluation.judge import judge
 from cascade.evaluation.scenes import SETS, Judged
@@ -300,3 +300,17 @@ def test_super_resolution_can_be_kept_from_the_prompt(monkeypatch, null):
     assert set(drawn) == {64, 256}
     expected = images.upsample(images.to_float(drawn[64])[None], (256, 256))[0]
     np.testing.assert_allclose(drawn[256].astype(int), images.to_uint8(expected), atol=1)
+
+
+def test_the_words_of_an_evaluation_reach_it(renderer, tmp_path, capsys, monkeypatch):
+    told = []
+
+    def spy(drawing, folder, *, seed, **_):
+        told.append((seed, drawing.null_text_in_sr))
+        return {}, []
+
+    monkeypatch.setattr(scenes, "evaluate_scenes", spy)
+    report, _ = run(
+        capsys, "scenes", "--seed", 9, "--null-text-in-sr", "true", "--out", tmp_path / "o"
+    )
+    assert told == [(9, True)] and report["null_text_in_sr"] is True

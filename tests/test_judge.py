@@ -234,3 +234,18 @@ def test_intervals_are_wilsons():
     assert share([True] * 8 + [False] * 2)["interval"] == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert share([False] * 10)["interval"] == pytest.approx([0.0, 0.2775], abs=1e-4)
     assert share([])["share"] is None
+
+
+@pytest.mark.parametrize("at,place,radius", [(0.8, (0.2, 0.2), 0.16), (0.5, (0.31, 0.5), 0.27)])
+def test_what_stands_between_two_relations_is_in_neither(at, place, radius):
+    """Up and to the left; and half inside, across the edge."""
+    big = thing("square", "blue", x=at, y=at, radius=radius)
+    scene = Scene(background="white", objects=(big, thing(x=place[0], y=place[1], radius=0.09)))
+    picture = render(scene, 64)
+    for relation in spec.RELATIONS:
+        facts = Facts(
+            things=(Thing(shape="circle", colour="red"), Thing(shape="square", colour="blue")),
+            relations=(Related(subject=0, relation=relation, object=1),),
+        )
+        right = {v.category: v.right for v in judge(picture, facts)}
+        assert right == {"colour": True, "shape": True, "counting": True, "position": False}

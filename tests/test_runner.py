@@ -147,3 +147,12 @@ def test_stages_must_meet():
     full = testing.cascade()
     with pytest.raises(UserError, match="sr32 enlarges 16 px, but base8 before it draws 8 px"):
         Cascade([full.stages[0], full.stages[2]], full.encoder)
+
+
+def test_settings_and_not_the_stages_own_decide(cascade):
+    own, guided = (
+        cascade("red", until=8, settings=with_options(cascade.settings[:1], guidance=[w]))[0]
+        for w in (2.0, 9.0)
+    )
+    assert not np.array_equal(own.image, guided.image)
+    np.testing.assert_array_equal(own.image, cascade("red", until=8)[0].image)

@@ -13,6 +13,7 @@ from cascade import cli, images, testing
 from cascade import sample as sample_command
 from cascade.diffusion import denoise, grids, samplers
 from cascade.errors import UserError
+from cascade.runner import Cascade
 from cascade.sample import Options, override
 from cascade.stage import Stage
 
@@ -229,3 +230,41 @@ def test_help_needs_no_jax():
     code = "import sys; from cascade import cli; cli.main(['--help']); print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False" and "sample" in done.stdout
+
+
+def test_the_words_reach_what_loads_and_what_draws(tmp_path, monkeypatch, capsys):
+    loaded, drawn, draw = {}, {}, Cascade.draw
+
+    def load(cls, name, **options):
+        loaded.update(options, model=name)
+        cascade = testing.cascade()
+        cascade.known_words = frozenset({"red"})
+        return cascade
+
+    monkeypatch.setattr(Cascade, "load", classmethod(load))
+    monkeypatch.setattr(
+        Cascade, "draw", lambda self, *a, **k: drawn.update(k) or draw(self, *a, **k)
+    )
+    words = "--model m --seed 7 --num 2 --negative blue --split-rows 2 --batch-size 2 --until 16"
+    words += " --dtype bfloat16 --t5-int8 --offload --text-encoder e --steps 1"
+    sample("red frog", *words.split(), "--out", str(tmp_path))
+    assert loaded == {
+        "model": "m",
+        "dtype": "bfloat16",
+        "t5_int8": True,
+        "offload": True,
+        "text_encoder": "e",
+    }
+    expected = {
+        "seed": 7,
+        "num": 2,
+        "negative": "blue",
+        "split_rows": 2,
+        "batch_size": 2,
+        "until": 16,
+    }
+    assert {name: drawn[name] for name in expected} == expected
+    assert [s.steps for s in drawn["settings"]] == [1, 1]
+    captured = capsys.readouterr()
+    assert captured.err.count("trained on: frog") == 1
+    assert [json.loads(line)["seed"] for line in captured.out.splitlines()] == [7, 8]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from cascade import config, images, testing
-from cascade.diffusion import grids, process
+from cascade.diffusion import grids, process, samplers
 from cascade.diffusion.denoise import Constant, Oscillating, PerStep, Threshold, WithVariance
-from cascade.diffusion.loss import LearnedVariance
+from cascade.diffusion.loss import LearnedVariance, Loss
 from cascade.diffusion.samplers import DDIM, Ancestral
 from cascade.models import Conditioning
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig, time_of
@@ -275,24 +275,6 @@ def test_a_picture_depends_on_its_own_key_and_row_alone():
     assert not np.allclose(all3[0], all3[1], atol=1e-2)
 
 
-def test_augmentation_at_sampling_is_drawn_once_and_its_level_matters(monkeypatch):
-    config = testing.super_resolution_stage()
-    stage = Stage(config)
-    params = testing.lively(stage)
-    low = jnp.zeros((1, 8, 8, 3))
-    drawn = [
-        stage.sample(
-            params,
-            conditioning(1),
-            keys(0),
-            settings=dataclasses.replace(config.sampling, aug_level=level),
-            lowres=low,
-        )
-        for level in (0.0, 0.3)
-    ]
-    assert not np.allclose(*drawn, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -339,3 +321,75 @@ def test_a_stage_is_guided_if_any_of_its_steps_is():
     plans = [Constant(), Oscillating(), Oscillating(low=3.0), PerStep(factors=(2.0,))]
     guided = [Sampling(steps=1, guidance=1.0, guidance_plan=plan).guided for plan in plans]
     assert guided == [False, False, True, True]
+
+
+def test_a_picture_is_drawn_with_all_of_its_settings(monkeypatch):
+    noise = jax.random.normal(jax.random.key(9), (2, 8, 8, 3))
+    monkeypatch.setattr(samplers, "initial_noise", lambda keys, shape: noise)
+    schedule = process.Cosine(shift=-3.0)
+    stage = Stage(dataclasses.replace(testing.base_stage(), schedule=schedule))
+    params, cond = testing.lively(stage), conditioning(2)
+    factors, threshold = (1.0, 0.0, 2.0, 0.5), Threshold(percentile=0.9, cap=1.7)
+    grid = grids.Quadratic()
+    settings = Sampling(
+        steps=4,
+        grid=grid,
+        guidance=3.0,
+        guidance_plan=PerStep(factors=factors),
+        guidance_rescale=0.5,
+        sampler=DDIM(),
+        threshold=threshold,
+    )
+    drawn = stage.sample(params, cond, keys(1, 2), settings=settings)
+    times = grid(4, schedule)
+    starts = schedule.logsnr(times[:-1])
+
+    def weight(logsnr):
+        return 3 * jnp.array(factors)[jnp.argmin(abs(starts - logsnr[0]))] * jnp.ones(2)
+
+    denoiser = stage.denoiser(params, cond, guidance=weight, rescale=0.5, threshold=threshold)
+    expected = jax.jit(
+        lambda: samplers.sample(
+            denoiser, noise, schedule=schedule, times=times, step=DDIM(), keys=keys(1, 2)
+        )
+    )()
+    np.testing.assert_allclose(drawn, expected, atol=1e-3)
+
+
+def test_all_that_a_config_says_of_training_changes_the_loss():
+    config = dataclasses.replace(testing.base_stage(), condition_dropout=0.0)
+    changes = [
+        {},
+        {"schedule": process.Cosine(shift=-3.0)},
+        {"loss": Loss(weighting="min_snr", gamma=1.0)},
+        {"prediction": "eps"},
+        {"network": dataclasses.replace(config.network, dropout=0.5)},
+    ]
+    params, batch = testing.lively(Stage(config)), batch_of(8)
+    loss = jax.jit(lambda stage: stage.loss(params, batch, jax.random.key(1))[0], static_argnums=0)
+    values = [float(loss(Stage(dataclasses.replace(config, **change)))) for change in changes]
+    assert len({round(v, 4) for v in values}) == len(values), values
+
+
+def test_noise_of_augmentation_is_added_in_sampling_and_told(monkeypatch):
+    config = testing.super_resolution_stage()
+    stage, seen = Stage(config), []
+
+    def spy(params, x, time, cond, key=None):
+        jax.debug.callback(
+            lambda l, t: seen.append((np.asarray(l), float(t[0]))), cond.lowres, cond.lowres_time
+        )
+        return jnp.zeros_like(x)
+
+    monkeypatch.setattr(Stage, "__init__", lambda self, config: vars(self).update(vars(stage)))
+    monkeypatch.setattr(stage, "network", spy)
+    settings = dataclasses.replace(config.sampling, steps=3, aug_level=0.5)
+    low = jnp.ones((1, 8, 8, 3))
+    jax.block_until_ready(stage.sample({}, conditioning(1), keys(0), settings=settings, lowres=low))
+    jax.effects_barrier()
+    assert len(seen) == 3
+    for lowres, time in seen:  # drawn once: the same at every step
+        np.testing.assert_array_equal(lowres, seen[0][0])
+        assert abs(time - 500) < 0.1
+    noise = (seen[0][0] - np.sqrt(0.5)) / np.sqrt(0.5)
+    assert abs(noise.mean()) < 0.2 and 0.4 < noise.std() < 1.1

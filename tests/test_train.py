@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors
+from PIL import Image
 
 from cascade import ema as averages
-from cascade import sharding, testing, train
+from cascade import images, sharding, testing, train
 from cascade.checkpoint import Checkpoints, load_safetensors
 from cascade.config import load
 from cascade.data import BSR, ScenesData
@@ -459,3 +462,125 @@ def test_text_of_another_width_is_refused_before_training(tmp_path):
     config = dataclasses.replace(scenes_config(), stage=testing.base_stage(text_width=8))
     with pytest.raises(UserError, match="text_width=8"):
         train.train(config, tmp_path)
+
+
+def test_updates_have_the_size_of_the_rate_and_of_the_clip():
+    """Adam that remembers nothing moves every weight by the rate, or by rate g / (|g| + eps)."""
+    o = Optimizer(
+        learning_rate=2.0, warmup_images=16, cooldown_images=32, b1=0.0, b2=0.0, eps=1e-20
+    )
+    config = config_of(images=80, optimizer=o)
+    rule = train.make_optimizer(config)
+    params = {"w": jnp.array([3.0, -4.0])}
+    state, sizes = rule.init(params), []
+    for _ in range(10):
+        updates, state = rule.update(params, state, params)
+        sizes.append(-updates["w"])
+    np.testing.assert_allclose(sizes, np.outer([1, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5], [1, -1]))
+    clipped = Optimizer(learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, clip=0.5)  # of a norm of 5
+    rule = train.make_optimizer(config_of(optimizer=clipped))
+    updates, _ = rule.update(params, rule.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.3 / 1.3, 0.4 / 1.4], rtol=1e-5)
+
+
+class Noisy(Pulled):
+    """Its loss is the first number of the step's key."""
+
+    def loss(self, params, batch, key, part=None):
+        value = jax.random.normal(key) + 0 * params["w"].sum()
+        return value, {"loss": value}
+
+
+def test_every_step_of_every_seed_has_noise_of_its_own():
+    seen = []
+    for seed in (0, 1):
+        config = config_of(seed=seed)
+        rule = train.make_optimizer(config)
+        step = jax.jit(train.make_train_step(config, Noisy(), rule))
+        state = train.init_state(rule, {"w": jnp.ones(3)})
+        for _ in range(3):
+            state, metrics = step(state, {})
+            seen.append(float(metrics["loss"]))
+    assert len(set(seen)) == 6
+
+
+def test_what_is_exported_is_the_average_of_the_weights(started, tmp_path):
+    config = scenes_config()
+    rule = train.make_optimizer(config)
+    target = jax.eval_shape(
+        lambda params: train.init_state(rule, params), Stage(config.stage).abstract()
+    )
+    _, state, ema, _ = Checkpoints(started).restore(**target)
+    report = export([started], tmp_path / "model", dtype="float16")
+    assert {"circle", "red"} < set(report["known_words"])
+    file = tmp_path / "model/base8/model.safetensors"
+    with safetensors.safe_open(file, "np") as f:
+        assert {f.get_slice(n).get_dtype() for n in f.keys()} == {"F16"}
+    exported = load_safetensors(file, Stage(config.stage).abstract())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), exported, ema)
+    # After two steps the weights themselves are elsewhere.
+    assert optax.tree.norm(_minus(ema, state["params"])) > 5e-4 * optax.tree.norm(ema)
+
+
+def test_the_config_says_what_a_run_reads(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    given, load = {}, train.T5Encoder.load
+
+    def batches(data, **options):
+        given.update(options)
+        raise Stop
+
+    monkeypatch.setattr(train, "batches", batches)
+    monkeypatch.setattr(train.T5Encoder, "load", lambda *a, **k: given.update(k) or load(*a, **k))
+    config = dataclasses.replace(
+        scenes_config(
+            seed=5,
+            workers=1,
+            captions="lower",
+            text_int8=True,
+        ),
+        stage=testing.super_resolution_stage(text_width=128),
+        crop=8,
+        degradation=BSR(),
+    )
+    with pytest.raises(Stop):
+        train.train(config, tmp_path)
+    names = ("seed", "workers", "captions", "crop", "degradation", "batch_size")
+    assert {n: given[n] for n in names} == {n: getattr(config, n) for n in names}
+    assert given["int8"] is True and given["lowres_resolution"] == 8
+
+
+def test_a_seed_decides_the_first_weights():
+    def first(seed):
+        config = scenes_config(seed=seed)
+        none = SimpleNamespace(steps=lambda: [])
+        mesh = sharding.make_mesh(config.mesh)
+        rule = train.make_optimizer(config)
+        return train._initial_state(config, Stage(config.stage), rule, mesh, none, None)[0]["ema"]
+
+    assert (
+        optax.tree.norm(_minus(first(0), first(0)))
+        == 0
+        < optax.tree.norm(_minus(first(0), first(1)))
+    )
+
+
+def test_a_preview_shows_small_drawn_and_true(tmp_path):
+    class Drawer:
+        def sample(self, params, cond, keys, *, lowres, size, **_):
+            return jnp.full((len(keys), size, size, 3), 1.0)
+
+    batch = batch_of() | {"lowres": batch_of()["image"]}
+    batch["image"] = 255 - batch["image"].repeat(2, 1).repeat(2, 2)
+    config = config_of(stage=testing.super_resolution_stage())
+    train._preview(config, Drawer(), {}, None, batch, tmp_path, 1)
+    with Image.open(tmp_path / "previews/0000000008.png") as file:
+        got = np.asarray(file)
+    low = images.to_uint8(images.upsample(images.to_float(batch["lowres"][:4]), (16, 16)))
+    for i in range(4):
+        row = got[18 * i : 18 * i + 16]
+        np.testing.assert_array_equal(row[:, :16], low[i])
+        assert (row[:, 18:34] == 255).all()
+        np.testing.assert_array_equal(row[:, 36:52], batch["image"][i])
