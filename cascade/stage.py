@@ -87,8 +87,8 @@ class Sampling:
     grid: the times of the steps. guidance: weight w of classifier-free guidance; 1 means none.
     guidance_plan: how the weight changes over the steps. guidance_rescale: phi of
     `denoise.rescale`, 0 for not at all.
-    aug_level: in [0, 1], of the low-resolution picture; only a super-resolution stage has one. Above
-    its `Augmentation.max_level` it is taken, but no training was there (public weights refuse it).
+    aug_level: in [0, 1], of the low-resolution picture; only a super-resolution stage has one. It
+    may exceed `Augmentation.max_level`, where no training was; public weights refuse that.
     """
 
     steps: int = 32
