@@ -391,6 +391,8 @@ def test_the_recipe_ends_with_a_part_that_was_stopped_and_exports_none_of_it(tmp
         ["bash", LAUNCH / "train_scenes.sh", tmp_path / "runs"],
         env=environment(tmp_path),
         start_new_session=True,
+        # as in a terminal, also where the tests themselves are in the background and ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(tmp_path / "started")
     os.killpg(process.pid, signal.SIGINT)
