@@ -43,7 +43,13 @@ class _Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScenesOptions(_Options):
+class _TextOptions(_Options):
+    null_text_in_sr: Literal["true", "false"] = "false"
+    """Whether super-resolution stages draw without the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesOptions(_TextOptions):
     """Draw prompts of the scenes grammar, read the pictures back, count the facts they show.
 
     A picture's shapes, colours, sizes, finishes, places and background are read by analysis alone.
@@ -57,8 +63,6 @@ class ScenesOptions(_Options):
     set: Literal["seen", "unseen", "long", "all"] = "seen"
     """seen: prompts as in training. unseen: with combinations of shape and colour that training
     never had. long: with three or four objects. all: each of these."""
-    null_text_in_sr: Literal["true", "false"] = "false"
-    """Whether super-resolution stages draw without the prompt."""
     prompts: int = 300
     """Prompts of each set."""
     until: Until = None
@@ -70,7 +74,7 @@ class ScenesOptions(_Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuperResolutionOptions(_Options):
+class SuperResolutionOptions(_TextOptions):
     """Let each super-resolution stage enlarge true small pictures of scenes.
 
     On stdout, for each stage: PSNR against the render, sharpness (its share of the render's
@@ -78,8 +82,6 @@ class SuperResolutionOptions(_Options):
     FID), next to bicubic enlargement.
     """
 
-    null_text_in_sr: Literal["true", "false"] = "false"
-    """Whether super-resolution stages draw without the prompt."""
     pictures: int = 100
     """Scenes to enlarge."""
     out: Path | None = None
@@ -91,7 +93,7 @@ class SuperResolutionOptions(_Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(_Options):
+class SweepOptions(_TextOptions):
     """Draw the same prompts at several guidance weights and augmentation levels.
 
     OUT gets sweep.png (facts right against FD-proxy), sweep.csv and results.json. It must be new or
@@ -104,8 +106,6 @@ class SweepOptions(_Options):
     """Weights of classifier-free guidance in the base stage."""
     aug_level: str = "0,0.1,0.2,0.4"
     """Noise on the low-resolution picture, 0 to 1, the same in all super-resolution stages."""
-    null_text_in_sr: Literal["true", "false"] = "false"
-    """Whether super-resolution stages draw without the prompt."""
     prompts: int = 100
     """Prompts drawn at each combination."""
     until: Until = None
@@ -309,7 +309,7 @@ def _drawing(
     return Drawing(
         cascade=cascade,
         settings={stage.config.name: s for stage, s in zip(stages, settings, strict=True)},
-        null_text_in_sr=getattr(options, "null_text_in_sr", "false") == "true",
+        null_text_in_sr=isinstance(options, _TextOptions) and options.null_text_in_sr == "true",
     )
 
 

@@ -1,5 +1,6 @@
 """The scripts in launch/, with stand-ins for the commands of clouds and clusters on PATH."""
 
+import contextlib
 import json
 import os
 import re
@@ -394,9 +395,13 @@ def test_the_recipe_ends_with_a_part_that_was_stopped_and_exports_none_of_it(tmp
         # as in a terminal, also where the tests themselves are in the background and ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_for(tmp_path / "started")
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 143
+    try:
+        wait_for(tmp_path / "started")
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 143
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "saved").exists()
     assert [call.split()[1] for call in calls(tmp_path)] == ["train", "train"]
 
