@@ -388,12 +388,16 @@ def test_the_recipe_ends_with_a_part_that_was_stopped_and_exports_none_of_it(tmp
         touch started
         while true; do sleep 0.05; done"""
     stand_in(tmp_path, "cascade", f"cd {tmp_path}; {part}")
+    # As in a terminal, also where the tests themselves are in the background and ignore Ctrl-C.
+    heeding = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execvp('bash', ['bash', *sys.argv[1:]])"
+    )
+    script = [LAUNCH / "train_scenes.sh", tmp_path / "runs"]
     process = subprocess.Popen(
-        ["bash", LAUNCH / "train_scenes.sh", tmp_path / "runs"],
+        [sys.executable, "-c", heeding, *script],
         env=environment(tmp_path),
         start_new_session=True,
-        # as in a terminal, also where the tests themselves are in the background and ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_for(tmp_path / "started")
