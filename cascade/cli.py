@@ -17,14 +17,26 @@ from collections.abc import Sequence
 from cascade.errors import UserError
 
 VERBS = {
-    "sample": ("cascade.sample", "draw pictures from prompts"),
-    "train": ("cascade.train_command", "train a stage or a text encoder; the same command resumes"),
-    "export": ("cascade.export", "collect trained stages into a model folder for `sample --model`"),
-    "convert": ("cascade.convert", "public weights (DeepFloyd IF, x4 upscaler) to a model folder"),
-    "eval": ("cascade.evaluate", "measure a model: facts right, sweeps, properties"),
-    "data": ("cascade.data.commands", "make or inspect a dataset"),
-    "plan": ("cascade.plan", "what a run needs on a TPU slice or GPUs that are not here"),
-    "bench": ("cascade.bench", "measure this machine: time to a picture, training speed"),
+    "sample": ("cascade.commands.sample", "draw pictures from prompts"),
+    "train": (
+        "cascade.commands.train",
+        "train a stage or a text encoder; the same command resumes",
+    ),
+    "export": (
+        "cascade.commands.export",
+        "collect trained stages into a model folder for `sample --model`",
+    ),
+    "convert": (
+        "cascade.commands.convert",
+        "public weights (DeepFloyd IF, x4 upscaler) to a model folder",
+    ),
+    "eval": ("cascade.commands.eval", "measure a model: facts right, sweeps, properties"),
+    "data": ("cascade.commands.data", "make or inspect a dataset"),
+    "plan": (
+        "cascade.planning.training",
+        "what a run needs on a TPU slice or GPUs that are not here",
+    ),
+    "bench": ("cascade.commands.bench", "measure this machine: time to a picture, training speed"),
 }
 
 

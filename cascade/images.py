@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from cascade import paths
 from cascade.errors import UserError
+from cascade.storage import paths
 
 
 def to_float(image: Any) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, Network, UNetConfig
-from cascade.runner import Cascade
+from cascade.runner.cascade import Cascade
 from cascade.stage import Sampling, Stage, StageConfig
 from cascade.text import TextEmbedding, Tokens
 

@@ -8,7 +8,9 @@ import socket
 # What makes programs compile fast, for processes that see one device: conftest's, less the eight.
 ONE_DEVICE = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["cascade.train", "cascade.runner", "cascade.sample", "grain"])
+CONTEXT.set_forkserver_preload(
+    ["cascade.training.loop", "cascade.runner.cascade", "cascade.commands.sample", "grain"]
+)
 
 
 def start(function, *args, environment=()):

@@ -77,7 +77,7 @@ def test_a_value_of_the_wrong_type_is_one_line():
 def test_config_files_report_mistakes_with_the_nearest_field(tmp_path):
     file = tmp_path / "c.py"
     file.write_text(
-        "from cascade.sharding import MeshConfig\ndef config(): return MeshConfig(fsdb=2)\n"
+        "from cascade.devices.sharding import MeshConfig\ndef config(): return MeshConfig(fsdb=2)\n"
     )
     with pytest.raises(UserError, match="'fsdb'.*'fsdp'"):
         config.load(str(file))

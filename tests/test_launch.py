@@ -286,7 +286,7 @@ def wait_for(file: Path) -> None:
 CONFIG = """
 from cascade import testing
 from cascade.data import ScenesData
-from cascade.train import TrainConfig
+from cascade.training.loop import TrainConfig
 
 def config():
     return TrainConfig(stage=testing.smallest_stage(128), data=ScenesData(split="train"),
@@ -297,7 +297,7 @@ def config():
 # Where it is read, the process has been told to stop after its first step.
 STOPS = """
 import os, signal
-from cascade.training_log import TrainingLog
+from cascade.training.log import TrainingLog
 
 add = TrainingLog.add
 

@@ -4,9 +4,9 @@ from notebooks import executed, pictures
 from processes import ONE_DEVICE
 
 from cascade import Cascade
-from cascade.data.scenes.captions import caption_at
-from cascade.evaluation.judge import judge
-from cascade.export import export
+from cascade.commands.export import export
+from cascade.scenes.captions import caption_at
+from cascade.scenes.judge import judge
 
 
 def test_the_first_notebook_trains_a_model_that_draws_the_prompt_far_above_chance(tmp_path):

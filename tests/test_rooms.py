@@ -8,70 +8,38 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cascade"
 BELOW = {
     "errors": set(),
-    "chips": set(),
-    "flops": set(),
-    "plan_hlo": set(),
-    "xla_flags": set(),
-    "paths": {"errors"},
-    "distributed": {"errors", "xla_flags"},
-    "training_log": {"chips", "errors", "paths"},
-    "images": {"errors", "paths"},
     "config": {"errors"},
-    "sharding": {"errors"},
-    "ema": set(),
-    "checkpoint": {"errors", "paths"},
+    "devices": {"errors"},
     "diffusion": set(),
-    "models": {"errors"},
-    "text": {"errors", "models", "paths", "pretrained"},
-    "data": {"errors", "images", "paths", "text", "config", "checkpoint"},
-    "pretrained": {"config", "errors", "models", "paths"},
-    "stage": {"diffusion", "images", "models"},
-    "lora": set(),
-    "schedulers": {"config", "diffusion", "errors"},
-    "upscaler": {"config", "errors", "pretrained", "schedulers", "stage", "text"},
-    "deepfloyd": {
-        *("config", "diffusion", "errors", "models", "pretrained", "schedulers", "stage"),
-        *("checkpoint", "text", "upscaler"),
+    "models": {"errors", "published"},
+    "storage": {"config", "errors", "models"},
+    "images": {"errors", "storage"},
+    "text": {"config", "errors", "models", "storage"},
+    "data": {"config", "errors", "images", "scenes", "storage", "text"},
+    "scenes": {"config", "data", "errors", "images", "models", "storage", "text"},
+    "stage": {"diffusion", "images", "models", "published"},
+    "published": {
+        *("config", "diffusion", "errors", "models", "runner", "stage", "storage", "text"),
     },
     "runner": {
-        "deepfloyd",
-        "stage",
+        *("config", "devices", "errors", "images", "models", "published", "stage", "storage"),
         "text",
-        "images",
-        "checkpoint",
-        "config",
-        "errors",
-        "models",
-        "pretrained",
-        "sharding",
+    },
+    "training": {
+        *("config", "data", "devices", "errors", "images", "models", "published", "runner"),
+        *("stage", "storage", "text"),
+    },
+    "planning": {
+        *("config", "devices", "errors", "models", "published", "runner", "stage", "storage"),
+        *("text", "training"),
     },
     "evaluation": {
-        *("data", "runner", "stage", "text", "train"),
-        *("checkpoint", "diffusion", "errors", "images", "models"),
+        *("data", "diffusion", "errors", "images", "models", "runner", "scenes", "stage"),
+        *("storage", "text", "training"),
     },
-    "train": {
-        *("data", "deepfloyd", "lora", "stage", "sharding", "checkpoint", "config"),
-        *("ema", "errors", "flops", "images", "models", "paths", "pretrained", "text"),
-        "training_log",
-    },
-    "text_pretraining": {
-        *("checkpoint", "config", "data", "errors", "models", "paths", "text", "train"),
-    },
-    "testing": {"diffusion", "models", "stage", "text", "runner"},
+    "testing": {"diffusion", "models", "runner", "stage", "text"},
 }
-DOORS = {
-    "cli",
-    "convert",
-    "evaluate",
-    "sample",
-    "export",
-    "bench",
-    "bench_unet",
-    "plan",
-    "train_command",
-    "__init__",
-    "__main__",
-}
+DOORS = {"cli", "commands", "tasks", "__init__", "__main__"}
 
 
 def imports_of_ours(file: Path) -> set[str]:

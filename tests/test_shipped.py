@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cascade import images, pretrained
+from cascade import images
 from cascade.config import from_json, load
-from cascade.data.scenes.captions import caption_at
-from cascade.data.scenes.render import render
 from cascade.models import Conditioning
-from cascade.runner import Cascade
+from cascade.runner import model_folder as pretrained
+from cascade.runner.cascade import Cascade
+from cascade.scenes.captions import caption_at
+from cascade.scenes.render import render
 from cascade.stage import StageConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "scenes"

@@ -16,17 +16,18 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from cascade import images, paths
-from cascade.data.scenes.captions import VOCABULARY, caption_at
-from cascade.data.scenes.render import render
-from cascade.data.scenes.spec import SPLITS, Object, Split, generator
+from cascade import images
 from cascade.errors import UserError
-from cascade.paths import Path
+from cascade.scenes.captions import VOCABULARY, caption_at
+from cascade.scenes.render import render
+from cascade.scenes.spec import SPLITS, Object, Split, generator
+from cascade.storage import paths
+from cascade.storage.paths import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScenesData:
-    """Scenes rendered on the fly (cascade.data.scenes); nothing on disk.
+    """Scenes rendered on the fly (cascade.scenes); nothing on disk.
 
     split: "train" and "seen" have no held-out combination of shape and colour, "unseen" has one in
     every scene, "long" has three or four objects always. (seed, split) names an endless list of

@@ -16,19 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from cascade import images, train
-from cascade.checkpoint import Checkpoints
+from cascade import images
 from cascade.data import ScenesData
 from cascade.data.pipeline import block_means
-from cascade.data.scenes.render import render
-from cascade.data.scenes.spec import scene_at
 from cascade.diffusion import process
 from cascade.diffusion.loss import Loss
 from cascade.evaluation import quality
 from cascade.evaluation.claims import Property, above
 from cascade.models import Conditioning, EfficientLevel, EfficientUNetConfig
+from cascade.scenes.render import render
+from cascade.scenes.spec import scene_at
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig
-from cascade.train import Optimizer, TrainConfig
+from cascade.storage.checkpoint import Checkpoints
+from cascade.training import loop as train
+from cascade.training.loop import Optimizer, TrainConfig
 
 LEVEL = 0.2  # of the noise on the small pictures
 IMAGES = 4_000  # that each stage is trained on

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from cascade.runner import Cascade
+from cascade.runner.cascade import Cascade
 from cascade.stage import Sampling
 from cascade.text import TextEmbedding
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cascade.evaluation.judge import CATEGORIES
+from cascade.scenes.judge import CATEGORIES
 
 if TYPE_CHECKING:
     from cascade.evaluation.scenes import Judged

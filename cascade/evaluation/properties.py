@@ -21,15 +21,15 @@ from jaxtyping import UInt8
 
 from cascade import images
 from cascade.data.pipeline import block_means
-from cascade.data.scenes.captions import Caption, caption_at
-from cascade.data.scenes.render import render
-from cascade.data.scenes.spec import Scene
 from cascade.diffusion.denoise import Threshold
 from cascade.evaluation.claims import Measured, Property, above, alike
 from cascade.evaluation.drawing import Drawing
-from cascade.evaluation.judge import verdicts
-from cascade.evaluation.reading import Reading, read
 from cascade.models import Conditioning, EfficientUNetConfig
+from cascade.scenes.captions import Caption, caption_at
+from cascade.scenes.judge import verdicts
+from cascade.scenes.reading import Reading, read
+from cascade.scenes.render import render
+from cascade.scenes.spec import Scene
 
 SEEDS = 3
 PLAIN_GUIDANCE = 4.0  # for a base stage whose own settings have none

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cascade import images
-from cascade.data.scenes.captions import Caption, caption_at
 from cascade.errors import UserError
 from cascade.evaluation import page
 from cascade.evaluation.drawing import Drawing
-from cascade.evaluation.judge import Verdict, judge, summary
-from cascade.evaluation.reading import SIDES
+from cascade.scenes.captions import Caption, caption_at
+from cascade.scenes.judge import Verdict, judge, summary
+from cascade.scenes.reading import SIDES
 
 # "seen" draws from training's distribution but from a stream of its own; see spec.sample_scene.
 Set = Literal["seen", "unseen", "long"]

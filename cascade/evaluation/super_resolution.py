@@ -9,13 +9,13 @@ import numpy as np
 
 from cascade import images
 from cascade.data.pipeline import block_means
-from cascade.data.scenes.captions import caption_at
-from cascade.data.scenes.render import render
-from cascade.data.scenes.spec import scene_at
 from cascade.errors import UserError
 from cascade.evaluation import quality
 from cascade.evaluation.drawing import Drawing
-from cascade.runner import Cascade
+from cascade.runner.cascade import Cascade
+from cascade.scenes.captions import caption_at
+from cascade.scenes.render import render
+from cascade.scenes.spec import scene_at
 
 SHOWN = 6  # pictures on a sheet
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from cascade.data.scenes.captions import Facts, caption_at
-from cascade.data.scenes.render import render
 from cascade.evaluation import quality
 from cascade.evaluation.drawing import Drawing
-from cascade.evaluation.judge import judge, summary
-from cascade.evaluation.reading import SIDES
 from cascade.evaluation.scenes import check_sides
+from cascade.scenes.captions import Facts, caption_at
+from cascade.scenes.judge import judge, summary
+from cascade.scenes.reading import SIDES
+from cascade.scenes.render import render
 
 
 def sweep(

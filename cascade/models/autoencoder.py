@@ -20,8 +20,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from cascade.models import published
 from cascade.models.layers import Conv, GroupNorm, Linear, attend, enlarge
+from cascade.published import fields as published
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,10 @@ class AutoencoderConfig:
                 f"AutoencoderConfig.widths must be multiples of groups={self.groups}, at least "
                 f"one, got {self.widths}"
             )
+
+    def build(self, rngs: nnx.Rngs) -> Autoencoder:
+        """The network, with fresh parameters."""
+        return Autoencoder(self, rngs)
 
     @property
     def factor(self) -> int:

@@ -58,6 +58,10 @@ class CLIPTextConfig:
                 f"{self.num_attention_heads}, got {self.hidden_size}"
             )
 
+    def build(self, rngs: nnx.Rngs) -> "CLIPTextModel":
+        """The network, with fresh parameters."""
+        return CLIPTextModel(self, rngs)
+
     @classmethod
     def from_hf_dict(cls, fields: Mapping[str, Any]) -> "CLIPTextConfig":
         """From the contents of a Hugging Face config.json; fields that we do not have are ignored,

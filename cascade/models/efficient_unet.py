@@ -55,6 +55,10 @@ class EfficientUNetConfig(NetworkConfig):
                     f"EfficientUNetConfig.levels[{i}].text_attention needs text_width > 0, got 0"
                 )
 
+    def build(self, rngs: nnx.Rngs) -> "EfficientUNet":
+        """The network, with fresh parameters."""
+        return EfficientUNet(self, rngs)
+
     @property
     def side_multiple(self) -> int:
         return self.patch * math.prod(level.stride for level in self.levels)

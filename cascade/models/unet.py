@@ -50,6 +50,10 @@ class UNetConfig(NetworkConfig):
             if level.attention or level is self.levels[-1]:  # the middle always attends
                 self.check_heads(f"levels[{i}].width", level.width)
 
+    def build(self, rngs: nnx.Rngs) -> "UNet":
+        """The network, with fresh parameters."""
+        return UNet(self, rngs)
+
     @property
     def side_multiple(self) -> int:
         return self.patch * 2 ** (len(self.levels) - 1)

@@ -18,10 +18,10 @@ import numpy as np
 
 from cascade.errors import UserError
 from cascade.models import CLIPTextConfig, Network
-from cascade.pretrained import weights
-from cascade.pretrained.published import Published, Shapes, read_config
-from cascade.pretrained.weights import Origin
-from cascade.text.encoder import TextEmbedding
+from cascade.storage import weights
+from cascade.storage.network import Published, Shapes, read_config
+from cascade.storage.weights import Origin
+from cascade.text.t5 import TextEmbedding
 from cascade.text.tokenizer import Tokens
 
 

@@ -15,10 +15,10 @@ Nobody has trained this file on the public weights, which are gated; its tests d
 
 import dataclasses
 
-from cascade import deepfloyd
 from cascade.data import FolderData
-from cascade.sharding import MeshConfig
-from cascade.train import Optimizer, TrainConfig
+from cascade.devices.sharding import MeshConfig
+from cascade.published.deepfloyd import stage as deepfloyd
+from cascade.training.loop import Optimizer, TrainConfig
 
 
 def config(init: str) -> TrainConfig:

@@ -8,14 +8,14 @@ are those of the ImageNet-64 model of Dhariwal & Nichol 2021. Nobody has trained
 """
 
 from cascade.data import FolderData
+from cascade.devices.sharding import MeshConfig
 from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine
 from cascade.diffusion.samplers import Ancestral
 from cascade.models import Level, UNetConfig
-from cascade.sharding import MeshConfig
 from cascade.stage import Sampling, StageConfig
-from cascade.train import Optimizer, TrainConfig
+from cascade.training.loop import Optimizer, TrainConfig
 
 BATCH = 2048
 

@@ -14,7 +14,7 @@ from cascade.diffusion.process import Cosine
 from cascade.diffusion.samplers import DPMSolverPP2M
 from cascade.models import Level, UNetConfig
 from cascade.stage import Sampling, StageConfig
-from cascade.train import Optimizer, TrainConfig
+from cascade.training.loop import Optimizer, TrainConfig
 
 BATCH = 256
 

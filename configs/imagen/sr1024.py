@@ -9,14 +9,14 @@ list makes 400. We follow the list. The rest as in sr256.py; steps and guidance 
 """
 
 from cascade.data import FolderData
+from cascade.devices.sharding import MeshConfig
 from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import LinearVP
 from cascade.diffusion.samplers import Ancestral
 from cascade.models import EfficientLevel, EfficientUNetConfig
-from cascade.sharding import MeshConfig
 from cascade.stage import Sampling, StageConfig
-from cascade.train import Optimizer, TrainConfig
+from cascade.training.loop import Optimizer, TrainConfig
 
 BATCH = 2048
 

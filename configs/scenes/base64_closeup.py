@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cascade.config import load
 from cascade.data import ScenesData
-from cascade.train import TrainConfig
+from cascade.training.loop import TrainConfig
 
 
 def config() -> TrainConfig:

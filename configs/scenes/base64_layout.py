@@ -14,7 +14,7 @@ from pathlib import Path
 from cascade.config import load
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
-from cascade.train import TrainConfig
+from cascade.training.loop import TrainConfig
 
 
 def config() -> TrainConfig:

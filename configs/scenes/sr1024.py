@@ -11,7 +11,7 @@ from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
 from cascade.stage import Augmentation, Sampling, StageConfig
-from cascade.train import Optimizer, TrainConfig
+from cascade.training.loop import Optimizer, TrainConfig
 
 
 def config() -> TrainConfig:

@@ -9,7 +9,7 @@ the later sentence repeats knows it, and its first mention does not (46 to 49%).
 """
 
 from cascade.models.t5 import T5Config
-from cascade.text_pretraining import TextPretraining
+from cascade.scenes.text_pretraining import TextPretraining
 
 
 def config() -> TextPretraining:

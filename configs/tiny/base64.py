@@ -10,7 +10,7 @@ from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import Level, UNetConfig
 from cascade.stage import Sampling, StageConfig
-from cascade.train import Optimizer, TrainConfig
+from cascade.training.loop import Optimizer, TrainConfig
 
 
 def config() -> TrainConfig:

@@ -1,0 +1,259 @@
+"""`cascade bench`: figures of this machine, as JSON on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cascade import config
+from cascade.devices import xla_flags
+from cascade.errors import UserError
+
+if TYPE_CHECKING:
+    from cascade.training.loop import TrainConfig
+
+PROMPT = "a small red circle above a big blue square on gray"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Time `cascade sample` as a person meets it: whole processes, one prompt to the last stage.
+
+    The first run starts with an empty compilation cache, the second one finds it filled.
+    """
+
+    model: str = "scenes"
+    """A model that ships (scenes), or a folder that `cascade export` wrote."""
+    prompt: str = PROMPT
+    """What to draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Time the train step of a config on random pictures and text: no data, no text encoder.
+
+    --config FILE: as `cascade train` takes it, with its overrides (--batch-size 4), and with the
+    arguments of its function config(), such as the --init MODEL of configs/if/finetune_base64.py;
+    weights are random, whatever that names. The mesh is the config's, over all devices. MFU counts
+    the FLOPs of matrix products and convolutions, forward and backward, without what remat computes
+    again.
+    """
+
+    steps: int = 10
+    """Steps timed, after two that compile and warm up."""
+    tokens: int = 128
+    """Tokens of each text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """Time the compiler on a config's loss and its gradient, for one device of this machine.
+
+    Nothing is run and no parameter exists, so a stage of any size will do.
+    --config FILE: as for `cascade bench train`.
+    """
+
+    tokens: int = 128
+    """Tokens of each text."""
+
+
+USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
+       cascade bench train --config FILE [--FIELD VALUE ...] [--steps N] [--tokens N]
+       cascade bench compile --config FILE [--FIELD VALUE ...] [--tokens N]
+       cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]"""
+
+
+def main(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+    elif argv[0] == "sample":
+        options = config.parse(SampleOptions, argv[1:], prog="cascade bench sample")
+        print(json.dumps(bench_sample(options), indent=2))
+    elif argv[0] == "train":
+        xla_flags.apply(xla_flags.expected_backend(), os.environ)
+        _on_config(bench_train, TrainOptions, argv)
+    elif argv[0] == "compile":
+        # A program found in a cache would say nothing of the compiler.
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        _on_config(bench_compile, CompileOptions, argv)
+    elif argv[0] == "unet":
+        from cascade.published.deepfloyd.bench import UNetOptions, bench_unet
+
+        options = config.parse(UNetOptions, argv[1:], prog="cascade bench unet")
+        print(json.dumps(bench_unet(options), indent=2))
+    else:
+        raise UserError(f"cascade bench {argv[0]}: must be sample, train, compile or unet")
+
+
+def bench_train(settings: TrainConfig, options: TrainOptions) -> dict[str, Any]:
+    """Images a second and what follows from it, of the present machine."""
+    import jax
+
+    from cascade.devices import sharding
+    from cascade.devices.chips import chip_of
+    from cascade.stage import Stage
+    from cascade.training import loop as train
+
+    if options.steps < 1:
+        raise UserError(f"--steps must be 1 or more, got {options.steps}")
+    b = settings.batch_size
+    mesh = sharding.make_mesh(settings.mesh)
+    train.check_batch(settings, mesh)
+    stage, optimizer = Stage(settings.stage), train.make_optimizer(settings)
+    key = jax.random.key(0, impl="rbg")
+
+    def init(key):
+        return train.begin(settings, optimizer, stage.init(key))
+
+    placement = sharding.shardings(jax.eval_shape(init, key), mesh)
+    state = jax.jit(init, out_shardings=placement)(key)
+    batch = sharding.shard_batch(_random_batch(settings, options.tokens), mesh)
+    step = jax.jit(
+        train.make_train_step(settings, stage, optimizer, mesh),
+        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        out_shardings=(placement, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    work = train.step_flops(settings, step, state, batch)
+    parameters = sum(x.size for x in jax.tree.leaves(state["train"]["params"]))
+    start = time.perf_counter()
+    print("compiling ...", file=sys.stderr)
+    for _ in range(2):
+        state, metrics = jax.block_until_ready(step(state, batch))
+    warm = time.perf_counter()
+    for _ in range(options.steps):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    seconds = (time.perf_counter() - warm) / options.steps
+    device = jax.devices()[0]
+    chip, rate = chip_of(device.device_kind), work / seconds / jax.device_count()
+    return {
+        "stage": settings.stage.name,
+        "parameters": parameters,
+        "batch_size": b,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "images_per_second": _rounded(b / seconds),
+        "step_seconds": _rounded(seconds),
+        "first_two_steps_seconds": round(warm - start, 2),
+        "tflops_per_device": _rounded(rate / 1e12),
+        "mfu": _rounded(rate / chip.flops) if chip else None,
+        "peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def bench_compile(settings: TrainConfig, options: CompileOptions) -> dict[str, Any]:
+    """Seconds to lower and to compile forward and backward, and the size of what is compiled.
+
+    cpu_seconds: of both together, over all cores, which other work on the machine does not stretch.
+    hlo_bytes: of the program's text; hlo_bytes_compiled: of its text once optimized.
+    """
+    import jax
+
+    from cascade.planning.training import batch_of
+    from cascade.stage import Stage
+
+    if options.tokens < 1:
+        raise UserError(f"--tokens must be 1 or more, got {options.tokens}")
+    stage = Stage(settings.stage)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, batch = stage.abstract(), batch_of(settings, options.tokens)
+    start, worked = time.perf_counter(), time.process_time()
+    print("lowering ...", file=sys.stderr)
+    lowered = jax.jit(jax.value_and_grad(stage.loss, has_aux=True)).lower(params, batch, key)
+    compiling = time.perf_counter()
+    print("compiling ...", file=sys.stderr)
+    program = lowered.compile()
+    done, worked = time.perf_counter(), time.process_time() - worked
+    return {
+        "stage": settings.stage.name,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "batch_size": settings.batch_size,
+        "device": jax.devices()[0].device_kind,
+        "lower_seconds": round(compiling - start, 2),
+        "compile_seconds": round(done - compiling, 2),
+        "cpu_seconds": round(worked, 2),
+        "hlo_bytes": len(lowered.as_text()),
+        "hlo_bytes_compiled": len(program.as_text() or ""),
+    }
+
+
+def _rounded(value: float) -> float:
+    """To four digits, wherever they begin: a slow machine's figure is small, not nothing."""
+    return float(f"{value:.4g}")
+
+
+def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
+    """`cascade bench VERB --config FILE ...`, printed."""
+    from cascade.training.loop import TrainConfig
+
+    prog = f"cascade bench {argv[0]} --config FILE"
+    path, rest = config.take(argv[1:], "--config")
+    if {"-h", "--help"} & set(rest):
+        config.parse(kind, ["--help"], prog=prog)
+    if path is None:
+        raise UserError(f"{prog}: --config is missing; give a file as configs/tiny/base64.py")
+    own = []
+    for field in dataclasses.fields(kind):
+        value, rest = config.take(rest, f"--{field.name}")
+        own += [] if value is None else [f"--{field.name}", value]
+    options = config.parse(kind, own, prog=prog)
+    default, rest = config.load_with(path, rest)
+    if not isinstance(default, TrainConfig):
+        raise UserError(f"config {path}: config() must return a TrainConfig")
+    settings = config.parse(TrainConfig, rest, default=default, prog=prog)
+    print(json.dumps(bench(settings, options), indent=2))
+
+
+def _random_batch(settings: TrainConfig, tokens: int) -> dict[str, Any]:
+    import numpy as np
+
+    from cascade.planning.training import batch_of
+
+    rng = np.random.default_rng(0)
+
+    def filled(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        if dtype == np.bool_:
+            return np.ones(shape, bool)
+        if dtype == np.uint8:
+            return rng.integers(0, 256, shape, np.uint8)
+        return rng.standard_normal(shape, dtype)
+
+    return {name: filled(x.shape, x.dtype) for name, x in batch_of(settings, tokens).items()}
+
+
+def bench_sample(options: SampleOptions) -> dict[str, Any]:
+    """Seconds of a first and a second run, and the peak memory of the larger, in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "cascade", "sample", options.prompt),
+            *("--model", options.model, "--out", str(Path(folder) / "samples")),
+        ]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(Path(folder) / "cache")}
+        seconds = []
+        for name in ("first run", "second run"):
+            print(f"{name} ...", file=sys.stderr)
+            start = time.perf_counter()
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            seconds.append(round(time.perf_counter() - start, 2))
+            if done.returncode:
+                raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    return {
+        "first_run_seconds": seconds[0],
+        "second_run_seconds": seconds[1],
+        "peak_memory_bytes": peak,
+        "cores": os.cpu_count(),
+    }

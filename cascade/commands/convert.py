@@ -1,0 +1,83 @@
+"""`cascade convert`: public weights in diffusers' layout -> a model folder for `cascade sample`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cascade import config
+from cascade.errors import UserError
+
+USAGE = (
+    "cascade convert deepfloyd --stage1 DIR [--stage2 DIR] [--stage3 DIR] [--text-encoder DIR] OUT"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepFloydOptions:
+    """Convert DeepFloyd IF from diffusers' pipelines to a model folder.
+
+    OUT gets config.json, one folder a stage (config.json, model.safetensors; in stage III also its
+    own text_encoder/ and tokenizer/) and text_encoder/. It must be new or empty. Weights pass
+    tensor by tensor: memory for the largest one is enough.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The folder to write."""
+    stage1: str | None = None
+    """A folder, or a name such as DeepFloyd/IF-I-XL-v1.0: text to 64 px."""
+    stage2: str | None = None
+    """A folder, or a name such as DeepFloyd/IF-II-L-v1.0: 64 to 256 px."""
+    stage3: str | None = None
+    """A folder, or stabilityai/stable-diffusion-x4-upscaler: 256 to 1024 px."""
+    text_encoder: str | None = None
+    """A folder, or a name on the Hugging Face hub, with T5 v1.1's encoder and spiece.model; default
+    is that of stage I."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """What weights are stored as; default is what they are stored as now."""
+
+
+def main(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {USAGE}")
+        return
+    if argv[0] != "deepfloyd":
+        raise UserError(f"cascade convert {argv[0]}: only `cascade convert deepfloyd` exists")
+    options = config.parse(DeepFloydOptions, argv[1:], prog="cascade convert deepfloyd")
+    print(json.dumps(convert_deepfloyd(options)))
+
+
+def convert_deepfloyd(options: DeepFloydOptions) -> dict:
+    """Write the model folder; returns its config.json. It appears whole or not at all."""
+    from cascade.published.deepfloyd import stage as deepfloyd
+    from cascade.storage.checkpoint import WholeFolder, write_json
+    from cascade.text import t5_folder as t5
+    from cascade.text.t5 import locate
+
+    given = (options.stage1, options.stage2, options.stage3)
+    names = [name for name in given if name is not None]
+    if not names:
+        raise UserError(f"nothing to convert: {USAGE}")
+    pipelines = deepfloyd.pipelines(names)
+    spelled = {None: None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[options.dtype]
+    shared = any(isinstance(p, deepfloyd.Pipeline) for p in pipelines)
+    encoder = locate(options.text_encoder or pipelines[0].folder) if shared else None
+    report = {
+        "format": "cascade",
+        "version": 1,
+        "stages": [p.config.name for p in pipelines],
+        "max_tokens": deepfloyd.MAX_TOKENS,
+        "captions": deepfloyd.CAPTIONS,
+    }
+    with WholeFolder(options.out) as folder:
+        for pipeline in pipelines:
+            deepfloyd.write_stage(pipeline, folder / pipeline.config.name, spelled)
+        if encoder is not None:
+            t5.copy_folder(encoder, folder / "text_encoder", spelled)
+        write_json(folder / "config.json", report)
+    return report

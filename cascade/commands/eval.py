@@ -1,0 +1,355 @@
+"""`cascade eval`: figures of merit as JSON on stdout, pictures and plots into --out."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cascade import config
+from cascade.commands.sample import ByStage, Until
+from cascade.errors import UserError
+
+if TYPE_CHECKING:
+    from cascade.evaluation.drawing import Drawing
+
+USAGE = """usage: cascade eval {scenes,sr,sweep,properties} ...
+
+Figures of merit as JSON on stdout, pictures and plots into --out.
+
+  scenes      draw prompts, read the pictures back, count the facts that they show
+  sr          super-resolution of true small pictures: PSNR, sharpness, FD-proxy
+  sweep       facts right against FD-proxy, by guidance and augmentation level
+  properties  whether guidance, thresholding and augmentation do their work
+
+`cascade eval scenes --help` shows what a command takes, with units and defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    model: str = "scenes"
+    """A model that ships (scenes), or a folder that `cascade export` wrote."""
+    seed: int = 0
+    """Chooses the prompts, none of which are training's; picture i is drawn with seed + i."""
+    steps: ByStage = None
+    """Sampling steps, by stage that draws: 16,4,2, smallest first, or one value for all."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextOptions(_Options):
+    null_text_in_sr: Literal["true", "false"] = "false"
+    """Whether super-resolution stages draw without the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesOptions(_TextOptions):
+    """Draw prompts of the scenes grammar, read the pictures back, count the facts they show.
+
+    A picture's shapes, colours, sizes, finishes, places and background are read by analysis alone.
+    On stdout: for each set and side, the shares of facts and of prompts wholly right, also by
+    category, with 95 % intervals. OUT gets index.html (every picture with its verdicts, the worst
+    first), pictures/ and results.json. It must be new or empty.
+    """
+
+    out: Path
+    """The folder to write."""
+    set: Literal["seen", "unseen", "long", "all"] = "seen"
+    """seen: prompts as in training. unseen: with combinations of shape and colour that training
+    never had. long: with three or four objects. all: each of these."""
+    prompts: int = 300
+    """Prompts of each set."""
+    until: Until = None
+    """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
+    guidance: ByStage = None
+    """Weight of classifier-free guidance, by stage; 1 is none."""
+    aug_level: ByStage = None
+    """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolutionOptions(_TextOptions):
+    """Let each super-resolution stage enlarge true small pictures of scenes.
+
+    On stdout, for each stage: PSNR against the render, sharpness (its share of the render's
+    gradient energy) and FD-proxy (a Fréchet distance on features of a random network; it is not
+    FID), next to bicubic enlargement.
+    """
+
+    pictures: int = 100
+    """Scenes to enlarge."""
+    out: Path | None = None
+    """A folder for results.json and a sheet for each stage; new or empty."""
+    guidance: ByStage = None
+    """Weight of classifier-free guidance, by super-resolution stage; 1 is none."""
+    aug_level: ByStage = None
+    """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(_TextOptions):
+    """Draw the same prompts at several guidance weights and augmentation levels.
+
+    OUT gets sweep.png (facts right against FD-proxy), sweep.csv and results.json. It must be new or
+    empty.
+    """
+
+    out: Path
+    """The folder to write."""
+    guidance: str = "1,2,4,8"
+    """Weights of classifier-free guidance in the base stage."""
+    aug_level: str = "0,0.1,0.2,0.4"
+    """Noise on the low-resolution picture, 0 to 1, the same in all super-resolution stages."""
+    prompts: int = 100
+    """Prompts drawn at each combination."""
+    until: Until = None
+    """Stop at the stage that draws this side, in pixels; 1024 takes long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PropertiesOptions(_Options):
+    """Whether the mechanisms of an Imagen cascade do their work: six properties, three seeds.
+
+    (a) prompt-following grows with guidance; (b) shuffled captions fall to chance; (c) saturated
+    pixels: none > static > dynamic thresholding; (d) super-resolution trained with augmentation
+    survives a noisy small picture, without it does not (two small stages are trained for each seed:
+    this one is not about the model); (e) sensitivity to the prompt grows with the augmentation
+    level; (f) the last stage runs on larger images than its crops. On stdout: the figures of each
+    seed, and for each claim its margin; a claim holds from two standard errors, a property if all
+    of its claims do. A table on stderr.
+    """
+
+    out: Path | None = None
+    """A folder for results.json and properties.png; new or empty."""
+    prompts: int = 128
+    """Prompts of each seed, a quarter of them for e and f; 8 or more."""
+
+
+def main(argv: Sequence[str]) -> None:
+    argv = list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+    elif argv[0] in _COMMANDS:
+        options_class, command = _COMMANDS[argv[0]]
+        options = config.parse(options_class, argv[1:], prog=f"cascade eval {argv[0]}")
+        print(json.dumps(command(options), indent=2))
+    else:
+        near = config.nearest(argv[0], list(_COMMANDS))
+        raise UserError(f"{argv[0]!r} is no command of cascade eval{near}")
+
+
+def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
+    """Fills options.out; returns what goes to stdout."""
+    _check(options, "--prompts", options.prompts)
+    from cascade.evaluation import scenes
+    from cascade.storage.checkpoint import WholeFolder
+
+    sets = scenes.SETS if options.set == "all" else (options.set,)
+    with WholeFolder(options.out) as folder:
+        drawing = _drawing(
+            options,
+            guidance=options.guidance,
+            aug_level=options.aug_level,
+            until=options.until,
+        )
+        with _progress(len(sets) * options.prompts) as advance:
+            results, pictures = scenes.evaluate_scenes(
+                drawing,
+                folder,
+                sets=sets,
+                prompts=options.prompts,
+                seed=options.seed,
+                until=options.until,
+                advance=advance,
+            )
+        report = {**_described(options, drawing), "prompts": options.prompts, "sets": results}
+        _write(folder, {**report, "pictures": pictures})
+    return report
+
+
+def evaluate_super_resolution(options: SuperResolutionOptions) -> dict[str, Any]:
+    """Fills options.out, if one is named; returns what goes to stdout."""
+    _check(options, "--pictures", options.pictures, least=2)
+    from cascade.evaluation import super_resolution
+    from cascade.storage.checkpoint import WholeFolder
+
+    def run(folder: Path | None) -> dict[str, Any]:
+        drawing = _drawing(
+            options, guidance=options.guidance, aug_level=options.aug_level, enlarging=True
+        )
+        with _progress(len(drawing.settings) * options.pictures) as advance:
+            results = super_resolution.evaluate_super_resolution(
+                drawing,
+                pictures=options.pictures,
+                seed=options.seed,
+                folder=folder,
+                advance=advance,
+            )
+        return {**_described(options, drawing), "stages": results}
+
+    if options.out is None:
+        return run(None)
+    with WholeFolder(options.out) as folder:
+        report = run(folder)
+        _write(folder, report)
+    return report
+
+
+def sweep(options: SweepOptions) -> dict[str, Any]:
+    """Fills options.out; returns what goes to stdout."""
+    _check(options, "--prompts", options.prompts, least=2)
+    guidance = _numbers("--guidance", options.guidance)
+    aug_levels = _numbers("--aug-level", options.aug_level)
+    if not all(0 <= level <= 1 for level in aug_levels):
+        raise UserError(f"--aug-level {options.aug_level}: levels must be in [0, 1]")
+    from cascade.evaluation import sweep as sweeping
+    from cascade.storage.checkpoint import WholeFolder
+
+    with WholeFolder(options.out) as folder:
+        drawing = _drawing(options, until=options.until)
+        alone = len(drawing.cascade.select(until=options.until)) == 1
+        rounds = len(guidance) * (1 if alone else 1 + len(aug_levels))
+        with _progress(rounds * options.prompts) as advance:
+            rows = sweeping.sweep(
+                drawing,
+                folder,
+                guidance=guidance,
+                aug_levels=aug_levels,
+                prompts=options.prompts,
+                seed=options.seed,
+                until=options.until,
+                advance=advance,
+            )
+        report = {**_described(options, drawing), "prompts": options.prompts, "points": rows}
+        _write(folder, report)
+    return report
+
+
+def properties(options: PropertiesOptions) -> dict[str, Any]:
+    """Fills options.out, if one is named; returns what goes to stdout."""
+    _check(options, "--prompts", options.prompts, least=8, seeds=3)
+    from cascade.evaluation import augmentation, scenes, super_resolution
+    from cascade.evaluation import properties as measures
+    from cascade.storage.checkpoint import WholeFolder
+
+    def run(folder: Path | None) -> dict[str, Any]:
+        drawing = _drawing(options)
+        scenes.check_sides(drawing, drawing.cascade.stages[0][0].config.resolution)
+        super_resolution.super_resolution_stages(drawing.cascade)
+        prompts = measures.prompts_of(options.seed, options.prompts)
+        quarter = measures.quarter(prompts)
+        with _progress(measures.drawings(prompts)) as advance:
+            a, b = measures.following(drawing, prompts, advance)
+            c = measures.saturation(drawing, prompts, advance)
+            e = measures.sensitivity(drawing, quarter, advance)
+            f = measures.larger_pictures(drawing, quarter, advance)
+        seeds = measures.seeds_of(options.seed, options.prompts)
+        d = augmentation.augmentation(seeds, options.prompts)
+        found = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f}
+        print(measures.table(found), file=sys.stderr)
+        report = {
+            **_described(options, drawing),
+            "prompts": options.prompts,
+            "seeds": seeds,
+            "holds": all(one.holds for one in found.values()),
+            "properties": {name: one.as_json() for name, one in found.items()},
+        }
+        if folder is not None:
+            measures.plot(folder / "properties.png", found)
+            _write(folder, report)
+        return report
+
+    if options.out is None:
+        return run(None)
+    with WholeFolder(options.out) as folder:
+        return run(folder)
+
+
+_COMMANDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
+    "scenes": (ScenesOptions, evaluate_scenes),
+    "sr": (SuperResolutionOptions, evaluate_super_resolution),
+    "sweep": (SweepOptions, sweep),
+    "properties": (PropertiesOptions, properties),
+}
+
+
+def _drawing(
+    options: _Options,
+    *,
+    guidance: str | None = None,
+    aug_level: str | None = None,
+    until: int | None = None,
+    enlarging: bool = False,
+) -> Drawing:
+    """The model, with the command line's lists laid over the stages that draw.
+
+    Those up to `until`; with `enlarging`, super-resolution stages alone.
+    """
+    from cascade.commands import sample
+    from cascade.evaluation.drawing import Drawing
+    from cascade.evaluation.super_resolution import super_resolution_stages
+    from cascade.runner.cascade import Cascade
+
+    if options.compilation_cache:
+        sample.use_compilation_cache()
+    cascade = Cascade.load(options.model)
+    chosen = cascade.stages if until is None else cascade.select(until=until)
+    stages = [stage for stage, _ in chosen]
+    if enlarging:
+        names = [name for name, _, _ in super_resolution_stages(cascade)]
+        stages = [stage for stage in stages if stage.config.name in names]
+    lists = sample.Options(steps=options.steps, guidance=guidance, aug_level=aug_level)
+    settings = sample.override(stages, lists, [stage for stage, _ in cascade.stages])
+    return Drawing(
+        cascade=cascade,
+        settings={stage.config.name: s for stage, s in zip(stages, settings, strict=True)},
+        null_text_in_sr=isinstance(options, _TextOptions) and options.null_text_in_sr == "true",
+    )
+
+
+def _described(options: _Options, drawing: Drawing) -> dict[str, Any]:
+    return {
+        "model": options.model,
+        "model_sha256": drawing.cascade.digest,
+        "seed": options.seed,
+        "null_text_in_sr": drawing.null_text_in_sr,
+        "settings": {name: config.to_json(s) for name, s in drawing.settings.items()},
+    }
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=2) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], Any]]:
+    """A bar on stderr: pictures done, pictures a second, time left."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="picture", desc="evaluating", dynamic_ncols=True) as bar:
+        yield bar.update
+
+
+def _check(options: _Options, flag: str, count: int, least: int = 1, seeds: int = 1) -> None:
+    """count: pictures of each of so many seeds."""
+    if count < least:
+        raise UserError(f"{flag} must be {least} or more, got {count}")
+    if not 0 <= options.seed <= 2**32 - seeds * count:
+        raise UserError(f"--seed must be in [0, 2^32 - {seeds * count}], got {options.seed}")
+
+
+def _numbers(flag: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{flag} {text}: must be numbers with commas between, as 1,2,4")
+    return values

@@ -1,0 +1,1 @@
+"""The machine: devices and processes, their meshes, and what chips can do."""

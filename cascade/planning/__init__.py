@@ -1,0 +1,1 @@
+"""`cascade plan`: what a run needs on machines that are not here."""

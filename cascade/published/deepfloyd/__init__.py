@@ -1,0 +1,1 @@
+"""DeepFloyd IF, stages I and II."""

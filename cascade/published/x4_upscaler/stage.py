@@ -1,0 +1,118 @@
+"""stable-diffusion-x4-upscaler as a stage of a cascade: the third one behind DeepFloyd IF's two.
+
+It diffuses in the latents of an autoencoder, at the resolution of the picture that it enlarges, and
+is told of the prompt by a CLIP text encoder of its own. The pipeline's folder, in diffusers'
+layout, holds model_index.json, `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/` and
+`low_res_scheduler/`; watermarker and safety checker are not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.config import read_json
+from cascade.errors import UserError
+from cascade.published.schedulers import read_scheduler
+from cascade.published.x4_upscaler import reader as upscaler
+from cascade.stage import Augmentation, Sampling, StageConfig
+from cascade.storage import network as published
+from cascade.storage.network import Published
+from cascade.text import clip
+
+KIND = "StableDiffusionUpscalePipeline"
+SCALING = 0.08333
+"""Of latents, which the pipeline imposes on whatever vae/config.json says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscalePipeline:
+    """The published stage on disk. config: of our stage. folder: with model_index.json."""
+
+    folder: Path
+    config: StageConfig
+
+    def params(
+        self, dtype: str = "float32", shardings: Callable[[Any], Any] | None = None
+    ) -> dict[str, Any]:
+        """Those of the U-Net and the autoencoder, each read straight onto its devices."""
+        return {name: part.read(dtype, shardings) for name, part in self._networks.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        """The weights."""
+        text = clip.text_encoder(self.folder)
+        return [file for part in (*self._networks.values(), text) for file in part.files]
+
+    def write(self, folder: Path, dtype: str | None = None) -> None:
+        """The weights as our model.safetensors, tensor by tensor; dtype None is that of each.
+
+        Beside it text_encoder/ and tokenizer/, which the other stages do not share.
+        """
+        networks = {f"{name}/": part for name, part in self._networks.items()}
+        published.write(folder / "model.safetensors", networks, dtype)
+        clip.copy_folder(self.folder, folder, dtype)
+
+    @property
+    def _networks(self) -> dict[str, Published]:
+        """As the stage's parameters are called."""
+        return {
+            "network": upscaler.unet(self.folder / "unet"),
+            "autoencoder": upscaler.autoencoder(self.folder / "vae"),
+        }
+
+
+def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageConfig:
+    """The stage that the pipeline's config files describe; no weights are read.
+
+    lowres_resolution: of the stage before; None is 256, what DeepFloyd IF's second one draws.
+    Settings without a place in the files are the pipeline's defaults, 75 steps with guidance 9 and
+    noise level 20 of 1000; behind another stage the level is 100, as in DeepFloyd IF's README.
+    """
+    index = folder / "model_index.json"
+    low = lowres_resolution or 256
+    network = upscaler.unet(folder / "unet").config
+    autoencoder = upscaler.autoencoder(folder / "vae").config
+    if (text := clip.text_encoder(folder).config).hidden_size != network.text_width:
+        raise UserError(
+            f"{folder / 'text_encoder' / 'config.json'}: hidden_size must be the U-Net's "
+            f"cross_attention_dim, {network.text_width}, got {text.hidden_size}"
+        )
+    most = read_json(index).get("max_noise_level", 350)
+    if not isinstance(most, int) or not 0 <= most < network.noise_levels:
+        raise UserError(
+            f"{index}: max_noise_level must be in 0..{network.noise_levels - 1}, got {most!r}"
+        )
+    scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
+    noising = read_scheduler(folder / "low_res_scheduler" / "scheduler_config.json").schedule
+
+    def level(entry: int) -> float:
+        """The time of that entry of the table."""
+        return (entry + 1) / noising.steps
+
+    try:
+        return StageConfig(
+            name=f"x{autoencoder.factor}_{low * autoencoder.factor}",
+            resolution=low * autoencoder.factor,
+            lowres_resolution=low,
+            network=network,
+            autoencoder=dataclasses.replace(autoencoder, scaling=SCALING),
+            schedule=scheduler.schedule,
+            prediction=scheduler.prediction,
+            augmentation=Augmentation(
+                schedule=noising, max_level=level(most), after_upsampling=True
+            ),
+            sampling=Sampling(
+                steps=75,
+                grid=scheduler.grid,
+                guidance=9.0,
+                sampler=scheduler.sampler,
+                threshold=scheduler.threshold,
+                aug_level=level(min(20 if lowres_resolution is None else 100, most)),
+            ),
+        )
+    except ValueError as e:
+        raise UserError(f"{folder}: {e}") from None

@@ -1,0 +1,502 @@
+"""The U-Net of stable-diffusion-x4-upscaler, laid out as its public weights are.
+
+It denoises latents of an autoencoder (`autoencoder.py`) beside the low-resolution picture, whose
+pixels lie one on one with them. Like `if_unet.py` its modules are named after the tensors of the
+files in diffusers' layout. What is unlike it: the level of the picture's noise is looked up in a
+table, the embedding is added rather than scaling, resampling is a convolution, and attention is a
+transformer block (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion
+Models", app. E.2.1), whose first attention sees the text instead of the pixels in all levels but
+the innermost:
+
+    emb = time(t) + table[noise level]
+    h   = conv2(act(GN(conv1(act(GN(x))) + proj(act(emb)))));   out = x + h
+    y   = in(GN(x));  y += attn1(LN(y));  y += attn2(LN(y), text);  y += ff(LN(y));  x + out(y)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from cascade.models.conditioning import Conditioning, sinusoids
+from cascade.models.layers import Conv, GroupNorm, Linear, attend, enlarge
+from cascade.published import fields as published
+
+FirstSees = Literal["text", "image"]
+"""What the first attention of a transformer block draws its keys and values from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpscalerLevel:
+    """One resolution: `blocks` residual blocks on the way down, blocks + 1 on the way up.
+
+    attention: what the transformer block after each of them sees first; None is no such block.
+    """
+
+    width: int
+    blocks: int
+    attention: FirstSees | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpscalerUNetConfig:
+    """What `unet/config.json` says, see `from_diffusers`.
+
+    levels: from full resolution down; the two blocks below them see the image first.
+    in_channels, out_channels: of latents. lowres_channels: of Conditioning.lowres, concatenated.
+    noise_levels: of the low-resolution picture, rows of their table. text_width: of a token.
+    heads: of every attention layer. groups, epsilon: of the residual blocks' GroupNorm.
+    compute_dtype: of activations; norms, softmax, embedding and output are float32.
+    """
+
+    levels: tuple[UpscalerLevel, ...]
+    in_channels: int = 4
+    out_channels: int = 4
+    lowres_channels: int = 3
+    noise_levels: int = 1000
+    text_width: int = 1024
+    heads: int = 8
+    groups: int = 32
+    epsilon: float = 1e-5
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        if not self.levels:
+            raise ValueError("UpscalerUNetConfig.levels must hold at least one level, got none")
+        for i, level in enumerate(self.levels):
+            if level.blocks < 1 or level.width < 1 or level.width % self.groups:
+                raise ValueError(
+                    f"UpscalerUNetConfig.levels[{i}] needs blocks of at least 1 and a width that "
+                    f"is a multiple of groups={self.groups}, got {level.blocks} and {level.width}"
+                )
+            attends = level.attention or level is self.levels[-1]  # the middle always does
+            if attends and level.width % self.heads:
+                raise ValueError(
+                    f"UpscalerUNetConfig.levels[{i}].width must be a multiple of heads="
+                    f"{self.heads}, got {level.width}"
+                )
+        if self.lowres_channels < 1:
+            raise ValueError(
+                "UpscalerUNetConfig.lowres_channels must be at least 1: in_channels of "
+                f"unet/config.json less out_channels, got {self.lowres_channels}"
+            )
+
+    def build(self, rngs: nnx.Rngs) -> UpscalerUNet:
+        """The network, with fresh parameters."""
+        return UpscalerUNet(self, rngs)
+
+    @property
+    def null_prompt(self) -> str:
+        """The prompt whose embedding stands for no text (see layers.NetworkConfig)."""
+        return ""
+
+    @property
+    def lowres(self) -> bool:
+        """It always enlarges a picture."""
+        return True
+
+    @property
+    def side_multiple(self) -> int:
+        """What the height and the width of latents must be divisible by."""
+        return 2 ** (len(self.levels) - 1)
+
+    @classmethod
+    def from_diffusers(cls, fields: Mapping[str, Any]) -> UpscalerUNetConfig:
+        """From the contents of a `unet/config.json`; a missing field has UNet2DConditionModel's
+        default. Raises ValueError naming the field that asks for another network.
+        """
+        given = published.read_fields(
+            fields,
+            class_name="UNet2DConditionModel",
+            defaults=_DEFAULTS,
+            required=_REQUIRED,
+            without_effect=_WITHOUT_EFFECT,
+            network="a stable-diffusion-x4-upscaler",
+        )
+        attends = published.levels_with(given, _DOWN, _UP)
+        count = len(attends)
+        latent = published.integer(given, "out_channels")
+        return cls(
+            levels=tuple(
+                UpscalerLevel(
+                    width=width, blocks=blocks, attention=_FIRST_SEES[only] if a else None
+                )
+                for width, blocks, only, a in zip(
+                    published.one_each(given, "block_out_channels", int, count),
+                    published.one_each(given, "layers_per_block", int, count),
+                    published.one_each(given, "only_cross_attention", bool, count),
+                    attends,
+                    strict=True,
+                )
+            ),
+            in_channels=latent,
+            out_channels=latent,
+            lowres_channels=published.integer(given, "in_channels") - latent,
+            noise_levels=published.integer(given, "num_class_embeds"),
+            text_width=published.integer(given, "cross_attention_dim"),
+            heads=published.integer(given, "attention_head_dim"),
+            groups=published.integer(given, "norm_num_groups"),
+            epsilon=float(given["norm_eps"]),
+        )
+
+
+class UpscalerUNet(nnx.Module):
+    """Call with x [b, h, w, in], time [b] in 0..999, Conditioning; returns [b, h, w, out] float32.
+
+    time: indices into the table of betas that the network was trained on. Conditioning.lowres:
+    [b, h, w, 3], its lowres_time the row of the noise levels' table. Conditioning.text: CLIP's
+    output at every position; text_mask is not looked at. h and w: divisible by 2^(levels - 1).
+    key is not used: there is no dropout.
+    """
+
+    def __init__(self, config: UpscalerUNetConfig, rngs: nnx.Rngs):
+        self.config = config
+        levels, first_width = config.levels, config.levels[0].width
+        emb_width = 4 * first_width
+        self.time_embedding = _TimeEmbedding(first_width, emb_width, rngs)
+        self.class_embedding = _Table(config.noise_levels, emb_width, rngs)
+        self.conv_in = Conv(config.in_channels + config.lowres_channels, first_width, rngs=rngs)
+        inner = (*levels[1:], None)
+        outer = (None, *levels[:-1])
+        self.down_blocks = nnx.List(
+            _Down(config, level, (o or level).width, i is not None, rngs)
+            for level, i, o in zip(levels, inner, outer, strict=True)
+        )
+        self.mid_block = _Middle(config, rngs)
+        self.up_blocks = nnx.List(
+            _Up(config, level, (i or level).width, (o or level).width, o is not None, rngs)
+            for level, i, o in reversed(list(zip(levels, inner, outer, strict=True)))
+        )
+        self.conv_norm_out = _norm(config, first_width)
+        self.conv_out = Conv(first_width, config.out_channels, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, " b"],
+        cond: Conditioning,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b h w d"]:
+        dtype = self.config.compute_dtype
+        # TPUs would otherwise multiply float32 in one bfloat16 pass, and lose parity with it.
+        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            self._check(x, cond)
+            emb = self.time_embedding(time) + self.class_embedding(cond.lowres_time)
+            emb = jax.nn.silu(emb).astype(dtype)
+            text = cond.text.astype(dtype)
+            h = self.conv_in(jnp.concatenate([x, cond.lowres], axis=-1).astype(dtype))
+            skips = [h]
+            for down in self.down_blocks:
+                h, outputs = down(h, emb, text)
+                skips += outputs
+            h = self.mid_block(h, emb, text)
+            for up in self.up_blocks:
+                h = up(h, emb, text, skips)
+            return self.conv_out(self.conv_norm_out(h.astype(jnp.float32), activate=True))
+
+    def _check(self, x: Array, cond: Conditioning) -> None:
+        config = self.config
+        if x.shape[1] % config.side_multiple or x.shape[2] % config.side_multiple:
+            raise ValueError(
+                f"latents' sides must be multiples of {config.side_multiple} (strides of "
+                f"UpscalerUNetConfig), got {x.shape[1]}x{x.shape[2]}"
+            )
+        if cond.text is None or cond.text.shape[-1] != config.text_width:
+            got = None if cond.text is None else cond.text.shape
+            raise ValueError(
+                f"UpscalerUNetConfig.text_width is {config.text_width}: Conditioning.text must be "
+                f'[b, l, {config.text_width}], that of "" for no text; got {got}'
+            )
+        shape = (*x.shape[:3], config.lowres_channels)
+        if cond.lowres is None or cond.lowres.shape != shape or cond.lowres_time is None:
+            got = None if cond.lowres is None else cond.lowres.shape
+            raise ValueError(
+                f"UpscalerUNet enlarges a picture: Conditioning.lowres must be {shape}, with its "
+                f"lowres_time [b]; got lowres {got}"
+            )
+
+
+class _Down(nnx.Module):
+    def __init__(
+        self,
+        config: UpscalerUNetConfig,
+        level: UpscalerLevel,
+        width_in: int,
+        down: bool,
+        rngs: nnx.Rngs,
+    ):
+        widths = [width_in] + [level.width] * (level.blocks - 1)
+        self.resnets = nnx.List(_ResBlock(config, w, level.width, rngs) for w in widths)
+        self.attentions = _transformers(config, level, level.blocks, rngs)
+        self.downsamplers = nnx.List([_Smaller(level.width, rngs)] if down else [])
+
+    def __call__(self, h: Array, emb: Array, text: Array) -> tuple[Array, list[Array]]:
+        """Also returns the skips: the output of every block, in order."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(h, emb)
+            h = self.attentions[i](h, text) if self.attentions else h
+            skips.append(h)
+        for smaller in self.downsamplers:
+            h = smaller(h)
+            skips.append(h)
+        return h, skips
+
+
+class _Middle(nnx.Module):
+    def __init__(self, config: UpscalerUNetConfig, rngs: nnx.Rngs):
+        width = config.levels[-1].width
+        self.resnets = nnx.List(_ResBlock(config, width, width, rngs) for _ in range(2))
+        self.attentions = nnx.List([_Transformer(config, width, "image", rngs)])
+
+    def __call__(self, h: Array, emb: Array, text: Array) -> Array:
+        before, after = self.resnets
+        return after(self.attentions[0](before(h, emb), text), emb)
+
+
+class _Up(nnx.Module):
+    """As many blocks as the way down left skips at this resolution, then an enlarging one.
+
+    The last of them takes what entered the level on the way down, of the outer level's width.
+    """
+
+    def __init__(
+        self,
+        config: UpscalerUNetConfig,
+        level: UpscalerLevel,
+        inner_width: int,
+        outer_width: int,
+        up: bool,
+        rngs: nnx.Rngs,
+    ):
+        width = level.width
+        hidden = [inner_width] + [width] * level.blocks
+        skips = [width] * level.blocks + [outer_width]
+        self.resnets = nnx.List(
+            _ResBlock(config, h + s, width, rngs) for h, s in zip(hidden, skips, strict=True)
+        )
+        self.attentions = _transformers(config, level, level.blocks + 1, rngs)
+        self.upsamplers = nnx.List([_Larger(width, rngs)] if up else [])
+
+    def __call__(self, h: Array, emb: Array, text: Array, skips: list[Array]) -> Array:
+        """Takes its skips off the end of the list."""
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(jnp.concatenate([h, skips.pop()], axis=-1), emb)
+            h = self.attentions[i](h, text) if self.attentions else h
+        for larger in self.upsamplers:
+            h = larger(h)
+        return h
+
+
+class _ResBlock(nnx.Module):
+    def __init__(self, config: UpscalerUNetConfig, width_in: int, width: int, rngs: nnx.Rngs):
+        self.norm1 = _norm(config, width_in)
+        self.conv1 = Conv(width_in, width, rngs=rngs)
+        self.time_emb_proj = Linear(4 * config.levels[0].width, width, rngs=rngs)
+        self.norm2 = _norm(config, width)
+        self.conv2 = Conv(width, width, rngs=rngs)
+        self.conv_shortcut = None if width_in == width else Linear(width_in, width, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"]
+    ) -> Float[Array, "b h w d"]:
+        h = self.conv1(self.norm1(x, activate=True)) + self.time_emb_proj(emb)[:, None, None]
+        h = self.conv2(self.norm2(h, activate=True))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class _Smaller(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.conv = Conv(width, width, stride=2, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(x)
+
+
+class _Larger(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.conv = Conv(width, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(enlarge(x))
+
+
+class _Transformer(nnx.Module):
+    def __init__(
+        self, config: UpscalerUNetConfig, width: int, first_sees: FirstSees, rngs: nnx.Rngs
+    ):
+        # Not the residual blocks' epsilon.
+        self.norm = GroupNorm(width, groups=config.groups, epsilon=1e-6)
+        self.proj_in = Linear(width, width, rngs=rngs)
+        self.transformer_blocks = nnx.List([_TransformerBlock(config, width, first_sees, rngs)])
+        self.proj_out = Linear(width, width, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], text: Float[Array, "b l d"]
+    ) -> Float[Array, "b h w c"]:
+        h = self.proj_in(self.norm(x).reshape(x.shape[0], -1, x.shape[-1]))
+        for block in self.transformer_blocks:
+            h = block(h, text)
+        return x + self.proj_out(h).reshape(x.shape)
+
+
+class _TransformerBlock(nnx.Module):
+    def __init__(
+        self, config: UpscalerUNetConfig, width: int, first_sees: FirstSees, rngs: nnx.Rngs
+    ):
+        head_width = width // config.heads
+        self.first_sees: FirstSees = first_sees
+        first_width = config.text_width if first_sees == "text" else width
+        self.norm1 = _layer_norm(width, rngs)
+        self.attn1 = _Attention(width, first_width, head_width, rngs)
+        self.norm2 = _layer_norm(width, rngs)
+        self.attn2 = _Attention(width, config.text_width, head_width, rngs)
+        self.norm3 = _layer_norm(width, rngs)
+        self.ff = _FeedForward(width, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n c"], text: Float[Array, "b l d"]
+    ) -> Float[Array, "b n c"]:
+        y = _normed(self.norm1, x)
+        x = x + self.attn1(y, text if self.first_sees == "text" else y)
+        x = x + self.attn2(_normed(self.norm2, x), text)
+        return x + self.ff(_normed(self.norm3, x))
+
+
+class _Attention(nnx.Module):
+    def __init__(self, width: int, seen_width: int, head_width: int, rngs: nnx.Rngs):
+        self.head_width = head_width
+        self.to_q = _Projection(width, width, rngs)
+        self.to_k = _Projection(seen_width, width, rngs)
+        self.to_v = _Projection(seen_width, width, rngs)
+        self.to_out = nnx.List([Linear(width, width, rngs=rngs)])
+
+    def __call__(
+        self, x: Float[Array, "b n c"], seen: Float[Array, "b m d"]
+    ) -> Float[Array, "b n c"]:
+        q, k, v = self.to_q(x), self.to_k(seen), self.to_v(seen)
+        return self.to_out[0](attend(q, k, v, None, self.head_width))
+
+
+class _FeedForward(nnx.Module):
+    """Four times as wide inside, a half of the projection times the gelu of the other (GEGLU)."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        # The published list has a dropout at 1.
+        self.net = nnx.Dict(
+            {"0": _Gated(width, 4 * width, rngs), "2": Linear(4 * width, width, rngs=rngs)}
+        )
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        return self.net["2"](self.net["0"](x))
+
+
+class _Gated(nnx.Module):
+    def __init__(self, width: int, inner: int, rngs: nnx.Rngs):
+        self.proj = Linear(width, 2 * inner, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
+        hidden, gate = self.proj.halves(x)
+        return hidden * jax.nn.gelu(gate, approximate=False)
+
+
+class _Projection(nnx.Module):
+    """Linear without a bias."""
+
+    def __init__(self, width_in: int, width: int, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width_in, width)))
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class _TimeEmbedding(nnx.Module):
+    def __init__(self, width: int, emb_width: int, rngs: nnx.Rngs):
+        self.width = width
+        self.linear_1 = Linear(width, emb_width, rngs=rngs)
+        self.linear_2 = Linear(emb_width, emb_width, rngs=rngs)
+
+    def __call__(self, time: Float[Array, " b"]) -> Float[Array, "b e"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(sinusoids(time, self.width))))
+
+
+class _Table(nnx.Module):
+    def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, width)))
+
+    def __call__(self, row: Float[Array, " b"]) -> Float[Array, "b e"]:
+        return self.embedding[...][jnp.rint(row).astype(jnp.int32)]
+
+
+_FIRST_SEES: dict[bool, FirstSees] = {True: "text", False: "image"}
+_DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+_UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+# Of UNet2DConditionModel, for fields that a config.json lacks.
+_DEFAULTS: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "only_cross_attention": False,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 1280,
+    "attention_head_dim": 8,
+    "num_class_embeds": None,
+}
+
+# Fields with one right value, also the default. A field in none of these must be None or False.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "act_fn": ("silu",),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "transformer_layers_per_block": (1,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "time_embedding_type": ("positional",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+}
+# They speak of training, of the pipeline, of what float32 logits make up for, of a 1x1 convolution
+# that is a linear layer, or of blocks that the upscaler does not have.
+_WITHOUT_EFFECT = {
+    *("sample_size", "dropout", "upcast_attention", "use_linear_projection"),
+    *("mid_block_only_cross_attention", "addition_embed_type_num_heads"),
+}
+
+
+def _transformers(
+    config: UpscalerUNetConfig, level: UpscalerLevel, count: int, rngs: nnx.Rngs
+) -> Any:
+    sees = level.attention
+    made = (
+        []
+        if sees is None
+        else [_Transformer(config, level.width, sees, rngs) for _ in range(count)]
+    )
+    return nnx.List(made)
+
+
+def _norm(config: UpscalerUNetConfig, width: int) -> GroupNorm:
+    return GroupNorm(width, groups=config.groups, epsilon=config.epsilon)
+
+
+def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+
+def _normed(norm: nnx.LayerNorm, x: Array) -> Array:
+    return norm(x.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""Cascades of stages, and the folders that models are kept in."""

@@ -1,0 +1,1 @@
+"""Files: folders here and in object storage, weights, checkpoints."""

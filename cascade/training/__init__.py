@@ -1,0 +1,1 @@
+"""Everything that learns goes through this room."""

@@ -1,0 +1,226 @@
+"""The figures of a run: metrics.jsonl, TensorBoard, loss.png, and Weights & Biases if asked.
+
+A row holds the means of its steps: loss and norms (of steps whose update was finite), `skipped`
+(how many were not), images_per_second, step_seconds, data_wait_seconds (of a step, until its batch
+was there), tflops_per_device, mfu (of a device whose peak is known), and memory_gib (the most
+that a device of this process held so far, where its driver tells).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import sys
+import tempfile
+import time
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from cascade.devices.chips import chip_of
+from cascade.errors import UserError
+from cascade.storage import paths
+from cascade.storage.paths import Path
+
+# Drawing the curve takes as long as many small steps, and nobody looks more often.
+PLOT_SECONDS = 20.0
+
+
+class TrainingLog:
+    """Of all processes, the first writes. Rows past the resumed step are dropped first.
+
+    For a workdir in object storage, it writes to a folder here, and each row copies it there.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        title: str,
+        *,
+        step: int,
+        batch_size: int,
+        step_flops: float | None = None,
+        skip_limit: int,
+        wandb: str | None = None,
+        config: Any = None,
+    ):
+        """step_flops: FLOPs of one step on all devices together. skip_limit: see `diverged`.
+
+        wandb: name of a Weights & Biases project. config: JSON values, for its page.
+        """
+        self._title, self._batch_size, self._step_flops = title, batch_size, step_flops
+        self._skip_limit, self._skipped_in_a_row = skip_limit, 0
+        self._pending: list[dict[str, jax.Array]] = []
+        self._checked, self._waited = 0, 0.0
+        self._since = (time.perf_counter(), step)
+        self._writers: list[Any] = []
+        self._on = jax.process_index() == 0
+        if not self._on:
+            return
+        self._workdir, self._own = workdir, None
+        if isinstance(workdir, pathlib.Path):
+            folder = workdir
+        else:
+            self._own = tempfile.TemporaryDirectory()
+            folder = pathlib.Path(self._own.name)
+        before = workdir / "metrics.jsonl"
+        lines = before.read_text().splitlines() if before.exists() else []
+        self._path, self._picture = folder / "metrics.jsonl", folder / "loss.png"
+        self._plotted = self._since[0]
+        self._rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
+        with paths.writing(self._path) as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._writers = [_TensorBoard(folder, step)]
+        if wandb:
+            self._writers.append(_WeightsAndBiases(wandb, workdir, folder, config))
+        self._chip = chip_of(jax.devices()[0].device_kind)
+        if self._chip is None and step_flops:
+            kind = jax.devices()[0].device_kind
+            print(f"{kind}: its peak is not in the table, so no MFU is given", file=sys.stderr)
+
+    @property
+    def latest(self) -> dict[str, jax.Array]:
+        """What was added last, if anything was since the last row."""
+        return self._pending[-1] if self._pending else {}
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last skip_limit steps were all skipped, as far as `latest` was waited for."""
+        return self._skipped_in_a_row >= self._skip_limit
+
+    def add(self, metrics: dict[str, jax.Array], waited: float) -> None:
+        """The metrics of a step, with those before already computed. waited: for data, seconds."""
+        self._check()
+        self._pending.append(metrics)
+        self._waited += waited
+
+    def write(self, step: int) -> dict[str, Any]:
+        """Write and return the row of the steps since the last one."""
+        self._check()
+        pending, self._pending, self._checked = jax.device_get(self._pending), [], 0
+        good = [m for m in pending if not m["skipped"]]
+        row: dict[str, Any] = {"step": step, "images": step * self._batch_size}
+        for name in pending[0]:
+            row[name] = float(np.mean([m[name] for m in good])) if good else None
+        row["skipped"] = len(pending) - len(good)
+        row |= self._speed(step)
+        if self._on:
+            self._rows.append(row)
+            with self._path.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            for writer in self._writers:
+                writer.write({k: v for k, v in row.items() if v is not None}, step)
+            if self._since[0] - self._plotted > PLOT_SECONDS:
+                self._plot()
+            self._copy()
+        return row
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        if self._on:
+            self._plot()
+            self._copy()
+
+    def _plot(self) -> None:
+        _plot_loss(self._rows, self._picture, self._title)
+        self._plotted = self._since[0]
+
+    def _copy(self) -> None:
+        if self._own is not None:
+            paths.copy_folder(pathlib.Path(self._own.name), self._workdir)
+
+    def _check(self) -> None:
+        for metrics in self._pending[self._checked :]:
+            skipped = bool(metrics["skipped"])
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self._checked = len(self._pending)
+
+    def _speed(self, step: int) -> dict[str, Any]:
+        now, (then, before) = time.perf_counter(), self._since
+        self._since, waited, self._waited = (now, step), self._waited, 0.0
+        steps, seconds = step - before, now - then
+        speed = {
+            "images_per_second": round(steps * self._batch_size / seconds, 2),
+            "step_seconds": round(seconds / steps, 5),
+            "data_wait_seconds": round(waited / steps, 5),
+        }
+        if self._step_flops:
+            flops = self._step_flops * steps / seconds / jax.device_count()
+            speed["tflops_per_device"] = _significant(flops / 1e12)
+            if self._on and self._chip is not None:
+                speed["mfu"] = _significant(flops / self._chip.flops)
+        memory = [device.memory_stats() or {} for device in jax.local_devices()]
+        if held := [one["peak_bytes_in_use"] for one in memory if "peak_bytes_in_use" in one]:
+            speed["memory_gib"] = round(max(held) / 2**30, 3)
+        return speed
+
+
+class _TensorBoard:
+    """What an earlier writer has of steps after `step` is not shown."""
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A resumed run goes on in the same page: its id is made of the folder's path."""
+
+    def __init__(self, project: str, workdir: Path, folder: pathlib.Path, config: Any):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UserError(
+                f"wandb={project}: Weights & Biases is not installed; pip install wandb, or leave "
+                "the field out"
+            ) from None
+        path = workdir.absolute() if isinstance(workdir, pathlib.Path) else workdir
+        self._run = wandb.init(
+            project=project,
+            id=f"{path.name}-{zlib.crc32(str(path).encode()):08x}",
+            name=path.name,
+            dir=str(folder),
+            config=config,
+            resume="allow",
+        )
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        self._run.log(row, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    seen = [r for r in rows if r["loss"] is not None]
+    axes.plot([r["images"] for r in seen], [r["loss"] for r in seen])
+    axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _significant(x: float, digits: int = 4) -> float:
+    return round(x, digits - 1 - math.floor(math.log10(x))) if x > 0 else 0.0
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # the line a killed run was writing
+        return None

@@ -1,0 +1,70 @@
+import json
+
+import jax
+import pytest
+
+from cascade import config
+from cascade.commands import bench
+from cascade.commands.bench import CompileOptions, TrainOptions
+from cascade.errors import UserError
+from cascade.stage import Stage
+
+SMALL = """
+from cascade.models import Level, UNetConfig
+from cascade.stage import StageConfig
+from cascade.training.loop import TrainConfig
+
+def config():
+    network = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8)
+    stage = StageConfig(name="base8", resolution=8, network=network)
+    return TrainConfig(stage=stage, images=8, batch_size=8)
+"""
+
+
+def test_training_speed_is_measured_on_any_config(tmp_path):
+    file = tmp_path / "small.py"
+    file.write_text(SMALL)
+    got = bench.bench_train(config.load(str(file)), TrainOptions(steps=2, tokens=4))
+    assert got["images_per_second"] == pytest.approx(8 / got["step_seconds"], rel=0.1)
+    abstract = Stage(config.load(str(file)).stage).abstract()
+    assert got["parameters"] == sum(x.size for x in jax.tree.leaves(abstract))
+    assert got["tflops_per_device"] > 0 and got["mfu"] is None and got["devices"] == 8
+    with pytest.raises(UserError, match="must be a multiple of the 8 parts"):
+        bench.main(["train", "--config", str(file), "--batch-size", "4"])
+
+
+def test_compiling_is_timed_without_parameters_or_steps(tmp_path, monkeypatch):
+    file = tmp_path / "small.py"
+    file.write_text(SMALL)
+
+    def refuse(*_):
+        raise AssertionError("made parameters")
+
+    monkeypatch.setattr(Stage, "init", refuse)
+    got = bench.bench_compile(config.load(str(file)), CompileOptions())
+    assert got["hlo_bytes"] > 10_000 and got["hlo_bytes_compiled"] > 10_000
+    assert min(got[f"{name}_seconds"] for name in ("lower", "compile", "cpu")) > 0
+    abstract = Stage(config.load(str(file)).stage).abstract()
+    assert got["parameters"] == sum(x.size for x in jax.tree.leaves(abstract))
+    with pytest.raises(UserError, match="--tokens must be 1 or more"):
+        bench.bench_compile(config.load(str(file)), CompileOptions(tokens=0))
+
+
+def test_a_config_gets_its_arguments_and_overrides_from_the_command_line(tmp_path, capsys):
+    file = tmp_path / "of_width.py"
+    file.write_text(
+        SMALL.replace("config()", "config(width: str)").replace("width=8,", "width=int(width),")
+    )
+    words = ["train", "--config", str(file), "--steps", "1", "--tokens", "4"]
+    bench.main([*words, "--width", "16", "--batch-size=16"])
+    settings, _ = config.load_with(str(file), ["--width", "16"])
+    abstract = Stage(settings.stage).abstract()
+    parameters = sum(x.size for x in jax.tree.leaves(abstract))
+    got = json.loads(capsys.readouterr().out)
+    assert got["parameters"] == parameters and got["batch_size"] == 16
+    with pytest.raises(UserError, match="did you mean --batch-size"):
+        bench.main([*words, "--width", "16", "--batch-sise", "16"])
+    with pytest.raises(UserError, match="--width is missing"):
+        bench.main(words)
+    with pytest.raises(UserError, match="--config is missing"):
+        bench.main(["train", "--steps", "1"])

@@ -1,0 +1,270 @@
+"""The words of `cascade sample`: what is accepted, what is refused, what is written."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade import cli, images, testing
+from cascade.commands import sample as sample_command
+from cascade.commands.sample import Options, override
+from cascade.diffusion import denoise, grids, samplers
+from cascade.errors import UserError
+from cascade.runner.cascade import Cascade
+from cascade.stage import Stage
+
+
+def fails(capsys, *argv) -> str:
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert e.value.code == 2 and captured.out == ""
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return lines[0]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The model `scenes` is the untrained 8 -> 16 -> 32 px cascade."""
+    from cascade.runner.cascade import Cascade
+
+    monkeypatch.setattr(Cascade, "load", classmethod(lambda cls, *a, **k: testing.cascade()))
+
+
+def sample(*argv):
+    cli.main(["sample", *argv, "--no-compilation-cache"])
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        ([], "nothing to draw"),
+        ([""], "prompt 1 is empty"),
+        (["a", "  "], "prompt 2 is empty"),
+        (["a", "--seed", "-1"], "--seed must be 0 or more, got -1"),
+        (["a", "--num", "0"], "--num must be 1 or more, got 0"),
+        (["a", "--sede", "1"], "--sede"),
+        (["a", "--seed", "x"], "--seed must be a whole number, got 'x'; see --help"),
+        (["a", "--until", "abc"], "--until must be a whole number, got 'abc'; see --help"),
+        (["a", "--seed", str(2**32)], "--seed 4294967296 and --num 1: their sum"),
+        (["a", "--model", "no/such"], "model no/such: no such folder"),
+        (["a", "--prompts", "missing.txt"], "--prompts missing.txt: No such file"),
+        (["a", "--lowres", "missing.png"], "missing.png: no such file"),
+    ],
+)
+def test_bad_words_are_one_line_and_write_nothing(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, "sample", *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_that_is_a_file_is_refused(capsys, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert "is a file" in fails(capsys, "sample", "a", "--out", str(tmp_path / "out"))
+    assert "cannot be written" in fails(capsys, "sample", "a", "--out", str(tmp_path / "out" / "x"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_prompt_files_must_be_text_without_holes(capsys, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"a red circle\n\xff\xfe\n")
+    assert "not UTF-8" in fails(capsys, "sample", "--prompts", str(file))
+    file.write_text("a red circle\n\na blue square\n")
+    assert "line 2 is empty" in fails(capsys, "sample", "--prompts", str(file))
+
+
+def test_a_list_may_count_all_stages_of_the_model_or_those_that_draw():
+    every = [stage for stage, _ in testing.cascade().stages]
+    for stages, text, expected in (
+        (every[:2], "4,5,6", [4, 5]),
+        (every[:2], "4,5", [4, 5]),
+        (every[1:], "4,5,6", [5, 6]),
+        (every[:1], "7", [7]),
+    ):
+        got = override(stages, Options(steps=text), every)
+        assert [s.steps for s in got] == expected
+    (_, sr16) = override(every[:2], Options(aug_level="0.1,0.2"), every)
+    assert sr16.aug_level == 0.1
+    with pytest.raises(UserError, match="--aug-level 0.1: no super-resolution stage draws"):
+        override(every[:1], Options(aug_level="0.1"), every)
+
+
+def test_a_prompt_without_its_quotes_is_warned_of(fake, tmp_path, capsys):
+    sample("red", "circle", "--until", "8", "--out", str(tmp_path), "--steps", "1")
+    assert 'needs quotes: "red circle"' in capsys.readouterr().err
+
+
+def test_what_the_machine_refuses_is_one_line(fake, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", "disk/0000_8.png")
+
+    monkeypatch.setattr(images, "save_png", full)
+    with pytest.raises(SystemExit) as e:
+        sample("a", "--until", "8", "--out", str(tmp_path), "--steps", "1")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and last == "error: disk/0000_8.png: No space left on device"
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    assert "did you mean 'sample'" in fails(capsys, "smaple")
+
+
+@pytest.mark.parametrize(
+    "flag,text,message",
+    [
+        ("steps", "4,5", "--steps 4,5: 2 values for 3 stages (base8, sr16, sr32)"),
+        ("steps", "4,0,5", "--steps 0: Sampling.steps must be at least 1"),
+        ("steps", "4,x,5", "--steps x"),
+        ("aug_level", "0.1,0.2,0.3", "3 values for 2 stages (sr16, sr32)"),
+        ("aug_level", "2", "aug_level must be in [0, 1]"),
+        ("sampler", "euler", "must be one of ancestral, ddim, dpm++, dpm++sde, heun"),
+        ("sampler", "dpm++:2", "dpm++ takes no number"),
+        ("sampler", "ancestral:2", "Ancestral.gamma must be in [0, 1]"),
+        ("guidance_plan", "wave", "must be one of constant, interval, oscillating"),
+        ("threshold", "static:.9", "dynamic at most two"),
+        ("steps", "smart5", "must be a whole number, or one of fast27"),
+        ("steps", "4,,5", "--steps '4,,5': value 2 is empty"),
+        ("guidance", "nan", "--guidance nan: must be a number, such as 0.5, got 'nan'"),
+        ("guidance", "-1", "guidance must be 0 or more, got -1"),
+        ("grid", "linear", "must be one of uniform, quadratic"),
+        ("threshold", "clip", "must be one of none, static, dynamic"),
+    ],
+)
+def test_lists_by_stage_are_checked(flag, text, message):
+    stages = [Stage(c) for c in testing.stage_configs()]
+    with pytest.raises(UserError) as e:
+        override(stages, Options(**{flag: text}))
+    assert message in str(e.value)
+
+
+def test_lists_by_stage_reach_their_stages():
+    stages = [Stage(c) for c in testing.stage_configs()]
+    options = Options(
+        steps="7,smart27,9",
+        guidance="2.5",
+        aug_level="0.2,0.3",
+        threshold="none,static,dynamic",
+        grid="karras,uniform,trailing",
+        sampler="ancestral:0.5,dpm++sde,heun:0.2",
+        guidance_plan="constant,interval,oscillating",
+        rescale="0.7",
+    )
+    got = override(stages, options)
+    assert [s.steps for s in got] == [7, 27, 9]
+    assert [s.grid for s in got] == [
+        grids.Karras(),
+        grids.Respaced(name="smart27"),
+        grids.OnTable(),
+    ]
+    assert [s.guidance for s in got] == [2.5] * 3
+    assert [s.aug_level for s in got] == [0.0, 0.2, 0.3]
+    assert [s.threshold.kind for s in got] == ["none", "static", "dynamic"]
+    assert [s.sampler for s in got] == [
+        samplers.Ancestral(gamma=0.5),
+        samplers.DPMSolverPP2MSDE(),
+        samplers.Heun(churn=0.2),
+    ]
+    assert [type(s.guidance_plan).__name__ for s in got] == ["Constant", "Interval", "Oscillating"]
+    assert [s.guidance_rescale for s in got] == [0.7] * 3
+    (threshold,) = {s.threshold for s in override(stages, Options(threshold="dynamic:.95:1.5"))}
+    assert threshold == denoise.Threshold(percentile=0.95, cap=1.5)
+
+
+def test_pictures_their_json_and_the_grid_are_written(fake, tmp_path, capsys):
+    out = tmp_path / "new" / "samples"
+    sample("red circle", "blue square", "--num", "2", "--out", str(out), "--steps", "2")
+    names = {f"{i:04d}{end}" for i in range(4) for end in ("_8.png", "_16.png", "_32.png", ".json")}
+    assert {p.name for p in out.iterdir()} == names | {"grid.png"}
+    record = json.loads((out / "0003.json").read_text())
+    assert (record["prompt"], record["seed"]) == ("blue square", 1)
+    assert record["stages"]["sr32"]["steps"] == 2 and record["versions"]["jax"]
+    assert record["text_encoder"] is None and record["dtype"] == "float32"
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["picture"] for line in lines] == ["0000", "0001", "0002", "0003"]
+    with Image.open(out / "0000_32.png") as image:
+        assert image.size == (32, 32)
+
+
+def test_a_picture_that_another_command_drew_meanwhile_is_not_overwritten(
+    fake, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "0000.json").write_text("theirs")
+    monkeypatch.setattr(sample_command, "_next_number", lambda folder: 0)
+    with pytest.raises(SystemExit):
+        sample("a", "--until", "8", "--out", str(tmp_path))
+    assert "picture 0000 has come there" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["0000.json"]
+    assert (tmp_path / "0000.json").read_text() == "theirs"
+
+
+def test_a_folder_with_pictures_is_continued(fake, tmp_path):
+    sample("red circle", "--until", "8", "--out", str(tmp_path))
+    first = (tmp_path / "0000_8.png").read_bytes()
+    (tmp_path / "0007.json").write_text("{}")
+    sample("blue square", "--until", "8", "--out", str(tmp_path))
+    assert (tmp_path / "0000_8.png").read_bytes() == first
+    assert (tmp_path / "0008_8.png").exists() and not (tmp_path / "0001_8.png").exists()
+
+
+def test_lowres_starts_from_a_picture(fake, tmp_path):
+    sample("red circle", "--out", str(tmp_path))
+    sample("red circle", "--out", str(tmp_path), "--lowres", str(tmp_path / "0000_16.png"))
+    again, first = (np.asarray(Image.open(tmp_path / f"000{i}_32.png")) for i in (1, 0))
+    assert np.array_equal(again, first)
+    assert not (tmp_path / "0001_8.png").exists()
+
+
+def test_a_long_prompt_is_cut_with_a_warning(fake, tmp_path, capsys):
+    sample("red " * 2500, "--until", "8", "--out", str(tmp_path))
+    assert "longer than 12 tokens" in capsys.readouterr().err
+    assert (tmp_path / "0000_8.png").exists()
+
+
+def test_help_needs_no_jax():
+    code = "import sys; from cascade import cli; cli.main(['--help']); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and "sample" in done.stdout
+
+
+def test_the_words_reach_what_loads_and_what_draws(tmp_path, monkeypatch, capsys):
+    loaded, drawn, draw = {}, {}, Cascade.draw
+
+    def load(cls, name, **options):
+        loaded.update(options, model=name)
+        cascade = testing.cascade()
+        cascade.known_words = frozenset({"red"})
+        return cascade
+
+    monkeypatch.setattr(Cascade, "load", classmethod(load))
+    monkeypatch.setattr(
+        Cascade, "draw", lambda self, *a, **k: drawn.update(k) or draw(self, *a, **k)
+    )
+    words = "--model m --seed 7 --num 2 --negative blue --split-rows 2 --batch-size 2 --until 16"
+    words += " --dtype bfloat16 --t5-int8 --offload --text-encoder e --steps 1"
+    sample("red frog", *words.split(), "--out", str(tmp_path))
+    assert loaded == {
+        "model": "m",
+        "dtype": "bfloat16",
+        "t5_int8": True,
+        "offload": True,
+        "text_encoder": "e",
+    }
+    expected = {
+        "seed": 7,
+        "num": 2,
+        "negative": "blue",
+        "split_rows": 2,
+        "batch_size": 2,
+        "until": 16,
+    }
+    assert {name: drawn[name] for name in expected} == expected
+    assert [s.steps for s in drawn["settings"]] == [1, 1]
+    captured = capsys.readouterr()
+    assert captured.err.count("trained on: frog") == 1
+    assert [json.loads(line)["seed"] for line in captured.out.splitlines()] == [7, 8]

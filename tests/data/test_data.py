@@ -1,0 +1,456 @@
+"""From datasets to batches: order, resumption, sharding, crops; folders, TFDS, mistakes."""
+
+import io
+import itertools
+import json
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade import images
+from cascade.commands import data as commands
+from cascade.data import (
+    BSR,
+    Blur,
+    FolderData,
+    ScenesData,
+    TFDSData,
+    batches,
+    known_words,
+    open_source,
+    pipeline,
+)
+from cascade.errors import UserError
+from cascade.scenes.captions import Facts, caption_at
+from cascade.scenes.render import render
+
+
+class Letters:
+    """A tokenizer: the first letters' codes. Picklable, as data workers need."""
+
+    def __call__(self, texts):
+        ids = np.zeros((len(texts), 8), np.int32)
+        for row, text in enumerate(texts):
+            codes = [ord(letter) for letter in text[:8]]
+            ids[row, : len(codes)] = codes
+        return SimpleNamespace(ids=ids, mask=ids > 0)
+
+
+def make_batches(config=None, **options):
+    config = config or ScenesData(size=20)
+    defaults = {"resolution": 8, "batch_size": 4, "seed": 1, "tokenizer": Letters()}
+    return batches(config, **(defaults | options))
+
+
+def take(iterator, count):
+    taken = list(itertools.islice(iterator, count))
+    iterator.close()
+    return taken
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            np.testing.assert_array_equal(x[name], y[name])
+
+
+def numbered(tmp_path, count=10, side=8):
+    """A folder of flat pictures: picture i has level 10 i and caption "i"."""
+    for i in range(count):
+        Image.new("RGB", (side, side), (10 * i,) * 3).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"{i}\n")
+    return FolderData(path=str(tmp_path))
+
+
+def levels(taken):
+    return [int(picture[0, 0, 0]) // 10 for batch in taken for picture in batch["image"]]
+
+
+# Order.
+
+
+def test_batches_hold_pictures_and_tokens_of_the_same_examples():
+    source = open_source(ScenesData(size=20), 8)
+    known = {source[i]["image"].tobytes(): source[i]["caption"] for i in range(20)}
+    for batch in take(make_batches(), 3):
+        assert batch["image"].shape == (4, 8, 8, 3) and batch["image"].dtype == np.uint8
+        assert batch["tokens"].dtype == np.int32 and batch["token_mask"].dtype == bool
+        captions = [known[picture.tobytes()] for picture in batch["image"]]
+        np.testing.assert_array_equal(batch["tokens"], Letters()(captions).ids)
+
+
+def test_every_epoch_has_each_example_once_in_another_order(tmp_path):
+    seen = levels(take(make_batches(numbered(tmp_path), batch_size=5), 6))
+    epochs = [seen[:10], seen[10:20], seen[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_order_depends_on_the_seed_alone():
+    first, again, other = (take(make_batches(seed=seed), 2) for seed in (1, 1, 2))
+    assert_same(first, again)
+    assert not np.array_equal(first[0]["image"], other[0]["image"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(workers):
+    options = {"resolution": 16, "lowres_resolution": 4, "crop": 8, "degradation": BSR()}
+    whole = take(make_batches(**options), 5)
+    options["workers"] = workers
+    stopped = make_batches(**options)
+    assert_same([next(stopped), next(stopped)], whole[:2])
+    state = json.loads(json.dumps(stopped.get_state()))
+    stopped.close()
+    resumed = make_batches(**options)
+    resumed.set_state(state)
+    assert_same(take(resumed, 3), whole[2:])
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [2], [1, 4]])
+def test_a_process_loads_its_own_rows_of_every_batch(rows, tmp_path):
+    data = numbered(tmp_path)
+    whole = take(make_batches(data, batch_size=5), 4)
+    part = take(make_batches(data, batch_size=5, rows=rows), 4)
+    assert_same(part, [{name: x[np.array(rows)] for name, x in b.items()} for b in whole])
+
+
+def test_a_run_resumes_on_another_number_of_processes():
+    whole = take(make_batches(batch_size=4), 3)
+    two = make_batches(batch_size=4, rows=[2, 3])
+    next(two)
+    state = two.get_state()
+    two.close()
+    one = make_batches(batch_size=4)
+    one.set_state(state)
+    assert_same(take(one, 2), whole[1:])
+    with pytest.raises(UserError, match="batch size"):
+        make_batches(batch_size=3).set_state(state)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"crop": 4}, "lowres_resolution"),
+        ({"degradation": BSR()}, "lowres_resolution"),
+        ({"lowres_resolution": 3}, "multiple"),
+        ({"lowres_resolution": 4, "crop": 3}, "multiple"),
+        ({"lowres_resolution": 4, "crop": 16}, "8"),
+        ({"batch_size": 2, "rows": [2]}, "rows"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_batches(**options)
+
+
+@pytest.mark.parametrize("fields", [{"size": 0}, {"seed": -1}])
+def test_scenes_that_make_no_sense_are_refused(fields):
+    with pytest.raises(ValueError, match=f"ScenesData.{next(iter(fields))}"):
+        ScenesData(**fields)
+
+
+# Super-resolution.
+
+
+@pytest.mark.parametrize("crop", [None, 16, 64])
+def test_lowres_is_the_block_mean_of_the_crop_and_a_crop_of_the_whole_lowres(crop):
+    scene, _ = caption_at(0, 0)
+    high = render(scene, 64)
+    low = high.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+    options = {"resolution": 64, "lowres_resolution": 16, "crop": crop}
+    batch = take(make_batches(ScenesData(size=1), batch_size=8, **options), 1)[0]
+    corners = set()
+    for image, lowres in zip(batch["image"], batch["lowres"], strict=True):
+        side = len(image)
+        assert side == (crop or 64) and len(lowres) == side // 4
+        means = image.reshape(side // 4, 4, side // 4, 4, 3).mean(axis=(1, 3))
+        assert np.abs(means - lowres).max() <= 0.5
+        found = [
+            (y, x)
+            for y, x in itertools.product(range(17 - side // 4), repeat=2)
+            if np.array_equal(high[4 * y : 4 * y + side, 4 * x : 4 * x + side], image)
+            and np.abs(low[y : y + side // 4, x : x + side // 4] - lowres).max() <= 0.5
+        ]
+        assert found
+        corners.add(tuple(found))
+    assert len(corners) > 2 if crop == 16 else len(corners) == 1
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_closeup_is_a_window_of_the_scene_with_all_of_its_objects(most):
+    near = open_source(ScenesData(max_objects=most, closeup=2), 32)
+    corners, several = set(), 0
+    for index in range(12):
+        described, caption = caption_at(0, index, max_objects=most, within=0.5 - 1 / 32)
+        image, scene = near[index]["image"], render(described, 64)
+        several += len(described.objects) > 1
+        assert image.shape == (32, 32, 3) and near[index]["caption"] == caption.text
+        found = [
+            (y, x)
+            for y, x in np.ndindex(33, 33)
+            if np.array_equal(scene[y : y + 32, x : x + 32], image)
+        ]
+        assert found
+        corners.update(found[:1])
+        y, x = found[0]
+        rest = np.full((64, 64), True)
+        rest[y : y + 32, x : x + 32] = False
+        assert (scene[rest] == scene[rest][0]).all()  # background alone
+    assert len(corners) > 6 and (several > 0) == (most > 1)
+    with pytest.raises(ValueError, match="closeup must be 1"):
+        ScenesData(split="long", closeup=2)
+
+
+def test_a_square_too_small_for_an_object_is_refused():
+    with pytest.raises(ValueError, match="within must hold any one object"):
+        caption_at(0, 0, within=0.3)
+
+
+def test_one_object_is_the_same_scene_in_a_closeup():
+    near = open_source(ScenesData(max_objects=1, closeup=2), 32)
+    whole = open_source(ScenesData(max_objects=1), 64)
+    assert [near[i]["caption"] for i in range(50)] == [whole[i]["caption"] for i in range(50)]
+
+
+@pytest.mark.parametrize("degradation", [Blur(share=1.0), BSR(light=False)])
+def test_a_degradation_spoils_lowres_alone_and_anew_every_epoch(degradation):
+    options = {"resolution": 32, "lowres_resolution": 8, "batch_size": 1}
+    clean = take(make_batches(ScenesData(size=1), **options), 2)
+    spoiled = take(make_batches(ScenesData(size=1), degradation=degradation, **options), 2)
+    for a, b in zip(clean, spoiled, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        assert a["lowres"].shape == b["lowres"].shape and (a["lowres"] != b["lowres"]).any()
+    np.testing.assert_array_equal(clean[0]["lowres"], clean[1]["lowres"])
+    assert (spoiled[0]["lowres"] != spoiled[1]["lowres"]).any()
+
+
+def test_block_means_are_the_downsampling_that_sampling_uses():
+    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    for factor in (1, 2, 4):
+        wanted = np.rint(images.downsample(image.astype(np.float32), factor))
+        np.testing.assert_array_equal(pipeline.block_means(image, factor), wanted)
+
+
+# Folders.
+
+
+def test_a_folder_of_pairs_is_read_with_pictures_cropped_to_their_central_square(tmp_path):
+    sub = tmp_path / "sub"
+    sub.mkdir()
+    wide = np.zeros((8, 16, 3), np.uint8)
+    wide[:, 4:12] = 200
+    Image.fromarray(wide).save(sub / "wide.png")
+    (sub / "wide.txt").write_text(" a wide picture\n")
+    Image.new("L", (4, 4), 50).save(tmp_path / "gray.jpg")
+    (tmp_path / "gray.txt").write_text("two words", encoding="utf-8")
+    source = open_source(FolderData(path=str(tmp_path)), 8)
+    assert [source[i]["caption"] for i in range(len(source))] == ["two words", "a wide picture"]
+    assert (source[1]["image"] == 200).all()
+    assert source[0]["image"].shape == (8, 8, 3) and np.abs(source[0]["image"] - 50.0).max() < 3
+    assert source.window(1, 2, 3, 4)["image"].shape == (4, 4, 3)
+
+
+def test_a_captions_file_lists_examples_in_its_order(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "b.png")
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "a.png")
+    lines = [{"file": "b.png", "caption": "red"}, {"file": "a.png", "caption": "blue"}]
+    lines.append({"file": "b.png", "caption": "also red", "more": 1})
+    text = "\n".join(json.dumps(line) for line in lines) + "\n\n"
+    (tmp_path / "captions.jsonl").write_text(text)
+    source = open_source(FolderData(path=str(tmp_path)), 4)
+    assert [source[i]["caption"] for i in range(3)] == ["red", "blue", "also red"]
+    assert source[2]["image"][0, 0].tolist() == [255, 0, 0]
+
+
+def test_captions_may_hold_any_separator_and_files_a_byte_order_mark(tmp_path):
+    caption = "a red\u2028circle\u0085and\u2029more"
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a circle", encoding="utf-8-sig")
+    source = open_source(FolderData(path=str(tmp_path)), 4)
+    assert source[0]["caption"] == "a circle"
+    line = json.dumps({"file": "a.png", "caption": caption}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_bytes(f"{line}\r\n{line}\r\n".encode("utf-8-sig"))
+    source = open_source(FolderData(path=str(tmp_path)), 4)
+    assert [source[i]["caption"] for i in range(len(source))] == [caption, caption]
+
+
+def spoiled_folders():
+    def no_folder(path):
+        return path / "absent"
+
+    def empty(path):
+        return path
+
+    def no_caption(path):
+        Image.new("RGB", (4, 4)).save(path / "a.png")
+        return path
+
+    def not_utf8(path):
+        Image.new("RGB", (4, 4)).save(path / "a.png")
+        (path / "a.txt").write_bytes(b"\xff\xfe\xff")
+        return path
+
+    def listing(text):
+        def write(path):
+            (path / "captions.jsonl").write_text(text)
+            return path
+
+        return write
+
+    return {
+        "absent: no such folder": no_folder,
+        "holds no pictures": empty,
+        "a.png: has no caption; write it to a.txt": no_caption,
+        "a.txt: is not UTF-8": not_utf8,
+        "line 1: must be JSON": listing("nonsense"),
+        "line 2: must be JSON": listing('\n{"file": "a.png"}'),
+        "line 1: file and caption must be text": listing('{"file": 1, "caption": "a"}'),
+        "line 1: no picture": listing('{"file": "a.png", "caption": "a"}'),
+        "names no picture": listing("\n"),
+    }
+
+
+@pytest.mark.parametrize("message,spoil", spoiled_folders().items())
+def test_a_bad_folder_is_named_with_what_is_wrong(tmp_path, message, spoil):
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(FolderData(path=str(spoil(tmp_path))), 8)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_broken_picture_is_named_when_it_is_met(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match="a.png"):
+        next(make_batches(FolderData(path=str(tmp_path))))
+
+
+# TFDS.
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds") / "made"
+    report = commands.make(ScenesData(split="unseen", seed=4), folder, count=6, resolution=16)
+    assert report["examples"] == 6 and all((folder / file).is_file() for file in report["files"])
+    return folder
+
+
+def test_a_tfds_dataset_reads_back_as_it_was_drawn_without_tensorflow(dataset):
+    source = open_source(TFDSData(name="scenes", data_dir=str(dataset), split="unseen"), 16)
+    assert len(source) == 6
+    for index in range(6):
+        scene, caption = caption_at(4, index, "unseen")
+        np.testing.assert_array_equal(source[index]["image"], render(scene, 16))
+        assert source[index]["caption"] == caption.text
+    batch = next(make_batches(TFDSData(name="scenes", data_dir=str(dataset), split="unseen[:50%]")))
+    assert batch["image"].shape == (4, 8, 8, 3)
+    assert len(pickle.dumps(source)) < 20_000
+    assert "tensorflow" not in sys.modules
+
+
+def test_pictures_of_a_tfds_dataset_are_opened_as_those_of_a_folder(dataset):
+    source = open_source(TFDSData(name="scenes", data_dir=str(dataset), split="unseen"), 4)
+    file = io.BytesIO()
+    Image.new("RGBA", (4, 4)).save(file, "PNG")
+    source.records = [{"image": file.getvalue(), "caption": b"nothing"}]
+    assert (source[0]["image"] == 255).all()
+
+
+def test_tfds_itself_knows_the_scenes(dataset):
+    import tensorflow_datasets as tfds
+
+    import cascade.scenes.tfds_builder  # noqa: F401
+
+    builder = tfds.builder("scenes", data_dir=str(dataset))
+    record = builder.as_data_source("unseen")[2]
+    _, caption = caption_at(4, 2, "unseen")
+    assert record["image"].shape == (16, 16, 3)
+    assert Facts.from_json(record["facts"].decode()) == caption.facts
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"name": "scenez"}, "not found"),
+        ({"data_dir": "/absent"}, "not found"),
+        ({"split": "train"}, "unseen"),
+        ({"caption": "text"}, "caption .Text"),
+        ({"image": "caption"}, "Image"),
+    ],
+)
+def test_a_tfds_mistake_is_explained(dataset, fields, message):
+    right = {"name": "scenes", "data_dir": str(dataset), "split": "unseen"}
+    with pytest.raises(UserError, match=message):
+        open_source(TFDSData(**(right | fields)), 16)
+
+
+def test_make_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(UserError, match="full"):
+        commands.make(ScenesData(), tmp_path / "full", count=1, resolution=8)
+    with pytest.raises(UserError, match="count"):
+        commands.make(ScenesData(), tmp_path / "new", count=0, resolution=8)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("cascade.scenes.tfds_builder.render", fail)
+    with pytest.raises(OSError, match="disk full"):
+        commands.make(ScenesData(), tmp_path / "new", count=1, resolution=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+# Looking at data.
+
+
+def test_inspect_draws_a_sheet_and_counts(tmp_path, capsys):
+    data = numbered(tmp_path, 3)
+    sheet = tmp_path / "sheet.png"
+    report = commands.inspect(data, sheet, count=2, resolution=16)
+    assert (report["examples"], report["sampled"], report["distinct_captions"]) == (3, 3, 3)
+    assert report["mean_rgb"] == [10, 10, 10]
+    with Image.open(sheet) as drawn:
+        assert drawn.width == 2 * 16 + 8 and drawn.height > 16
+    with pytest.raises(UserError, match="exists already"):
+        commands.inspect(data, sheet)
+
+
+def test_the_data_commands_find_out_what_a_source_is(tmp_path, capsys, dataset):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    numbered(folder, 2)
+    for source, kind in [("scenes", "ScenesData"), (folder, "FolderData"), (dataset, "TFDSData")]:
+        words = [
+            "inspect",
+            str(source),
+            "--out",
+            str(tmp_path / f"{kind}.png"),
+            "--split",
+            "unseen",
+        ]
+        commands.main([*words, "--count", "2", "--resolution", "8"])
+        assert json.loads(capsys.readouterr().out)["source"]["type"] == kind
+    with pytest.raises(UserError, match="inspec"):
+        commands.main(["inspec"])
+
+
+def test_known_words_are_those_of_scenes_only():
+    assert "circle" in known_words([ScenesData(), ScenesData(split="long")])
+    assert known_words([ScenesData(), FolderData(path="x")]) == [] == known_words([])
+
+
+def test_importing_the_room_loads_neither_jax_nor_grain_nor_tfds():
+    heavy = "{'jax', 'grain', 'tensorflow_datasets'}"
+    code = f"import sys, cascade.data; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

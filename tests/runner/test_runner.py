@@ -1,0 +1,159 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascade import images, testing
+from cascade.devices import sharding
+from cascade.errors import UserError
+from cascade.models import Conditioning, UNetConfig
+from cascade.runner.cascade import Cascade, with_options
+from cascade.stage import Stage
+
+
+@pytest.fixture(scope="module")
+def cascade():
+    return testing.cascade()
+
+
+@pytest.fixture(scope="module")
+def red(cascade):
+    return cascade("red circle", seed=3)[0]
+
+
+def test_a_picture_has_every_size_and_what_made_it(red):
+    assert {side: image.shape for side, image in red.images.items()} == {
+        side: (side, side, 3) for side in (8, 16, 32)
+    }
+    assert (red.seed, red.prompt, red.metadata["seed"]) == (3, "red circle", 3)
+    assert red.metadata["stages"]["base8"]["guidance"] == 2.0
+    assert red.pil().size == (32, 32) and np.array_equal(red.image, red.images[32])
+
+
+def test_the_same_prompt_and_seed_is_the_same_picture_among_any_others(cascade, red):
+    many = cascade(["blue square", "red circle"], seed=2, num=2)
+    assert [(p.prompt, p.seed) for p in many] == [
+        ("blue square", 2),
+        ("blue square", 3),
+        ("red circle", 2),
+        ("red circle", 3),
+    ]
+    for side in red.images:
+        assert np.array_equal(many[3].images[side], red.images[side])
+
+
+def test_a_picture_is_the_same_whatever_is_drawn_together_with_it(cascade, red):
+    batched = cascade(["blue square", "red circle"], seed=3, batch_size=4)[1]
+    # other batch sizes are other programs; they may round the last bit of a sum elsewhere
+    difference = batched.images[32].astype(int) - red.images[32]
+    assert np.abs(difference).max() <= 1
+
+
+def test_pictures_whose_rows_are_split_over_devices_are_the_same(cascade, red):
+    shared = cascade("red circle", seed=3, split_rows=4)[0]
+    for side, picture in red.images.items():
+        assert np.abs(shared.images[side].astype(int) - picture).max() <= 1
+    # The stage itself: each device holds a quarter of the rows, of activations too.
+    stage, params = cascade.stages[2]
+    mesh = sharding.rows_mesh(4)
+    keys, text = jax.vmap(jax.random.key)(np.arange(1)), cascade.encoder(["red circle"])
+    given = {
+        "cond": Conditioning(text=text.values, text_mask=text.mask),
+        "lowres": images.to_float(jnp.asarray(red.images[16][None])),
+        "settings": stage.config.sampling,
+    }
+    rows = {"params": jax.device_put(params, sharding.replicated(mesh))}
+    drawn = stage.sample(keys=keys, place=sharding.ByRows(mesh), **rows, **given)
+    assert {s.data.shape for s in drawn.addressable_shards} == {(1, 8, 32, 3)}
+    np.testing.assert_allclose(drawn, stage.sample(params, keys=keys, **given), atol=1e-4)
+
+
+def test_seeds_prompts_and_negatives_each_change_the_picture(cascade, red):
+    others = [
+        cascade("red circle", seed=4)[0],
+        cascade("red square", seed=3)[0],
+        cascade("red circle", seed=3, negative="blue")[0],
+    ]
+    for other in others:
+        assert not np.array_equal(other.images[8], red.images[8])
+
+
+def test_stopping_early_draws_the_same_smaller_pictures(cascade, red):
+    early = cascade("red circle", seed=3, until=16)[0]
+    assert list(early.images) == [8, 16]
+    assert np.array_equal(early.images[16], red.images[16])
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_starting_from_a_picture_goes_on_as_the_cascade_would(cascade, red, side):
+    started = cascade("red circle", seed=3, lowres=red.images[side])[0]
+    assert min(started.images) == 2 * side
+    assert np.array_equal(started.images[32], red.images[32])
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"split_rows": 9}, "must lie in 1..8"),
+        ({"split_rows": 3}, "must divide the 16 rows of sr16"),
+        ({"until": 64}, "this model draws 8, 16, 32 px"),
+        ({"seed": -1}, "seed must be"),
+        ({"lowres": np.zeros((9, 9, 3), np.uint8)}, "9x9 px; this model starts from 8x8 or 16x16"),
+        ({"lowres": np.zeros((8, 16, 3), np.uint8)}, "16x8 px"),
+        ({"lowres": np.zeros((8, 8, 3), np.uint8), "until": 8}, "has that side already"),
+    ],
+)
+def test_impossible_requests_are_refused(cascade, options, message):
+    with pytest.raises(UserError, match=message):
+        cascade("red circle", **options)
+
+
+def test_each_stage_is_guided_away_from_what_its_own_network_takes_for_no_text(cascade):
+    """A network with a null token of its own, beside a public one that was taught "" for it."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Public(UNetConfig):
+        null_prompt = property(lambda self: "")
+
+    (native, _), *_ = cascade.stages
+    fields = vars(native.config.network)
+    config = dataclasses.replace(native.config, name="public", network=Public(**fields))
+    stages = [(native, None), (Stage(config), None)]
+    (_, none), (_, empty) = cascade._texts(stages, ["red circle"], None)
+    assert none is None
+    np.testing.assert_array_equal(empty.values, cascade.encoder([""]).values)
+    blurry = cascade.encoder(["blurry"]).values
+    for _, negative in cascade._texts(stages, ["red circle"], "blurry"):
+        np.testing.assert_array_equal(negative.values, blurry)
+
+
+def test_weights_that_are_not_finite_draw_no_picture(cascade):
+    (base, params), *_ = cascade.stages
+    damaged = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
+    with pytest.raises(UserError, match="stage base8 drew values that are not finite"):
+        Cascade([(base, damaged)], cascade.encoder)("red circle", seed=3)
+
+
+def test_settings_are_replaced_stage_by_stage(cascade):
+    changed = with_options(cascade.settings, steps=(4, 5, 6))
+    assert [s.steps for s in changed] == [4, 5, 6]
+    assert [dataclasses.replace(s, steps=1) for s in changed] == [
+        dataclasses.replace(s, steps=1) for s in cascade.settings
+    ]
+
+
+def test_stages_must_meet():
+    full = testing.cascade()
+    with pytest.raises(UserError, match="sr32 enlarges 16 px, but base8 before it draws 8 px"):
+        Cascade([full.stages[0], full.stages[2]], full.encoder)
+
+
+def test_settings_and_not_the_stages_own_decide(cascade):
+    own, guided = (
+        cascade("red", until=8, settings=with_options(cascade.settings[:1], guidance=[w]))[0]
+        for w in (2.0, 9.0)
+    )
+    assert not np.array_equal(own.image, guided.image)
+    np.testing.assert_array_equal(own.image, cascade("red", until=8)[0].image)

@@ -1,0 +1,330 @@
+"""Training that begins from DeepFloyd IF's weights: all of them, or LoRA's adapters."""
+
+import dataclasses
+import filecmp
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_deepfloyd import write_pipeline
+
+from cascade import cli, testing
+from cascade.commands.export import export
+from cascade.config import load, load_with, read_json, to_json
+from cascade.diffusion import denoise, loss, process, samplers
+from cascade.errors import UserError
+from cascade.published.deepfloyd import stage as deepfloyd
+from cascade.published.deepfloyd.unet import IFLevel, IFUNetConfig
+from cascade.runner.cascade import Cascade
+from cascade.stage import Augmentation, Sampling, Stage, StageConfig
+from cascade.storage.checkpoint import Checkpoints, load_safetensors, save_safetensors, write_json
+from cascade.text import T5Encoder
+from cascade.text.t5 import SHIPPED
+from cascade.training import loop as train
+from cascade.training import lora
+from cascade.training.loop import TrainConfig
+
+T5 = Path(__file__).parents[1] / "fixtures" / "t5"
+CONFIGS = Path(__file__).parents[2] / "configs" / "if"
+CONFIG, CONFIG_2 = (str(CONFIGS / f"finetune_{name}.py") for name in ("base64", "sr256"))
+STAGE = StageConfig(
+    name="if8",
+    resolution=8,
+    network=IFUNetConfig(
+        levels=(IFLevel(width=16, blocks=1),),
+        text_width=16,
+        cross_width=32,
+        emb_width=16,
+        head_width=8,
+        pool_heads=2,
+        groups=4,
+    ),
+    schedule=process.Discrete(),
+    prediction="eps",
+    loss=loss.Loss(space="eps"),
+    variance=loss.LearnedVariance(),
+    sampling=Sampling(
+        steps=4, sampler=samplers.Ancestral(gamma="learned"), threshold=denoise.Threshold(cap=1.5)
+    ),
+)
+
+STAGE_2 = dataclasses.replace(
+    STAGE,
+    name="if16",
+    resolution=16,
+    lowres_resolution=8,
+    network=dataclasses.replace(STAGE.network, lowres=True, residual_scale=0.7071),
+    augmentation=Augmentation(schedule=process.Discrete(), after_upsampling=True),
+    sampling=dataclasses.replace(STAGE.sampling, aug_level=0.251),
+)
+
+
+def write_model(folder, *stages):
+    """A converted IF of tiny stages."""
+    shutil.copytree(T5, folder / "text_encoder")
+    names = [stage.name for stage in stages]
+    about = {"format": "cascade", "stages": names, "max_tokens": 77, "captions": "clean"}
+    write_json(folder / "config.json", about)
+    for stage in stages:
+        where = folder / stage.name
+        where.mkdir()
+        write_json(where / "config.json", to_json(stage))
+        save_safetensors(where / "model.safetensors", testing.lively(Stage(stage)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and eight pictures to train it on."""
+    folder = tmp_path_factory.mktemp("finetuning")
+    write_model(folder / "if", STAGE, STAGE_2)
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 256, (2, 2, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+        (folder / "pictures" / f"{i}.txt").write_text(f"Picture number {i}")
+    return folder
+
+
+def weights(file, stage=STAGE):
+    return load_safetensors(file / stage.name / "model.safetensors", Stage(stage).abstract())
+
+
+@pytest.fixture(scope="module")
+def loss_of(folder):
+    """weights -> (their loss, its gradient), at the same pictures, times and noises for all."""
+    files = [folder / "pictures" / f"{i % 8}.png" for i in range(16)]
+    text = T5Encoder.load(T5, 77)([f"picture number {i % 8}" for i in range(16)])
+    image = np.stack([np.asarray(Image.open(file)) for file in files])
+    batch = {"image": jnp.asarray(image), "text": text.values, "text_mask": text.mask}
+
+    def loss(params):
+        return Stage(STAGE).loss(params, batch, jax.random.key(7))[0]
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def test_all_weights_learn_from_where_they_were(folder, loss_of):
+    config = TrainConfig(stage=STAGE, images=64, batch_size=8, init=str(folder / "if"))
+    params = train.init_params(config)
+    jax.tree.map(np.testing.assert_array_equal, params, weights(folder / "if"))
+    state = train.begin(config, train.make_optimizer(config), params)
+    assert "frozen" not in state and state["train"]["params"] is params
+    first, gradient = loss_of(params)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+    for _ in range(10):
+        gradient = loss_of(params)[1]
+        params = jax.tree.map(lambda p, g: np.asarray(p) - 0.01 * np.asarray(g), params, gradient)
+    assert loss_of(params)[0] < 0.9 * first
+
+
+def test_lora_trains_beside_the_weights_and_merges_into_them(folder, loss_of, tmp_path, capsys):
+    run, out, base = tmp_path / "run", tmp_path / "out", folder / "if"
+    words = [*("train", CONFIG, "--init", base, "--workdir", run, "--lora-rank", 2)]
+    words += ["--data.path", folder / "pictures", "--images", 160, "--batch-size", 8]
+    words += ["--stage.network.compute-dtype", "float32", "--stage.network.remat", "False"]
+    words += ["--optimizer.learning-rate", 0.1, "--preview-every-images", 0]
+    words += ["--optimizer.warmup-images", 8]
+    words = list(map(str, words))
+    cli.main(words)
+    cli.main(words)  # resumed at its end: the frozen weights come from init again
+    checkpoints = Checkpoints(run)
+    _, adapters, saved = checkpoints.restore_ema()
+    checkpoints.close()
+    assert saved["captions"] == "clean" and saved["text_tokens"] == 77
+    cli.main(["export", str(run), str(out)])
+    before, after = weights(base), weights(out)
+    changed = set()
+
+    def compare(path, old, new):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if np.array_equal(old, new):
+            return
+        changed.add(name)
+        part = adapters
+        for key in name.split("/"):
+            part = part[key]
+        assert part["a"].shape[1] == part["b"].shape[0] == 2
+        np.testing.assert_allclose(new, old + part["a"] @ part["b"], atol=1e-6)
+
+    jax.tree.map_with_path(compare, before, after)
+    attention = "mid_block/attentions/0"
+    projections = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out/0")
+    assert changed == {f"{attention}/{name}/kernel" for name in projections}
+    assert loss_of(after)[0] < 0.97 * loss_of(before)[0]
+    cascade = Cascade.load(out)
+    assert (cascade.encoder.max_tokens, cascade.encoder.tokenizer.captions) == (77, "clean")
+    assert_beside(STAGE_2, base, run, tmp_path / "whole")
+    # Adapters of other weights would be nonsense.
+    shutil.copytree(base, other := tmp_path / "other")
+    capsys.readouterr()
+    for changes, message in (
+        (["--init", str(other)], f"holds a run with init={base}, not {other}"),
+        (["--lora-rank", "0"], "holds a run with lora_rank=2, not 0"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*words[:2], *changes, *(w for w in _without(words[2:], changes[0]))])
+        assert message in capsys.readouterr().err
+
+
+def assert_beside(rest, base, run, out):
+    """What the run trained is exported with the model's other stage as it was, and is a cascade."""
+    cli.main(["export", str(run), str(out), "--rest", str(base)])
+    for name in ("config.json", "model.safetensors"):
+        assert filecmp.cmp(out / rest.name / name, base / rest.name / name, shallow=False)
+    sides = [stage.config.resolution for stage, _ in Cascade.load(out).stages]
+    assert sides == [8, 16]
+    assert read_json(out / "config.json")["trained"].keys() == {"if8", "if16"} - {rest.name}
+
+
+def _without(words, flag):
+    return [w for i, w in enumerate(words) if w != flag and (i == 0 or words[i - 1] != flag)]
+
+
+def test_the_second_stage_trains_beside_its_weights_and_goes_beside_the_first(folder, tmp_path):
+    run, base = tmp_path / "run", folder / "if"
+    words = [*("train", CONFIG_2, "--init", base, "--workdir", run, "--lora-rank", 2)]
+    words += ["--data.path", folder / "pictures", "--images", 320, "--batch-size", 16]
+    words += ["--stage.network.compute-dtype", "float32", "--stage.network.remat", "False"]
+    words += ["--optimizer.learning-rate", 0.1, "--preview-every-images", 0]
+    words += ["--optimizer.warmup-images", 16]
+    cli.main(list(map(str, words)))
+    assert_beside(STAGE, base, run, tmp_path / "whole")
+    text = T5Encoder.load(T5, 77)([f"picture number {i % 8}" for i in range(16)])
+    files = [Image.open(folder / "pictures" / f"{i % 8}.png") for i in range(16)]
+    pictures, low = (
+        jnp.asarray(np.stack([np.asarray(file.resize((side, side), 0)) for file in files]))
+        for side in (16, 8)
+    )
+    batch = {"image": pictures, "lowres": low, "text": text.values, "text_mask": text.mask}
+    loss = jax.jit(lambda params: Stage(STAGE_2).loss(params, batch, jax.random.key(7))[0])
+    before, after = (weights(model, STAGE_2) for model in (base, tmp_path / "whole"))
+    assert loss(after) < 0.97 * loss(before)
+
+
+def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
+    config = TrainConfig(
+        stage=STAGE,
+        images=8,
+        batch_size=8,
+        text_encoder=str(T5),
+        text_tokens=77,
+        captions="clean",
+    )
+    params = weights(folder / "if")
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(1, train={"step": np.ones(())}, ema=params, config=to_json(config), data={})
+    checkpoints.close()
+    base = tmp_path / "if"
+    shutil.copytree(folder / "if", base)
+    about = read_json(base / "config.json")
+    for changes, message in (
+        ({"stages": ["if8"]}, "has no stage but those trained, if8"),
+        ({"max_tokens": 12}, "reads captions of so many tokens: 12, the runs 77"),
+        ({"captions": "verbatim"}, "reads captions prepared: verbatim, the runs clean"),
+        ({"text_encoder": "scenes"}, "its text encoder scenes is not the runs'"),
+    ):
+        write_json(base / "config.json", about | changes)
+        with pytest.raises(UserError, match=message):
+            export([tmp_path / "run"], tmp_path / "out", rest=str(base))
+    write_json(base / "config.json", about)
+    report = export([tmp_path / "run"], tmp_path / "out", rest=str(base))
+    assert report["stages"] == ["if8", "if16"]
+
+
+def made_run(workdir, name="base8", **changes):
+    """A run of one checkpoint, which nothing has trained."""
+    stage = dataclasses.replace(testing.smallest_stage(), name=name)
+    config = TrainConfig(stage=stage, images=8, batch_size=8, **changes)
+    weights = jax.tree.map(lambda x: jnp.zeros(x.shape), Stage(stage).abstract())
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(1, train=weights, ema=weights, config=to_json(config), data={})
+    checkpoints.close()
+    return workdir
+
+
+@pytest.mark.parametrize("name", ["enc", "../enc", "/no/such/enc"])
+def test_a_text_encoder_that_is_not_there_cannot_be_exported(tmp_path, monkeypatch, name):
+    run = made_run(tmp_path / "run", text_encoder=name)
+    with pytest.raises(UserError, match=f"text_encoder='{name}' is no folder here; export from"):
+        export([run], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_encoder_of_the_hub_is_named_and_a_folder_copied(tmp_path, monkeypatch):
+    report = export([made_run(tmp_path / "hub", text_encoder="google/t5")], tmp_path / "named")
+    assert report["text_encoder"] == "google/t5"
+    assert not (tmp_path / "named" / "text_encoder").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "enc").symlink_to(SHIPPED["scenes"])
+    report = export([made_run(tmp_path / "here", text_encoder="enc")], tmp_path / "copied")
+    assert "text_encoder" not in report
+    assert (tmp_path / "copied" / "text_encoder" / "config.json").is_file()
+
+
+def test_two_stages_that_draw_from_text_alone_are_no_cascade(tmp_path):
+    runs = [made_run(tmp_path / name, name) for name in ("one", "two")]
+    with pytest.raises(UserError, match="stages one and two draw from text alone"):
+        export(runs, tmp_path / "out")
+
+
+def test_adapters_change_nothing_to_begin_with_in_any_network():
+    stage = Stage(testing.base_stage())
+    params = testing.lively(stage)
+    made = lora.adapters(params, 3, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, lora.merged(params, made), params)
+    kernels = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(made)]
+    assert kernels and all("attention" in k and k.endswith(("['a']", "['b']")) for k in kernels)
+    moved = jax.tree.map(jnp.ones_like, made)
+    added = jax.tree.map(jnp.subtract, lora.merged(params, moved), params)
+    assert {tuple(np.unique(x.round(4))) for x in jax.tree.leaves(added)} == {(0.0,), (3.0,)}
+    with pytest.raises(ValueError, match="no attention"):
+        lora.adapters({"conv": {"kernel": jnp.ones((3, 3, 2, 2))}}, 3, jax.random.key(0))
+
+
+def test_text_is_dropped_to_the_embedding_of_no_text():
+    encoder = T5Encoder.load(T5, 12)
+    config = TrainConfig(stage=STAGE, images=64, batch_size=64)
+    tokens = encoder.tokenize([f"a red circle number {i}" for i in range(64)])
+    embed = jax.jit(train.make_embedder(config, encoder))
+    own, empty = encoder.embed(tokens), encoder([""])
+    dropped = []
+    for step in (0, 0, 1):
+        text = embed(encoder.params, tokens.ids, tokens.mask, step)
+        lost = np.isclose(text["text"], empty.values, atol=1e-5).all((1, 2))
+        np.testing.assert_allclose(text["text"][~lost], own.values[~lost], atol=1e-5)
+        np.testing.assert_array_equal(text["text_mask"].sum(1) == 1, lost)
+        dropped.append(lost.tolist())
+    assert dropped[0] == dropped[1] != dropped[2] and 1 <= sum(dropped[0]) <= 16
+
+
+def test_a_start_is_read_in_either_layout(folder, tmp_path):
+    published = deepfloyd.Start(model=str(write_pipeline(tmp_path, 1)))
+    (config,) = published.stages()
+    assert config.loss.space == "eps" and published.text_encoder() == str(tmp_path)
+    params = published.params(config, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    converted = deepfloyd.Start(model=str(folder / "if"))
+    assert converted.stages() == [STAGE, STAGE_2]
+    params = converted.params(STAGE, "float32")
+    jax.tree.map(np.testing.assert_array_equal, params, weights(folder / "if"))
+    with pytest.raises(UserError, match="the network of its if8 is not that of the config"):
+        converted.params(config, "float32")
+    with pytest.raises(UserError, match="has no stage if32, only if8, if16"):
+        converted.params(dataclasses.replace(STAGE, name="if32"), "float32")
+
+
+def test_a_config_that_needs_a_start_says_so(tmp_path, capsys):
+    with pytest.raises(UserError, match="finetune_base64.py: --init is missing"):
+        load(CONFIG)
+    base = write_pipeline(tmp_path, 1)
+    with pytest.raises(UserError, match=f"init={base}: has no super-resolution stage"):
+        load_with(CONFIG_2, ["--init", str(base)])
+    with pytest.raises(SystemExit):
+        cli.main(["train", CONFIG, "--workdir", "x", "--init", "no/such"])
+    assert "model no/such: no such folder" in capsys.readouterr().err
