@@ -1,44 +1,27 @@
 """The console command: `cascade <verb>`.
 
-Each verb lives in a module of its own with a `main(argv)`; it is imported when it is asked for, so
-that `cascade --help` needs no JAX. A person's mistake (UserError) is one line and exit status 2.
+A verb is a file of commands/, or of tasks/, with a function `main(argv)`; it is imported when it
+is asked for, so that `cascade --help` needs no JAX. A person's mistake (UserError) is one line and
+exit status 2.
 """
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from cascade.errors import UserError
 
-VERBS = {
-    "sample": ("cascade.commands.sample", "draw pictures from prompts"),
-    "train": (
-        "cascade.commands.train",
-        "train a stage or a text encoder; the same command resumes",
-    ),
-    "export": (
-        "cascade.commands.export",
-        "collect trained stages into a model folder for `sample --model`",
-    ),
-    "convert": (
-        "cascade.commands.convert",
-        "public weights (DeepFloyd IF, x4 upscaler) to a model folder",
-    ),
-    "eval": ("cascade.commands.eval", "measure a model: facts right, sweeps, properties"),
-    "data": ("cascade.commands.data", "make or inspect a dataset"),
-    "plan": (
-        "cascade.planning.training",
-        "what a run needs on a TPU slice or GPUs that are not here",
-    ),
-    "bench": ("cascade.commands.bench", "measure this machine: time to a picture, training speed"),
-}
-
+ORDER = ("sample", "train", "export", "convert", "eval", "data", "plan", "bench")
+"""In which usage lists them; others follow by name."""
 
 # What a folder's permissions, a full disk or a name can do at any time: no fault of the program.
 _OF_THE_MACHINE = {
@@ -59,16 +42,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(version("cascade-diffusion"))
         return
     try:
-        if argv[0] not in VERBS:
-            from cascade.config import nearest
+        from cascade.config import nearest, take, trust
 
-            raise UserError(f"{argv[0]!r} is no command of cascade{nearest(argv[0], list(VERBS))}")
+        known = verbs()
+        if argv[0] not in known:
+            raise UserError(f"{argv[0]!r} is no command of cascade{nearest(argv[0], list(known))}")
         # So that what is half-written is cleared away; training has a handler of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         # Worker threads and libraries read these at import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-        importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+        words = argv[1:]
+        while True:
+            module, words = take(words, "--trust")
+            if module is None:
+                break
+            trust(module)
+        importlib.import_module(known[argv[0]][0]).main(words)
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
@@ -85,10 +75,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def verbs() -> dict[str, tuple[str, str]]:
+    """{verb: (module, help)}: the files of commands/ and of tasks/ that have a function main.
+
+    The help is the first line of the file's docstring. Nothing is imported.
+    """
+    found = {}
+    here = Path(__file__).parent
+    for room in ("commands", "tasks"):
+        files = {f.stem: f for f in (here / room).glob("*.py") if f.stem != "__init__"}
+        files |= {f.parent.name: f for f in (here / room).glob("*/__init__.py")}
+        for name, file in files.items():
+            text = file.read_text(encoding="utf-8")
+            if re.search(r"^def main\(", text, re.MULTILINE):
+                line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+                found[name] = (f"cascade.{room}.{name}", line[:1].lower() + line[1:].rstrip("."))
+    ordered = sorted(found, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+    return {name: found[name] for name in ordered}
+
+
 def usage() -> str:
-    lines = "\n".join(f"  {verb:<8} {help}" for verb, (_, help) in VERBS.items())
+    lines = "\n".join(f"  {verb:<8} {help}" for verb, (_, help) in verbs().items())
     return (
         "usage: cascade VERB ...\n\nText to image by cascaded pixel diffusion.\n\n"
         f"{lines}\n\n`cascade VERB --help` shows what a verb takes, with units and defaults; "
-        "`cascade --version` which version this is."
+        "`cascade --version` which version this is. Every verb takes --trust MODULE: configs may "
+        "then name classes of that module of yours."
     )

@@ -2,8 +2,12 @@
 
 A config file is a Python file with a function `config()` that returns a dataclass; if it takes
 arguments, they come from the command line. Files are only run when a person names them (`cascade
-train FILE`). What is stored beside weights is JSON, and reading it runs no code: it can only name
-dataclasses that the expected type itself mentions.
+train FILE`).
+
+A config builds its own thing: a field typed `Schedule` or `NetworkConfig` holds any dataclass that
+subclasses it, of this package or of a module of the reader's. What is stored beside weights is
+JSON, in which an object's `type` is the qualified name of its class. Reading it imports nothing but
+modules of this package; any other module must have been imported already, as `--trust MODULE` does.
 """
 
 from __future__ import annotations
@@ -11,11 +15,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import inspect
 import io
 import json
+import os
 import re
 import runpy
+import sys
 import traceback
 import types
 import typing
@@ -115,15 +122,32 @@ def parse(
         if not e.code:
             raise
         raise UserError(f"{prog}: {_one_line(err.getvalue())}") from None
+    except UserError:
+        raise
     except (ValueError, TypeError) as e:  # a dataclass refused its values
         raise UserError(f"{prog}: {e}") from None
+
+
+def trust(module: str) -> None:
+    """Import a module of the reader's, whose config classes JSON may then name.
+
+    It is looked for where Python looks, and in the current folder. Raises UserError without it.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(
+            f"--trust {module}: {e}; name a module that lies here or is installed, without .py"
+        ) from None
 
 
 def to_json(config: Any) -> Any:
     """A dataclass -> plain JSON values; each object carries its class's name under `type`."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"type": type(config).__name__, **fields}
+        return {"type": f"{type(config).__module__}.{type(config).__qualname__}", **fields}
     if isinstance(config, (list, tuple)):
         return [to_json(v) for v in config]
     if config is None or isinstance(config, (bool, int, float, str)):
@@ -183,22 +207,18 @@ def _from_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
     options = tuple(o for o in options if o is not type(None))
-    if isinstance(value, dict):
-        by_name = {
-            str(getattr(o, "__name__", o)): o for o in options if dataclasses.is_dataclass(o)
-        }
-        if (name := value.get("type")) in by_name:
-            return _from_object(by_name[name], value, where)
-        raise UserError(f"{where}.type must be one of {', '.join(by_name)}, got {name!r}")
+    if len(options) == 1:
+        return from_json(options[0], value, where)
     for option in options:
         with contextlib.suppress(UserError):
             return from_json(option, value, where)
     raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, options))}")
 
 
-def _from_object(cls: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict) or value.get("type", cls.__name__) != cls.__name__:
-        raise UserError(f"{where} must be a {cls.__name__}, got {value!r}"[:200])
+def _from_object(expected: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a {expected.__name__}, got {value!r}"[:200])
+    cls = _class_named(value["type"], expected, where) if "type" in value else expected
     hints = typing.get_type_hints(cls)
     fields = {k: v for k, v in value.items() if k != "type"}
     for name in fields:
@@ -212,6 +232,40 @@ def _from_object(cls: Any, value: Any, where: str) -> Any:
         raise
     except (TypeError, ValueError) as e:
         raise UserError(f"{where}: {e}") from None
+
+
+def _class_named(name: Any, expected: type, where: str) -> type:
+    """The frozen dataclass of that qualified name, if it is what the field expects."""
+    module, _, cls_name = str(name).rpartition(".")
+    if not module or not _may_be_imported(module):
+        raise UserError(
+            f"{where}.type names {name!r}, and reading a file imports no code but cascade's own; "
+            f"if you trust that module, add --trust {module or 'MODULE'} (in Python, import it)"
+        )
+    try:
+        cls = getattr(importlib.import_module(module), cls_name, None)
+    except ImportError:
+        cls = None
+    fits = (
+        isinstance(cls, type)
+        and issubclass(cls, expected)
+        and dataclasses.is_dataclass(cls)
+        and cls.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    if not fits:
+        raise UserError(f"{where}.type must be a {expected.__name__}, got {name!r}")
+    return cls
+
+
+def _may_be_imported(module: str) -> bool:
+    """Whether it is a module of this package, or one that somebody has imported already."""
+    if module in sys.modules:
+        return True
+    package, *parts = module.split(".")
+    if package != __package__ or not all(re.fullmatch(r"[a-z][a-z0-9_]*", p) for p in parts):
+        return False
+    file = Path(__file__).parent.joinpath(*parts)
+    return file.with_suffix(".py").is_file() or (file / "__init__.py").is_file()
 
 
 def _with_nearest_field(message: str, names: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`cascade bench`: figures of this machine, as JSON on stdout."""
+"""Measure this machine: time to a picture, training speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cascade convert`: public weights in diffusers' layout -> a model folder for `cascade sample`."""
+"""Public weights (DeepFloyd IF, x4 upscaler) to a model folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cascade data make` and `cascade data inspect`: write a dataset, look at one."""
+"""Make or inspect a dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cascade eval`: figures of merit as JSON on stdout, pictures and plots into --out."""
+"""Measure a model: facts right, sweeps, properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cascade export`: the EMA weights of trained stages -> a model folder for `cascade sample`."""
+"""Collect trained stages into a model folder for `sample --model`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""`cascade sample`: prompts in, a folder of numbered pictures out."""
+"""Draw pictures from prompts."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,10 +17,10 @@ from cascade import config
 from cascade.devices import distributed
 from cascade.errors import UserError
 from cascade.storage import paths
+from cascade.tasks import that_have
 
 if TYPE_CHECKING:
     from cascade.runner.cascade import Cascade, Picture
-    from cascade.stage import Sampling, Stage, StageConfig
 
 ByStage = Annotated[
     str | None,
@@ -74,13 +73,6 @@ class Options:
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
     lowres: File = None
     """Start from this 64 or 256 px picture: super-resolution only."""
-    init_image: File = None
-    """Redraw this picture (its central square; any size), as much as --strength says."""
-    mask: File = None
-    """Which part of --init-image, in a picture of its size: white is drawn anew, black stays."""
-    strength: Annotated[str | None, tyro.conf.arg(metavar="LIST", help_behavior_hint="")] = None
-    """How much of --init-image changes, by stage: the share of the steps taken, above 0 to 1.
-    Default: .7 in the base stage (1 with --mask), .8 in the others."""
     steps: ByStage = None
     """Sampling steps, by stage: a number, or a list of DeepFloyd IF's such as smart50."""
     grid: ByStage = None
@@ -117,33 +109,47 @@ class Options:
     """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
 
 
+LISTS = (
+    *("grid", "steps", "guidance", "guidance_plan", "rescale", "aug_level", "sampler"),
+    "threshold",
+)
+"""The options that go by stage, as `runner.overrides` names them."""
+
+
 def main(argv: Sequence[str]) -> None:
-    options = config.parse(Options, argv, prog="cascade sample")
+    tasks = that_have("SampleOptions")
+    options = config.parse(_with_tasks(tasks), argv, prog="cascade sample")
     prompts = _prompts(options)
     _check_words(options)
     folder = _output_folder(options.out)
     if options.compilation_cache:
         use_compilation_cache()
     with distributed.processes():
-        _sample(options, prompts, folder)
+        _sample(options, [getattr(options, name) for name in tasks], prompts, folder)
 
 
-def _sample(options: Options, prompts: list[str], folder: paths.Path) -> None:
+def _with_tasks(tasks: Mapping[str, Any]) -> Any:
+    """Options, with those that the tasks add beside its own flags."""
+    added = [
+        (name, Annotated[own, tyro.conf.arg(name="")], field(default_factory=own))
+        for name, own in tasks.items()
+    ]
+    made: Any = make_dataclass("Options", added, bases=(Options,), frozen=True, kw_only=True)
+    made.__doc__ = Options.__doc__
+    return made
+
+
+def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: paths.Path) -> None:
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
-    from PIL import Image
 
     from cascade.images import grid, load_image, save_png
     from cascade.runner.cascade import Cascade, default_batch_size, numbers
+    from cascade.runner.overrides import override
 
     share = (jax.process_index(), jax.process_count())
-    lowres, init, mask = (
-        None if file is None else np.asarray(load_image(file))
-        for file in (options.lowres, options.init_image, options.mask)
-    )
-    if mask is not None:
-        mask = np.asarray(Image.fromarray(mask).convert("L"))
+    lowres = None if options.lowres is None else np.asarray(load_image(options.lowres))
     cascade = Cascade.load(
         options.model,
         text_encoder=options.text_encoder,
@@ -151,11 +157,20 @@ def _sample(options: Options, prompts: list[str], folder: paths.Path) -> None:
         t5_int8=options.t5_int8,
         offload=options.offload,
     )
-    stages = cascade.select(
+    chosen = cascade.select(
         until=options.until, lowres=None if lowres is None else lowres.shape[:2]
     )
-    every = [s for s, _ in cascade.stages]
-    settings = override([s for s, _ in stages], options, every)
+    stages = [stage.config for stage, _ in chosen]
+    every = [stage.config for stage, _ in cascade.stages]
+    lists = {name: getattr(options, name) for name in LISTS}
+    settings = override(stages, every, **lists)
+    steering, records = [None] * len(stages), {}
+    for task in tasks:
+        own = task.steering(stages, every, settings)
+        records |= task.record(stages, own)
+        if any(given and taken for given, taken in zip(own, steering, strict=True)):
+            raise UserError("two of the options steer the same stage: give those of one task")
+        steering = [given or taken for given, taken in zip(own, steering, strict=True)]
     if share[0] == 0:
         _warn(cascade, prompts)
     # All processes count on from what the first one saw before any of them wrote.
@@ -173,11 +188,9 @@ def _sample(options: Options, prompts: list[str], folder: paths.Path) -> None:
             num=options.num,
             until=options.until,
             lowres=lowres,
-            init=init,
-            mask=mask,
-            strength=_strength(options, [s for s, _ in stages], every),
             negative=options.negative,
             settings=settings,
+            steering=steering,
             batch_size=batch_size,
             share=share,
             split_rows=options.split_rows,
@@ -185,7 +198,7 @@ def _sample(options: Options, prompts: list[str], folder: paths.Path) -> None:
         )
         for number, picture in zip(own, pictures, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            line = _write(picture, folder, first + number, save_png, options)
+            line = _write(picture, folder, first + number, save_png, options, records)
             print(json.dumps(line), flush=True)
             side = _nearest(picture, min(256, max(picture.images)))
     if share[1] > 1:
@@ -204,159 +217,6 @@ def use_compilation_cache() -> None:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "cascade" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def override(
-    stages: Sequence[Stage], options: Options, every: Sequence[Stage] | None = None
-) -> list[Sampling]:
-    """The stages' own settings with the command line's lists laid over them.
-
-    stages: those that draw; every: all of the model, whose number a list may have as well.
-    Raises UserError naming the flag for a list of the wrong length or a value out of range.
-    """
-    import dataclasses
-
-    from cascade.diffusion import denoise, grids, samplers
-
-    steps = {
-        "ancestral": (samplers.Ancestral, "gamma"),
-        "ddim": (samplers.DDIM, "eta"),
-        "dpm++": (samplers.DPMSolverPP2M, None),
-        "dpm++sde": (samplers.DPMSolverPP2MSDE, None),
-        "heun": (samplers.Heun, "churn"),
-    }
-    plans = {
-        "constant": denoise.Constant(),
-        "interval": denoise.Interval(),
-        "oscillating": denoise.Oscillating(),
-    }
-    spacings = {
-        "uniform": grids.Uniform(),
-        "quadratic": grids.Quadratic(),
-        "logsnr": grids.EvenLogSNR(),
-        "karras": grids.Karras(),
-        "trailing": grids.OnTable(),
-        "leading": grids.OnTable(spacing="leading"),
-    }
-    settings = [s.config.sampling for s in stages]
-
-    def lay(
-        flag: str,
-        text: str | None,
-        parse: Callable[[str, Sampling, StageConfig], dict[str, Any]],
-        enlarging: bool = False,
-    ):
-        """parse: word, settings of the stage so far, its config -> the fields to replace.
-        enlarging: the list goes by super-resolution stages."""
-        if text is None:
-            return
-        for name, word in _by_stage(flag, text, stages, every or stages, enlarging).items():
-            i = next(i for i, s in enumerate(stages) if s.config.name == name)
-            stage = stages[i].config
-            try:
-                settings[i] = dataclasses.replace(settings[i], **parse(word, settings[i], stage))
-                stage.check(settings[i])
-            except ValueError as e:
-                raise UserError(f"{flag} {word}: {e}") from None
-
-    def count(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
-        if word in grids.SECTIONS:
-            name: Any = word
-            grid = grids.Respaced(name=name)
-            return {"steps": grid.steps, "grid": grid}
-        if not word.isdecimal():
-            raise ValueError(f"must be a whole number, or one of {', '.join(grids.SECTIONS)}")
-        own = not isinstance(now.grid, grids.Respaced)
-        return {"steps": int(word), "grid": now.grid if own else grids.OnTable()}
-
-    def sampler(word: str, _: Sampling, stage: StageConfig) -> dict[str, Any]:
-        if word == "ancestral" and stage.variance is not None:
-            return {"sampler": samplers.Ancestral(gamma="learned")}
-        name, *numbers = word.split(":")
-        step, field = _one_of(steps, name)
-        if len(numbers) > (field is not None):
-            raise ValueError(f"{name} takes {'one number' if field else 'no number'}")
-        return {"sampler": step(**dict(zip((field,), map(_number, numbers), strict=False)))}
-
-    def threshold(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
-        kind, *numbers = word.split(":")
-        if len(numbers) > (2 if kind == "dynamic" else 0):
-            raise ValueError("takes no numbers, dynamic at most two: percentile and cap")
-        fields = dict(zip(("percentile", "cap"), map(_number, numbers), strict=False))
-        kind = _one_of({k: k for k in ("none", "static", "dynamic")}, kind)
-        return {"threshold": dataclasses.replace(now.threshold, kind=kind, **fields)}
-
-    lay("--grid", options.grid, lambda w, *_: {"grid": _one_of(spacings, w)})
-    lay("--steps", options.steps, count)
-    lay("--guidance", options.guidance, lambda w, *_: {"guidance": _number(w)})
-    lay(
-        "--guidance-plan", options.guidance_plan, lambda w, *_: {"guidance_plan": _one_of(plans, w)}
-    )
-    lay("--rescale", options.rescale, lambda w, *_: {"guidance_rescale": _number(w)})
-    lay("--aug-level", options.aug_level, lambda w, *_: {"aug_level": _number(w)}, True)
-    lay("--sampler", options.sampler, sampler)
-    lay("--threshold", options.threshold, threshold)
-    return settings
-
-
-def _strength(
-    options: Options, stages: Sequence[Stage], every: Sequence[Stage]
-) -> list[float] | None:
-    """By stage, as `Cascade.draw` takes it."""
-    if options.strength is None:
-        return None
-    words = _by_stage("--strength", options.strength, stages, every)
-    try:
-        return [_number(word) for word in words.values()]
-    except ValueError as e:
-        raise UserError(f"--strength {options.strength}: {e}") from None
-
-
-def _by_stage(
-    flag: str,
-    text: str,
-    stages: Sequence[Stage],
-    every: Sequence[Stage],
-    enlarging: bool = False,
-) -> dict[str, str]:
-    """A list's word for each of the stages that draw, or for those of them that enlarge."""
-
-    def names(of: Sequence[Stage]) -> list[str]:
-        return [s.config.name for s in of if not enlarging or s.config.lowres_resolution]
-
-    drawn, known = names(stages), names(every)
-    words = [word.strip() for word in text.split(",")]
-    if not drawn:
-        raise UserError(f"{flag} {text}: no super-resolution stage draws; leave it out")
-    if "" in words:
-        raise UserError(f"{flag} {text!r}: value {words.index('') + 1} is empty")
-    if len(words) == 1:
-        words *= len(drawn)
-    elif len(words) == len(known):
-        words = [word for word, name in zip(words, known, strict=True) if name in drawn]
-    if len(words) != len(drawn):
-        count = "1 stage" if len(drawn) == 1 else f"{len(drawn)} stages"
-        raise UserError(
-            f"{flag} {text}: {len(words)} values for {count} ({', '.join(drawn)}); give one for "
-            "each, or a single one for all"
-        )
-    return dict(zip(drawn, words, strict=True))
-
-
-def _number(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"must be a number, such as 0.5, got {word!r}")
-    return value
-
-
-def _one_of(values: Mapping[str, Any], word: str) -> Any:
-    if word not in values:
-        raise ValueError(f"must be one of {', '.join(values)}")
-    return values[word]
 
 
 def _prompts(options: Options) -> list[str]:
@@ -397,9 +257,6 @@ def _check_words(options: Options) -> None:
     for flag, value in {**counts, "--split-rows": options.split_rows}.items():
         if value is not None and value < 1:
             raise UserError(f"{flag} must be 1 or more, got {value}")
-    for flag, value in (("--mask", options.mask), ("--strength", options.strength)):
-        if value is not None and options.init_image is None:
-            raise UserError(f"{flag} {value}: goes with --init-image, which is missing")
 
 
 def _output_folder(name: Path) -> paths.Path:
@@ -430,6 +287,7 @@ def _write(
     number: int,
     save_png: Callable[..., None],
     options: Options,
+    records: Mapping[str, Any],
 ) -> dict[str, Any]:
     name = f"{number:04d}"
     if (folder / f"{name}.json").exists():
@@ -438,11 +296,12 @@ def _write(
             "command that draws at the same time a folder of its own"
         )
     names = ("cascade-diffusion", "jax", "jaxlib", "flax")
-    fields = ("text_encoder", "dtype", "t5_int8", "lowres", "init_image", "mask")
+    fields = ("text_encoder", "dtype", "t5_int8", "lowres")
     given = {field: getattr(options, field) for field in fields}
     record = {
         **picture.metadata,
         **{field: str(v) if isinstance(v, Path) else v for field, v in given.items()},
+        **records,
         "versions": {n: version(n) for n in names},
     }
     files = {}
@@ -461,7 +320,7 @@ def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
             f'quotes: "{" ".join(prompts[:5])}"',
             file=sys.stderr,
         )
-    encoders = [cascade.encoder, *cascade.own_encoders.values()]
+    encoders = [e for e in (cascade.encoder, *cascade.own_encoders.values()) if e is not None]
     cuts = [encoder.tokenize(list(prompts)).truncated for encoder in encoders]
     for i, prompt in enumerate(prompts):
         short = prompt if len(prompt) <= 40 else prompt[:37] + "..."

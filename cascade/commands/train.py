@@ -1,4 +1,4 @@
-"""`cascade train CONFIG --workdir DIR [overrides]`: start a run, or continue it."""
+"""Train a stage or a text encoder; the same command resumes."""
 
 from __future__ import annotations
 

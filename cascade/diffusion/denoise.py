@@ -89,8 +89,15 @@ def guide(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant:
-    """The guidance weight w at every step."""
+class GuidancePlan:
+    """How the guidance weight w changes over the steps. Subclasses are the plans."""
+
+    def check(self, steps: int) -> None:
+        """Raise ValueError unless the plan can have so many steps."""
+
+    def guides(self, w: float) -> bool:
+        """Whether the weight is other than 1 at any step, so that no text must be evaluated too."""
+        return w != 1
 
     def __call__(
         self, w: Weight, logsnr: Float[Array, " b"], grid: Float[Array, " n"]
@@ -99,11 +106,19 @@ class Constant:
 
         A denoiser that is asked between two of them, by a second-order step, takes the nearest.
         """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(GuidancePlan):
+    """The guidance weight w at every step."""
+
+    def __call__(self, w, logsnr, grid):
         return jnp.broadcast_to(jnp.asarray(w, jnp.float32), logsnr.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interval:
+class Interval(GuidancePlan):
     """w where low < sigma / alpha <= high, and no guidance elsewhere.
 
     At high noise guidance throws variety away, at low noise it does nothing. The defaults are those
@@ -124,7 +139,7 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Oscillating:
+class Oscillating(GuidancePlan):
     """w for the first share of the steps, then `low` and w by turns.
 
     A weight that over-saturates when all steps have it can be had in every other one. Ho et al.
@@ -139,6 +154,9 @@ class Oscillating:
         if not 0 <= self.share <= 1:
             raise ValueError(f"Oscillating.share must be in [0, 1], got {self.share}")
 
+    def guides(self, w):
+        return w != 1 or self.low != 1
+
     def __call__(self, w, logsnr, grid):
         n = len(grid)
         i = jnp.arange(n) - math.ceil(round(self.share * n, 6))
@@ -146,15 +164,31 @@ class Oscillating:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerStep:
+class PerStep(GuidancePlan):
     """A factor on w for every step, noisiest first: its own weights with w = 1."""
 
     factors: tuple[float, ...]
 
+    def check(self, steps):
+        if len(self.factors) != steps:
+            raise ValueError(
+                f"PerStep.factors must be as many as the steps, {steps}, got {len(self.factors)}"
+            )
+
+    def guides(self, w):
+        return True
+
     def __call__(self, w, logsnr, grid):
-        if len(self.factors) != len(grid):
-            raise ValueError(f"PerStep.factors: {len(self.factors)} for {len(grid)} steps")
+        self.check(len(grid))
         return w * jnp.asarray(self.factors, jnp.float32)[_nearest(logsnr, grid)]
+
+
+PLANS_BY_WORD: dict[str, GuidancePlan] = {
+    "constant": Constant(),
+    "interval": Interval(),
+    "oscillating": Oscillating(),
+}
+"""What the command line calls the plans."""
 
 
 def rescale(

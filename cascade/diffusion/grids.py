@@ -35,6 +35,11 @@ class Grid:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
 
+    @property
+    def of_any_length(self) -> Grid:
+        """This grid, or if it has one number of steps alone, the nearest that has any."""
+        return self
+
     def __call__(self, steps: int, schedule: Schedule) -> Float[Array, " times"]:
         raise NotImplementedError
 
@@ -170,6 +175,10 @@ class Respaced(Grid):
         return sum(SECTIONS[self.name])
 
     @property
+    def of_any_length(self) -> Grid:
+        return OnTable()
+
+    @property
     def entries(self) -> list[int]:
         """Of a table of 1000, the noisiest first."""
         counts = SECTIONS[self.name]
@@ -204,6 +213,17 @@ SECTIONS = {
     "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
 }
 """How many entries each section of a `Respaced` table keeps, from the clean end on."""
+
+
+BY_WORD: dict[str, Grid] = {
+    "uniform": Uniform(),
+    "quadratic": Quadratic(),
+    "logsnr": EvenLogSNR(),
+    "karras": Karras(),
+    "trailing": OnTable(),
+    "leading": OnTable(spacing="leading"),
+}
+"""What the command line calls the grids that fit any number of steps."""
 
 
 def _at_entries(chosen: np.ndarray, entries: int) -> Float[Array, " times"]:

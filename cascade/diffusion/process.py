@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +34,22 @@ Prediction = Literal["eps", "x0", "v"]
 """What a network predicts: the noise, the clean example, or v of equation (3)."""
 
 
-@runtime_checkable
-class Schedule(Protocol):
-    """How log-SNR falls with time."""
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How log-SNR falls with time. Subclasses are the schedules; the fields are their settings."""
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether x_t at t=1 is noise alone, with no trace of the picture."""
+        return False
 
     def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
         """t in [0, 1], 0 clean and 1 noise -> full log-SNR, strictly decreasing in t."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(Schedule):
     """alpha = cos(pi t / 2) up to the ends, where log-SNR meets exactly logsnr_max and logsnr_min.
 
     shift is added to log-SNR to compensate for resolution: `resolution_shift(256)` is -2.77, so
@@ -79,7 +84,7 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolatedCosine:
+class InterpolatedCosine(Schedule):
     """A cosine whose shift goes from shift_clean at t=0 to shift_noise at t=1.
 
     logsnr = (1 - t) Cosine(shift=shift_clean) + t Cosine(shift=shift_noise). Shifting the whole
@@ -112,7 +117,7 @@ class InterpolatedCosine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearVP:
+class LinearVP(Schedule):
     """The variance-preserving process whose rate beta grows linearly in t.
 
     log alpha^2 = -beta_min t - (beta_max - beta_min) t^2 / 2. beta_min=.1, beta_max=20 is the
@@ -139,7 +144,7 @@ class LinearVP:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sigmoid:
+class Sigmoid(Schedule):
     """alpha^2 falls with time along the logistic function between `start` and `end`.
 
     alpha^2 = (S(end) - S(u)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)),
@@ -171,7 +176,7 @@ class Sigmoid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Discrete:
+class Discrete(Schedule):
     """The table of a model trained at `steps` discrete times: entry i stands at t = (i+1) / steps.
 
     betas: "linear", from `first` to `last` (Ho et al. 2020); "scaled linear", their roots linear
@@ -225,7 +230,7 @@ class Discrete:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroTerminal:
+class ZeroTerminal(Schedule):
     """`schedule`, with its alpha shifted and scaled to end at 0 and begin where it did.
 
         alpha <- (alpha - alpha(1)) alpha(0) / (alpha(0) - alpha(1))
@@ -236,7 +241,11 @@ class ZeroTerminal:
     Lin et al. 2023 ("Common Diffusion Noise Schedules and Sample Steps are Flawed"), alg. 1.
     """
 
-    schedule: Cosine | InterpolatedCosine | LinearVP | Sigmoid | Discrete
+    schedule: Schedule
+
+    @property
+    def ends_in_noise(self) -> bool:
+        return True
 
     def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
         alpha, sigma = alpha_sigma(self.schedule.logsnr(t))

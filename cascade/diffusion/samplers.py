@@ -136,6 +136,11 @@ Memory = Any
 class Step:
     """How to get from x_t to x_s. Subclasses are the samplers; the fields are their settings."""
 
+    @property
+    def needs_variance(self) -> bool:
+        """Whether the step asks its denoiser for a variance, which must then be WithVariance."""
+        return False
+
     def memory(self, x: Float[Array, " b *d"]) -> Memory:
         """What the first step finds in place of its predecessor's memory."""
         return ()
@@ -168,6 +173,10 @@ class Ancestral(Step):
             isinstance(self.gamma, int | float) and 0 <= self.gamma <= 1
         ):
             raise ValueError(f'Ancestral.gamma must be in [0, 1], or "learned"; got {self.gamma}')
+
+    @property
+    def needs_variance(self) -> bool:
+        return self.gamma == "learned"
 
     def __call__(self, denoiser, x_t, leg, memory):
         alpha_t, sigma_t = alpha_sigma(expand(leg.logsnr_t, x_t))
@@ -328,6 +337,16 @@ class Heun(Step):
         added = alpha_sigma(logsnr)[0] * noise * jnp.sqrt(grow**2 - 1) * self.churn_noise
         drawn = _normal(leg.keys, x_t.shape[1:])
         return expand(kept, x_t) * x_t + expand(added, x_t) * drawn, logsnr
+
+
+BY_WORD: dict[str, tuple[type[Step], str | None]] = {
+    "ancestral": (Ancestral, "gamma"),
+    "ddim": (DDIM, "eta"),
+    "dpm++": (DPMSolverPP2M, None),
+    "dpm++sde": (DPMSolverPP2MSDE, None),
+    "heun": (Heun, "churn"),
+}
+"""What the command line calls the samplers, each with the field that a number behind it sets."""
 
 
 def _walk(denoiser, x, schedule, times, step, keys, after_step, emit):

@@ -1,16 +1,20 @@
-"""The networks, as pure functions of their parameters.
+"""The networks. They know no diffusion process, no mesh and no application.
 
->>> network = Network(UNetConfig(levels=(Level(width=128, blocks=2),)))
->>> params = network.init(jax.random.key(0))  # nested dict of arrays
->>> y = network(params, x, time, Conditioning())
+network         the contract of a network, and a network as a pure function of its parameters
+signals         the three ways in which a network is told things
+layers, blocks  what networks are built from
+unet            Imagen's base, text to 64 px
+efficient_unet  Imagen's super-resolution
+autoencoder     pictures to latents and back
+t5, clip        text encoders
 """
 
 from cascade.models.autoencoder import Autoencoder, AutoencoderConfig
 from cascade.models.clip import CLIPTextConfig, CLIPTextModel
-from cascade.models.conditioning import Conditioning
 from cascade.models.efficient_unet import EfficientLevel, EfficientUNet, EfficientUNetConfig
 from cascade.models.layers import placing
-from cascade.models.network import Network
+from cascade.models.network import Network, NetworkConfig
+from cascade.models.signals import Signals, Widths
 from cascade.models.unet import Level, UNet, UNetConfig
 
 __all__ = [
@@ -18,13 +22,15 @@ __all__ = [
     "AutoencoderConfig",
     "CLIPTextConfig",
     "CLIPTextModel",
-    "Conditioning",
     "EfficientLevel",
     "EfficientUNet",
     "EfficientUNetConfig",
     "Level",
     "Network",
+    "NetworkConfig",
+    "Signals",
     "UNet",
     "UNetConfig",
+    "Widths",
     "placing",
 ]

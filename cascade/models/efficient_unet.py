@@ -11,53 +11,68 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from cascade.errors import UserError
 from cascade.models import layers
-from cascade.models.conditioning import Conditioning, Embedder, network_input
-from cascade.models.layers import Attention, Block, Context, Conv, NetworkConfig, ResBlock
+from cascade.models.blocks import (
+    Attention,
+    Block,
+    Context,
+    LevelsConfig,
+    ResBlock,
+    context_of,
+    network_input,
+)
+from cascade.models.layers import Conv
+from cascade.models.signals import Signals, TimeEmbedding, Widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EfficientLevel:
     """A DBlock and its UBlock: `blocks` residual blocks each, then one attention layer if any.
 
-    stride: by how much the level shrinks its input, 1 for not at all.
-    self_attention: pixels attend to each other; text_attention: to the text; both: in one softmax.
     Without self-attention the level runs at any image size, hence is trained on crops.
     """
 
     width: int
+    """Channels, a multiple of 8."""
     blocks: int
+    """Residual blocks of the DBlock, and of the UBlock."""
     stride: int = 2
+    """By how much the level shrinks its input, 1 for not at all."""
     self_attention: bool = False
+    """Whether pixels attend to each other."""
     text_attention: bool = False
+    """Whether pixels attend to the tokens told; with self_attention, under one softmax."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EfficientUNetConfig(NetworkConfig):
+class EfficientUNetConfig(LevelsConfig):
     """An EfficientUNet; Imagen's 64 -> 256 has levels of 128, 256, 512 and 1024 with 2, 4, 8 and 8
-    blocks, both attentions at the last, head_width=128, lowres=True (Imagen, app. F).
+    blocks, both attentions at the last, head_width=128 (Imagen, app. F).
     """
 
     levels: tuple[EfficientLevel, ...]
+    """From full resolution down."""
 
     def __post_init__(self):
         super().__post_init__()
         for i, level in enumerate(self.levels):
             if level.stride < 1:
-                raise UserError(
+                raise ValueError(
                     f"EfficientUNetConfig.levels[{i}].stride must be at least 1, got {level.stride}"
                 )
             if level.self_attention or level.text_attention:
                 self.check_heads(f"levels[{i}].width", level.width)
-            if level.text_attention and not self.text_width:
-                raise UserError(
-                    f"EfficientUNetConfig.levels[{i}].text_attention needs text_width > 0, got 0"
+
+    def check(self, widths: Widths) -> None:
+        for i, level in enumerate(self.levels):
+            if level.text_attention and not widths.tokens:
+                raise ValueError(
+                    f"EfficientUNetConfig.levels[{i}].text_attention needs tokens to attend to: "
+                    "the stage's conditions give none"
                 )
 
-    def build(self, rngs: nnx.Rngs) -> "EfficientUNet":
-        """The network, with fresh parameters."""
-        return EfficientUNet(self, rngs)
+    def build(self, widths: Widths, *, rngs: nnx.Rngs) -> "EfficientUNet":
+        return EfficientUNet(self, widths, rngs)
 
     @property
     def side_multiple(self) -> int:
@@ -65,25 +80,25 @@ class EfficientUNetConfig(NetworkConfig):
 
 
 class EfficientUNet(nnx.Module):
-    """Call with x [b, h, w, in], time [b] in 0..1000, Conditioning; returns [b, h, w, out] float32.
+    """Call with x [b, h, w, in], time [b] in 0..1000, Signals; returns [b, h, w, out] float32.
 
     h and w: divisible by patch and all strides. key: for dropout; without one there is none.
     The output is exactly zero before training.
     """
 
-    def __init__(self, config: EfficientUNetConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: EfficientUNetConfig, widths: Widths, rngs: nnx.Rngs):
+        self.config, self.widths = config, widths
         width = config.levels[0].width
-        pixel_in, pixel_out = config.pixel_channels
+        pixel_in, pixel_out = config.pixel_channels(widths)
         outer = (width, *(level.width for level in config.levels[:-1]))
-        self.embed = Embedder(config, rngs)
+        self.time = TimeEmbedding(config.time_width, config.embedding_width, rngs)
         self.conv_in = Conv(pixel_in, width, rngs=rngs)
         self.down = nnx.List(
-            DBlock(config, level, width, rngs)
+            DBlock(config, widths, level, width, rngs)
             for level, width in zip(config.levels, outer, strict=True)
         )
         self.up = nnx.List(
-            UBlock(config, level, width, rngs)
+            UBlock(config, widths, level, width, rngs)
             for level, width in zip(config.levels, outer, strict=True)
         )
         self.conv_out = Conv(width, pixel_out, zero=True, rngs=rngs)
@@ -92,11 +107,11 @@ class EfficientUNet(nnx.Module):
         self,
         x: Float[Array, "b h w c"],
         time: Float[Array, " b"],
-        cond: Conditioning,
+        signals: Signals,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
-        pixels = network_input(self.config, x, cond)
-        context = self.embed(time, cond)
+        pixels = network_input(self.config, self.widths, x, signals)
+        context = context_of(self.time, time, signals)
         keys = iter(layers.split_keys(key, 2 * len(self.config.levels)))
         h = layers.placed(self.conv_in(pixels), "stream")
         skips = []
@@ -112,7 +127,12 @@ class DBlock(nnx.Module):
     """Convolution with stride, residual blocks, attention."""
 
     def __init__(
-        self, config: EfficientUNetConfig, level: EfficientLevel, width_in: int, rngs: nnx.Rngs
+        self,
+        config: EfficientUNetConfig,
+        widths: Widths,
+        level: EfficientLevel,
+        width_in: int,
+        rngs: nnx.Rngs,
     ):
         self.remat: layers.Remat = config.remat
         same = level.stride == 1 and width_in == level.width
@@ -120,7 +140,7 @@ class DBlock(nnx.Module):
             None if same else Conv(width_in, level.width, stride=level.stride, rngs=rngs)
         )
         self.blocks = make_blocks(config, level, level.width, rngs)
-        self.attention = make_attention(config, level, rngs)
+        self.attention = make_attention(config, widths, level, rngs)
 
     def __call__(self, h: Array, context: Context, key: Array | None) -> tuple[Array, list[Array]]:
         """Also returns the output of every block: the skips."""
@@ -136,13 +156,18 @@ class UBlock(nnx.Module):
     """Residual blocks that each take the skip of their mirror image, attention, upsampling."""
 
     def __init__(
-        self, config: EfficientUNetConfig, level: EfficientLevel, width_out: int, rngs: nnx.Rngs
+        self,
+        config: EfficientUNetConfig,
+        widths: Widths,
+        level: EfficientLevel,
+        width_out: int,
+        rngs: nnx.Rngs,
     ):
         self.remat: layers.Remat = config.remat
         self.stride = level.stride
         same = level.stride == 1 and width_out == level.width
         self.blocks = make_blocks(config, level, 2 * level.width, rngs)
-        self.attention = make_attention(config, level, rngs)
+        self.attention = make_attention(config, widths, level, rngs)
         self.resample = None if same else Conv(level.width, width_out, rngs=rngs)
 
     def __call__(self, h: Array, context: Context, skips: list[Array], key: Array | None) -> Array:
@@ -174,7 +199,7 @@ def make_blocks(
 
 
 def make_attention(
-    config: EfficientUNetConfig, level: EfficientLevel, rngs: nnx.Rngs
+    config: EfficientUNetConfig, widths: Widths, level: EfficientLevel, rngs: nnx.Rngs
 ) -> Attention | None:
     if not (level.self_attention or level.text_attention):
         return None
@@ -182,6 +207,6 @@ def make_attention(
         level.width,
         config.head_width,
         image=level.self_attention,
-        text_width=config.attended_width if level.text_attention else 0,
+        token_width=widths.tokens if level.text_attention else 0,
         rngs=rngs,
     )

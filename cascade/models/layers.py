@@ -5,245 +5,21 @@ Images are [b, h, w, c]. Parameters are float32; a layer computes in the dtype o
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key
-
-from cascade.errors import UserError
+from jaxtyping import Array, Bool, Float
 
 Resample = Literal["down", "up"]
 Remat = Literal[False, "nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable"]
 Role = Literal["stream", "inner"]
 Module = TypeVar("Module", bound=nnx.Module)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """The fields that UNet and EfficientUNet share; the public networks' configs are their own.
-
-    levels: from full resolution down; each network has its own kind of level.
-    patch: pixels a side that enter as one (space to depth; Hoogeboom et al. 2023); 1 is the
-        papers'.
-    head_width: channels of an attention head. text_width: of a token; 0 is a network without text.
-    context_width: of tokens as the attention layers get them, by one projection for all (DeepFloyd
-        IF, GLIDE's token embeddings); None is text_width, without a projection.
-    emb_width: of the embedding of time and pooled text; None is 4 * levels[0].width.
-    lowres: super-resolution, by concatenating Conditioning.lowres to x.
-    compute_dtype: of activations; parameters, norms, softmax and output are float32.
-    remat: what each block keeps for its backward pass, which recomputes the rest: a policy of
-        jax.checkpoint_policies, from least memory to most; False keeps everything.
-    """
-
-    levels: tuple[Any, ...]
-    in_channels: int = 3
-    out_channels: int = 3
-    patch: int = 1
-    head_width: int = 64
-    text_width: int = 0
-    context_width: int | None = None
-    emb_width: int | None = None
-    lowres: bool = False
-    dropout: float = 0.0
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Remat = False
-
-    def __post_init__(self):
-        name = type(self).__name__
-        if not self.levels:
-            raise UserError(f"{name}.levels must hold at least one level, got none")
-        for i, level in enumerate(self.levels):
-            if level.width < 8 or level.width % 8:
-                raise UserError(
-                    f"{name}.levels[{i}].width must be a multiple of 8, got {level.width}"
-                )
-            if level.blocks < 1:
-                raise UserError(f"{name}.levels[{i}].blocks must be at least 1, got {level.blocks}")
-        for field in ("in_channels", "out_channels", "patch", "head_width"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{name}.{field} must be at least 1, got {getattr(self, field)}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"{name}.dropout must be in [0, 1), got {self.dropout}")
-        if self.context_width and not self.text_width:
-            raise UserError(f"{name}.context_width is of a text: it needs text_width, which is 0")
-        if self.text_width:
-            self.check_heads("emb_width", self.embedding_width)
-
-    def check_heads(self, field: str, width: int) -> None:
-        if width % self.head_width:
-            raise UserError(
-                f"{type(self).__name__}.{field} must be a multiple of head_width="
-                f"{self.head_width} (attention heads), got {width}"
-            )
-
-    @property
-    def null_prompt(self) -> str | None:
-        """The prompt whose embedding stands for no text. None: no text is tokens of zero, masked,
-        beside which the network has a null token of its own."""
-        return None
-
-    @property
-    def attended_width(self) -> int:
-        """Of the text tokens in attention layers."""
-        return self.context_width or self.text_width
-
-    @property
-    def embedding_width(self) -> int:
-        return self.emb_width or 4 * self.levels[0].width
-
-    @property
-    def pixel_channels(self) -> tuple[int, int]:
-        """Channels into the first convolution and out of the last one."""
-        inputs = self.in_channels * (2 if self.lowres else 1)
-        return inputs * self.patch**2, self.out_channels * self.patch**2
-
-    @property
-    def side_multiple(self) -> int:
-        """What the height and the width of an image must be divisible by."""
-        raise NotImplementedError
-
-
-class Context(NamedTuple):
-    """What every block is told besides the image.
-
-    emb [b, e] float32: time, augmentation level and pooled text, after its activation.
-    text [b, l + 1, d], mask [b, l + 1]: normalised tokens behind the null token, or None.
-    """
-
-    emb: Float[Array, "b e"]
-    text: Float[Array, "b l d"] | None
-    mask: Bool[Array, "b l"] | None
-
-
-class Block(nnx.Module):
-    """A residual block, then attention if there is any: the unit that levels repeat."""
-
-    def __init__(self, residual: "ResBlock", attention: "Attention | None" = None):
-        self.residual = residual
-        self.attention = attention
-
-    def __call__(
-        self,
-        h: Float[Array, "b h w c"],
-        context: Context,
-        skip: Float[Array, "b h w s"] | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "b h2 w2 d"]:
-        if skip is not None:
-            h = jnp.concatenate([h, skip], axis=-1)
-        h = self.residual(h, context.emb, key)
-        return h if self.attention is None else self.attention(h, context)
-
-
-class ResBlock(nnx.Module):
-    """GroupNorm-SiLU-conv, twice, around a residual; FiLM by the embedding after the second norm.
-
-    resample: "down" (2x2 mean) or "up" (nearest) acts on both branches ahead of the first
-    convolution (the BigGAN form: Dhariwal & Nichol 2021, sec. 3; Imagen's base).
-    residual_scale multiplies the sum of the branches: 1, or 1/sqrt(2) in the Efficient U-Net.
-    The second convolution starts at zero, the shortcut is 1x1 where the width changes.
-    """
-
-    def __init__(
-        self,
-        width_in: int,
-        width: int,
-        emb_width: int,
-        *,
-        resample: Resample | None = None,
-        dropout: float = 0.0,
-        residual_scale: float = 1.0,
-        rngs: nnx.Rngs,
-    ):
-        self.resample: Resample | None = resample
-        self.dropout = dropout
-        self.residual_scale = residual_scale
-        self.norm1 = GroupNorm(width_in)
-        self.conv1 = Conv(width_in, width, rngs=rngs)
-        self.film = Linear(emb_width, 2 * width, rngs=rngs)
-        self.norm2 = GroupNorm(width)
-        self.conv2 = Conv(width, width, zero=True, rngs=rngs)
-        self.shortcut = None if width_in == width else Linear(width_in, width, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        emb: Float[Array, "b e"],
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "b h2 w2 d"]:
-        h = self.norm1(x, activate=True)
-        if self.resample is not None:
-            resize = shrink if self.resample == "down" else enlarge
-            h, x = resize(h), resize(x)
-        h = placed(self.conv1(h), "inner")
-        h = self.norm2(h, film=self.film(emb), activate=True)
-        if self.dropout and key is not None:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
-            h = jnp.where(keep, h / (1 - self.dropout), 0).astype(h.dtype)
-        h = self.conv2(h)
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        return x + h if self.residual_scale == 1 else (x + h) * self.residual_scale
-
-
-class Attention(nnx.Module):
-    """Every pixel attends to the pixels (image=True), the text tokens (text_width > 0), or both.
-
-    Both share one softmax: keys and values of the text are appended to those of the image
-    (Imagen, sec. 2.1 and app. D.3.1). Without image=True it is plain cross-attention. Heads are
-    head_width wide, so there are width // head_width of them. The output projection starts at zero.
-    coordinates: a projection of the pixel's place is added to its query, from the first step on as
-    large as the query itself, since attention is slow to find a use for what it hardly sees.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        head_width: int,
-        *,
-        image: bool,
-        text_width: int,
-        coordinates: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        self.head_width = head_width
-        self.norm = GroupNorm(width)
-        self.query = Linear(width, width, rngs=rngs)
-        # Of coordinates, whose variance is 1/3.
-        places = nnx.initializers.normal(3**0.5)
-        self.places = nnx.Param(places(rngs.params(), (2, width))) if coordinates else None
-        self.image = Linear(width, 2 * width, rngs=rngs) if image else None
-        self.text = Linear(text_width, 2 * width, rngs=rngs) if text_width else None
-        self.out = Linear(width, width, zero=True, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w c"], context: Context) -> Float[Array, "b h w c"]:
-        b, _, _, c = x.shape
-        h = self.norm(x).reshape(b, -1, c)
-        keys_values, visible = [], []
-        if self.image is not None:
-            keys_values.append(self.image.halves(h))
-            visible.append(jnp.ones(h.shape[:2], bool))
-        if self.text is not None and context.text is not None and context.mask is not None:
-            keys_values.append(self.text.halves(context.text.astype(x.dtype)))
-            visible.append(context.mask)
-        q = self.query(h)
-        if self.places is not None:
-            q = q + (coordinates(x) @ self.places[...].astype(x.dtype)).reshape(h.shape)
-        q = placed(q, "inner")
-        k, v = (
-            placed(jnp.concatenate(parts, axis=1), "inner")
-            for parts in zip(*keys_values, strict=True)
-        )
-        mask = None if self.text is None else jnp.concatenate(visible, axis=1)
-        h = attend(q, k, v, mask, self.head_width)
-        return x + self.out(h).reshape(x.shape)
 
 
 def attend(
@@ -486,10 +262,10 @@ def run(block: nnx.Module, remat: Remat, h: Array, context: Any, *rest: Any) -> 
 
 
 def run_stack(
-    blocks: Block | None,
+    blocks: Any,
     remat: Remat,
     h: Array,
-    context: Context,
+    context: Any,
     skips: list[Array] | None = None,
     key: Array | None = None,
 ) -> tuple[Array, list[Array]]:

@@ -1,51 +1,104 @@
-"""A network without its parameters, as a pure function of them."""
+"""The contract of a network, and a network as a pure function of its parameters.
 
+>>> network = Network(UNetConfig(levels=(Level(width=128, blocks=2),)), Widths())
+>>> params = network.init(jax.random.key(0))  # nested dict of arrays
+>>> y = network(params, x, time, Signals())
+"""
+
+from __future__ import annotations
+
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
-from cascade.models.conditioning import Conditioning
+from cascade.models.layers import Remat
+from cascade.models.signals import Widths
 
 Params = dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """What a diffusion network is, as a stage sees it; subclasses are the networks' configs.
+
+    `build` returns an nnx.Module that is called with
+
+        x        [b, *d, in_channels], noisy examples
+        time     [b], whatever number the stage tells for the noise of x; ours take 0..1000
+        signals  what else it is told (`Signals`), of the widths that it was built for
+        key      for dropout; None means that there is none
+
+    and returns [b, *d, out_channels] in float32: a prediction in the space that the stage names,
+    and if it learns the variance of its steps, as many channels of that behind it. It is a pure
+    function of its parameters: no running statistics, no random numbers but the key's. What it
+    cannot be built for or called with raises ValueError naming the field.
+    """
+
+    in_channels: int = 3
+    """Channels of x."""
+    out_channels: int = 3
+    """Channels of the output: in_channels, or twice as many with a learned variance."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations; parameters, norms, softmax and output are float32."""
+    remat: Remat = False
+    """What each block keeps for its backward pass, which recomputes the rest: a policy of
+    jax.checkpoint_policies, from least memory to most; False keeps everything."""
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the vectors that are added to the embedding of time."""
+        raise NotImplementedError
+
+    @property
+    def time_width(self) -> int:
+        """Width of the sinusoids that a time is turned into first."""
+        return self.embedding_width // 4
+
+    @property
+    def side_multiple(self) -> int:
+        """What the height and the width of an image must be divisible by."""
+        return 1
+
+    def check(self, widths: Widths) -> None:
+        """Raise ValueError unless the network can be told signals of these widths."""
+
+    def build(self, widths: Widths, *, rngs: nnx.Rngs) -> Any:
+        """The network, with fresh parameters."""
+        raise NotImplementedError
+
+
 class Network:
-    """A config's network without its parameters: they go in and come out as nested dicts of arrays.
+    """A config's module without its parameters: they go in and come out as nested dicts of arrays.
 
     Keys are strings at every depth, also where the module holds a list: joined by "/" they name a
     parameter in sharding rules and safetensors files: "encoder/0/rest/residual/conv1/kernel" is
     [blocks, 3, 3, in, out], since equal blocks are stacked along a leading axis ("rest", "blocks").
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, *given: Any):
+        """config: anything with `build(*given, rngs=rngs)`; all of it hashable."""
         self.config = config
-        self._graphdef, self._abstract = _traced(config)
+        self._given = given
+        self._graphdef, self._abstract = _traced(config, given)
         self._paths = [path for path, _ in nnx.to_flat_state(self._abstract)]
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters. The same key gives the same ones."""
-        keys = jax.random.split(key, len(self._paths))
-        return _named(nnx.state(self.config.build(_Keys(iter(keys).__next__))))
+        keys = iter(jax.random.split(key, max(1, len(self._paths))))
+        return _named(nnx.state(self.config.build(*self._given, rngs=_Keys(keys.__next__))))
 
     def abstract(self) -> Params:
         """The shapes and dtypes of `init`, without any memory."""
         return _named(self._abstract)
 
-    def __call__(
-        self,
-        params: Params,
-        x: Float[Array, "b h w c"],
-        time: Float[Array, " b"],
-        cond: Conditioning,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "b h w d"]:
-        """Of a denoiser. x: noisy images. time: [b] in 0..1000. key: for dropout, else there is
-        none."""
-        return self.bind(params)(x, time, cond, key)
+    def __call__(self, params: Params, *inputs: Any) -> Any:
+        """The module with these parameters, called with these inputs."""
+        return self.bind(params)(*inputs)
 
     def bind(self, params: Params) -> Any:
         """The module that holds these parameters, to be called as its own class says."""
@@ -54,14 +107,15 @@ class Network:
 
 
 @functools.cache
-def _traced(config: Any) -> tuple[Any, Any]:
-    """The network's graph and the shapes of its parameters: seconds of tracing, once a config."""
-    return nnx.split(nnx.eval_shape(lambda: config.build(_Keys(lambda: jax.random.key(0)))))
+def _traced(config: Any, given: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The module's graph and the shapes of its parameters: seconds of tracing, once a config."""
+    rngs = _Keys(lambda: jax.random.key(0))
+    return nnx.split(nnx.eval_shape(lambda: config.build(*given, rngs=rngs)))
 
 
 class _Keys(nnx.Rngs):
     """Keys from elsewhere. nnx.Rngs counts, and makes a key of each number: a third of what there
-    is to compile, and in a trace the square of that number (10 seconds for DeepFloyd IF)."""
+    is to compile, and in a trace the square of that number (10 seconds for a large network)."""
 
     def __init__(self, draw: Callable[[], Key[Array, ""]]):
         super().__init__()

@@ -8,41 +8,44 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cascade.models import layers
-from cascade.models.conditioning import Conditioning, Embedder, network_input
-from cascade.models.layers import (
+from cascade.models.blocks import (
     Attention,
     Block,
     Context,
-    Conv,
-    GroupNorm,
-    NetworkConfig,
-    Resample,
+    LevelsConfig,
     ResBlock,
+    context_of,
+    network_input,
 )
+from cascade.models.layers import Conv, GroupNorm, Resample
+from cascade.models.signals import Signals, TimeEmbedding, Widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Level:
-    """One resolution: `blocks` residual blocks, each followed by attention if attention."""
+    """One resolution."""
 
     width: int
+    """Channels, a multiple of 8."""
     blocks: int
+    """Residual blocks on the way down; the way up has one more."""
     attention: bool = False
+    """Whether each block is followed by attention to the pixels and to what tokens there are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UNetConfig(NetworkConfig):
+class UNetConfig(LevelsConfig):
     """A UNet; the size of Imagen's base is levels of 512, 1024, 1536 and 2048, 3 blocks each,
-    attention at all but the first, text_width=4096 (Imagen, app. F).
-
-    coordinates: every pixel knows where it is: y and x enter as two more channels (Liu et al. 2018,
-        "CoordConv") and are part of each query of attention. The papers' networks must tell it from
-        the zeros around the picture; with few parameters and few hours they do not, and "above"
-        means nothing to them.
+    attention at all but the first (Imagen, app. F).
     """
 
     levels: tuple[Level, ...]
+    """From full resolution down."""
     coordinates: bool = False
+    """Every pixel knows where it is: y and x enter as two more channels (Liu et al. 2018,
+    "CoordConv") and are part of each query of attention. The papers' networks must tell it from the
+    zeros around the picture; with few parameters and few hours they do not, and "above" means
+    nothing to them."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,9 +53,8 @@ class UNetConfig(NetworkConfig):
             if level.attention or level is self.levels[-1]:  # the middle always attends
                 self.check_heads(f"levels[{i}].width", level.width)
 
-    def build(self, rngs: nnx.Rngs) -> "UNet":
-        """The network, with fresh parameters."""
-        return UNet(self, rngs)
+    def build(self, widths: Widths, *, rngs: nnx.Rngs) -> "UNet":
+        return UNet(self, widths, rngs)
 
     @property
     def side_multiple(self) -> int:
@@ -60,28 +62,30 @@ class UNetConfig(NetworkConfig):
 
 
 class UNet(nnx.Module):
-    """Call with x [b, h, w, in], time [b] in 0..1000, Conditioning; returns [b, h, w, out] float32.
+    """Call with x [b, h, w, in], time [b] in 0..1000, Signals; returns [b, h, w, out] float32.
 
     h and w: divisible by patch * 2^(levels - 1). key: for dropout; without one there is none.
     The output is exactly zero before training.
     """
 
-    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: UNetConfig, widths: Widths, rngs: nnx.Rngs):
+        self.config, self.widths = config, widths
         first, last = config.levels[0], config.levels[-1]
-        pixel_in, pixel_out = config.pixel_channels
-        self.embed = Embedder(config, rngs)
+        pixel_in, pixel_out = config.pixel_channels(widths)
+        self.time = TimeEmbedding(config.time_width, config.embedding_width, rngs)
         self.conv_in = Conv(pixel_in + 2 * config.coordinates, first.width, rngs=rngs)
         inner = (*config.levels[1:], None)
         outer = (None, *config.levels[:-1])
         self.encoder = nnx.List(
-            EncoderLevel(config, level, o or level, i is not None, rngs)
+            EncoderLevel(config, widths, level, o or level, i is not None, rngs)
             for level, i, o in zip(config.levels, inner, outer, strict=True)
         )
-        self.middle1 = make_block(config, last.width, last.width, attention=True, rngs=rngs)
-        self.middle2 = make_block(config, last.width, last.width, attention=False, rngs=rngs)
+        self.middle1 = make_block(config, widths, last.width, last.width, attention=True, rngs=rngs)
+        self.middle2 = make_block(
+            config, widths, last.width, last.width, attention=False, rngs=rngs
+        )
         self.decoder = nnx.List(
-            DecoderLevel(config, level, i or level, o, rngs)
+            DecoderLevel(config, widths, level, i or level, o, rngs)
             for level, i, o in zip(config.levels, inner, outer, strict=True)
         )
         self.norm_out = GroupNorm(first.width)
@@ -91,14 +95,14 @@ class UNet(nnx.Module):
         self,
         x: Float[Array, "b h w c"],
         time: Float[Array, " b"],
-        cond: Conditioning,
+        signals: Signals,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
         config = self.config
-        pixels = network_input(config, x, cond)
+        pixels = network_input(config, self.widths, x, signals)
         if config.coordinates:
             pixels = jnp.concatenate([pixels, layers.coordinates(pixels)], axis=-1)
-        context = self.embed(time, cond)
+        context = context_of(self.time, time, signals)
         keys = iter(layers.split_keys(key, 2 * len(config.levels) + 2))
         h = layers.placed(self.conv_in(pixels), "stream")
         skips = [h]
@@ -116,8 +120,16 @@ class UNet(nnx.Module):
 class EncoderLevel(nnx.Module):
     """Residual blocks at one resolution, then a downsampling one unless it is the last."""
 
-    def __init__(self, config: UNetConfig, level: Level, outer: Level, down: bool, rngs: nnx.Rngs):
-        make = functools.partial(make_block, config, attention=level.attention)
+    def __init__(
+        self,
+        config: UNetConfig,
+        widths: Widths,
+        level: Level,
+        outer: Level,
+        down: bool,
+        rngs: nnx.Rngs,
+    ):
+        make = functools.partial(make_block, config, widths, attention=level.attention)
         self.config = config
         self.first = make(outer.width, level.width, rngs=rngs)
         count, width = level.blocks - 1, level.width
@@ -125,7 +137,7 @@ class EncoderLevel(nnx.Module):
             layers.stack(lambda rngs: make(width, width, rngs=rngs), count, rngs) if count else None
         )
         self.down = (
-            make_block(config, level.width, level.width, resample="down", rngs=rngs)
+            make_block(config, widths, level.width, level.width, resample="down", rngs=rngs)
             if down
             else None
         )
@@ -152,12 +164,13 @@ class DecoderLevel(nnx.Module):
     def __init__(
         self,
         config: UNetConfig,
+        widths: Widths,
         level: Level,
         inner: Level,
         outer: Level | None,
         rngs: nnx.Rngs,
     ):
-        make = functools.partial(make_block, config, attention=level.attention)
+        make = functools.partial(make_block, config, widths, attention=level.attention)
         width, width_outer = level.width, (outer or level).width
         self.config = config
         self.count = count = level.blocks - 1
@@ -168,7 +181,9 @@ class DecoderLevel(nnx.Module):
             else None
         )
         self.last = make(width + width_outer, width, rngs=rngs)
-        self.up = make_block(config, width, width, resample="up", rngs=rngs) if outer else None
+        self.up = (
+            make_block(config, widths, width, width, resample="up", rngs=rngs) if outer else None
+        )
 
     def __call__(self, h: Array, context: Context, skips: list[Array], key: Array | None) -> Array:
         """Takes its skips off the end of the list."""
@@ -183,6 +198,7 @@ class DecoderLevel(nnx.Module):
 
 def make_block(
     config: UNetConfig,
+    widths: Widths,
     width_in: int,
     width: int,
     *,
@@ -206,7 +222,7 @@ def make_block(
             width,
             config.head_width,
             image=True,
-            text_width=config.attended_width,
+            token_width=widths.tokens,
             coordinates=config.coordinates,
             rngs=rngs,
         ),

@@ -1,28 +1,142 @@
-"""Model folders: by path, or by the name of one that ships with the package."""
+"""Models: folders of ours, by path or by the name of one that ships, and public pipelines.
+
+A model folder holds `config.json` ({"format": "cascade", "stages": [names], ...}), one folder a
+stage (`config.json`, `model.safetensors`) and `text_encoder/` in the usual Hugging Face layout,
+unless its `text_encoder` names one on the Hugging Face hub. A stage that does not share that
+encoder has its own in its folder. Reading one runs no code.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from cascade.config import read_json
+import jax.numpy as jnp
+
+from cascade.config import from_json, read_json
 from cascade.errors import UserError
-from cascade.storage import paths
+from cascade.published import landed
+from cascade.published.pipelines import Pipelines, is_pipeline
+from cascade.stage import Stage, StageConfig
+from cascade.storage import paths, weights
+from cascade.storage.network import Published
+from cascade.text import DEFAULT_MAX_TOKENS, clip
+from cascade.text.captions import Captions
+from cascade.text.embedding import TextEncoder
 
-HERE = pathlib.Path(__file__).parents[1] / "pretrained"
+SHIPPED = pathlib.Path(__file__).parents[1] / "pretrained"
 
 
-def find(name_or_dir: str | os.PathLike[str]) -> pathlib.Path:
-    """The model folder meant by a shipped name (`scenes`) or a path. A path that exists wins.
+def open_model(name_or_dir: str | os.PathLike[str]) -> ModelFolder | Pipelines:
+    """A model by what a person calls it, for whatever is to be done with it.
 
-    Of one in object storage, a local copy.
+    The cascade that ships (`scenes`), a folder that `cascade export` or `cascade convert` wrote,
+    here or in object storage, or pipelines in diffusers' layout: their folders, or their names on
+    the Hugging Face hub, with a comma between them. Reads config files alone. Raises UserError that
+    says what is missing or damaged.
     """
+    names = str(name_or_dir).split(",")
+    return Pipelines(names) if is_pipeline(names[0]) else ModelFolder(name_or_dir)
+
+
+class ModelFolder:
+    """A model in our own layout. What it says of itself comes from its config files."""
+
+    def __init__(self, name_or_dir: str | os.PathLike[str]):
+        """A path that exists wins over the name of a model that ships."""
+        self.name = str(name_or_dir)
+        self._folder = _found(name_or_dir)
+        self._about = _described(self._folder)
+
+    @functools.cached_property
+    def stages(self) -> list[StageConfig]:
+        """Their configs, smallest first; no weights are read."""
+        return [self._stage(name)[0] for name in self._about["stages"]]
+
+    @property
+    def text_encoder(self) -> str:
+        """What `T5Encoder.load` takes: the text encoder that its stages share."""
+        if named := self._about.get("text_encoder"):
+            return named
+        # The local copy of a model in object storage is gone when this process ends.
+        folder = self.name if "://" in self.name else self._folder
+        return f"{folder}/text_encoder"
+
+    @property
+    def max_tokens(self) -> int:
+        """Length that prompts are padded or cut to."""
+        return self._about.get("max_tokens", DEFAULT_MAX_TOKENS)
+
+    @property
+    def captions(self) -> Captions:
+        """What is done to a prompt first."""
+        return from_json(Captions, self._about.get("captions", "verbatim"), "captions")
+
+    @property
+    def known_words(self) -> Sequence[str]:
+        """All the words that training captions had, if that is a closed list."""
+        return self._about.get("known_words", ())
+
+    def own_text_encoder(self, stage: str) -> Published | None:
+        """The text encoder of a stage that does not share the model's."""
+        folder = self._folder / stage
+        return clip.text_encoder(folder) if (folder / "text_encoder").is_dir() else None
+
+    def load_own_text_encoder(self, stage: str, dtype: Any) -> TextEncoder | None:
+        """The same, loaded."""
+        if self.own_text_encoder(stage) is None:
+            return None
+        return clip.CLIPTextEncoder.load(self._folder / stage, compute_dtype=dtype)
+
+    def files(self, stage: str) -> list[pathlib.Path]:
+        """Those that hold a stage's weights."""
+        return [self._folder / stage / "model.safetensors"]
+
+    def read(
+        self,
+        config: StageConfig,
+        shardings: Callable[[Any], Any] | None = None,
+        *,
+        dtype: str | None = None,
+    ) -> Any:
+        """The parameters of its stage of that name, each read straight onto its devices.
+
+        config: the stage's, or one that differs in how it computes. shardings: parameters as
+        ShapeDtypeStructs -> the placement of each; None is the default device. dtype: theirs; None
+        is what pictures are drawn with.
+        """
+        own, old = self._stage(config.name)
+        kind = jnp.dtype(dtype or config.weights_dtype)
+        target = weights.as_target(Stage(config).abstract(), lambda _: kind, shardings)
+        renamed = landed.old_path(own) if old else str
+        folder = self._folder / config.name
+        with weights.opened(folder, "model", what="stage", convert="`cascade convert`") as opened:
+            origins = weights.own_origins(target, renamed)
+            weights.fit(opened.name, opened.shapes, origins, target)
+            return weights.read(opened, origins, target)
+
+    def copy_stage(self, stage: str, folder: pathlib.Path) -> None:
+        """Write a stage as a new folder of a model, as it is."""
+        shutil.copytree(self._folder / stage, folder)
+
+    def _stage(self, name: str) -> tuple[StageConfig, bool]:
+        """Its config, and whether an earlier version wrote its folder."""
+        file = self._folder / name / "config.json"
+        value = read_json(file)
+        return from_json(StageConfig, landed.upgraded(value), str(file)), landed.is_old(value)
+
+
+def _found(name_or_dir: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder meant; for one in object storage, a local copy."""
     folder = paths.path(name_or_dir)
-    shipped = sorted(p.parent.name for p in HERE.glob("*/config.json"))
+    shipped = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
     if not folder.exists() and str(name_or_dir) in shipped:
-        return HERE / str(name_or_dir)
+        return SHIPPED / str(name_or_dir)
     if not folder.exists():
         raise UserError(
             f"model {name_or_dir}: no such folder, and not one that ships ({', '.join(shipped)})"
@@ -34,7 +148,7 @@ def find(name_or_dir: str | os.PathLike[str]) -> pathlib.Path:
     return paths.local_copy(folder)
 
 
-def described(folder: pathlib.Path) -> dict[str, Any]:
+def _described(folder: pathlib.Path) -> dict[str, Any]:
     """What a model folder's config.json says: `stages`, and perhaps `text_encoder`, `max_tokens`,
     `captions` and `known_words`.
 

@@ -20,13 +20,13 @@ left the colour half unreadable at the noun.
 """
 
 import dataclasses
+import functools
 import io
-import json
+import itertools
 import pathlib
 import string
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,62 +34,62 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 import sentencepiece
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from cascade.config import to_json
-from cascade.errors import UserError
+from cascade.devices import sharding
 from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel
 from cascade.scenes.captions import Caption, captions, mentions
-from cascade.scenes.spec import generator, scene_at
+from cascade.scenes.spec import Split, generator, scene_at
 from cascade.storage import paths
 from cascade.storage.paths import Path
-from cascade.text.t5_folder import write_folder
+from cascade.text.t5 import write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID, Tokenizer
+from cascade.training.job import Job, Running
 
 SENTINELS = 100  # the last ids of the vocabulary, counted down from the end as in T5
 _FEWEST_IDS = 256 + 100 + SENTINELS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextPretraining:
-    """What `cascade train` needs to make a text encoder.
+class TextPretraining(Job):
+    """Make a text encoder: a job whose examples are captions. It ends in WORKDIR/text_encoder."""
 
-    encoder: sizes; its vocab_size counts the SentencePiece pieces and SENTINELS more.
-    examples: how many in all; each step takes batch_size of them.
-    described, retold: the shares of examples with these tasks; the rest are corrupted.
-    hidden: up to this share of the encoder's outputs (uniformly) is hidden from the decoder.
-    corrupted: the share of tokens masked, in spans of mean_span tokens on average.
-    length: tokens; what is longer is cut.
-    learning_rate: reached after warmup_steps, then falls to zero along a cosine.
-    vocabulary_captions: captions that the SentencePiece vocabulary is trained on.
-    """
-
-    encoder: T5Config
-    examples: int
     batch_size: int = 64
+    ema_decay: float = 0.0
+    log_every_images: int = 3_200
+    save_every_images: int = 16_000
+    preview_every_images: int = 16_000
+    encoder: T5Config
+    """Sizes; its vocab_size counts the SentencePiece pieces and SENTINELS more."""
     described: float = 0.5
+    """Share of the examples that are descriptions, in [0, 1]."""
     retold: float = 0.4
+    """Share of the examples that are retellings; the rest are corrupted."""
     hidden: float = 0.8
+    """Up to this share of the encoder's outputs (uniformly) is hidden from the decoder."""
     corrupted: float = 0.25
+    """Share of tokens masked in span corruption, in (0, 1)."""
     mean_span: float = 1.5
+    """Length of the masked spans on average, in tokens, at least 1."""
     length: int = 64
+    """Tokens of a text; what is longer is cut."""
     learning_rate: float = 2e-3
-    warmup_steps: int = 200
+    """Reached after warmup_images, then falls to zero along a cosine."""
+    warmup_images: int = 12_800
+    """Examples over which the rate rises, at most half of all."""
     weight_decay: float = 0.01
+    """Decay of adamw."""
     vocabulary_captions: int = 20_000
-    log_every_steps: int = 50
-    save_every_steps: int = 250
-    seed: int = 0
+    """Captions that the SentencePiece vocabulary is trained on."""
 
     def __post_init__(self):
-        free = ("seed", "warmup_steps")
-        every = ("log_every_steps", "save_every_steps")
-        for name in ("examples", "batch_size", "length", "vocabulary_captions", *every, *free):
-            if (value := getattr(self, name)) < (least := int(name not in free)):
-                raise ValueError(f"TextPretraining.{name} must be at least {least}, got {value}")
+        super().__post_init__()
+        for name in ("length", "vocabulary_captions"):
+            self.at_least(name, 1)
+        self.at_least("warmup_images", 0)
         if self.encoder.vocab_size < _FEWEST_IDS:
             raise ValueError(
                 "TextPretraining.encoder.vocab_size must leave room for 256 bytes, characters and "
@@ -108,47 +108,109 @@ class TextPretraining:
             )
 
     @property
-    def steps(self) -> int:
-        return -(-self.examples // self.batch_size)
+    def name(self) -> str:
+        return "text encoder"
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        free = {f.name for f in dataclasses.fields(Job)} - {"images", "seed"}
+        own = [f.name for f in dataclasses.fields(self) if f.name not in free]
+        return super().fixed | {name: getattr(self, name) for name in own}
+
+    def fresh(self, key):
+        k_encoder, k_decoder = jax.random.split(jax.random.key(self.seed))
+        encoder = T5EncoderModel(self.encoder, nnx.Rngs(k_encoder))
+        decoder = T5Decoder(self.encoder, nnx.Rngs(k_decoder))
+        return {
+            "encoder": nnx.to_pure_dict(nnx.state(encoder)),
+            "decoder": nnx.to_pure_dict(nnx.state(decoder)),
+            "words": jnp.zeros((self.encoder.d_model, self.encoder.vocab_size)),
+        }
+
+    def loss(self, params, batch, key, part=None):
+        """batch: inputs int32 [b, l], visible bool [b, l], targets int32 [b, m], see `batches`."""
+        targets, mask = batch["targets"], batch["targets"] != PAD_ID
+        words, in_order = logits(self.encoder, params, batch)
+        decoded = optax.softmax_cross_entropy_with_integer_labels(in_order, targets)
+        read = -jnp.take_along_axis(jax.nn.log_softmax(words), targets, axis=-1)
+        # The figure to follow is the decoder's: nats a token.
+        return jnp.mean(decoded + read, where=mask), {"loss": jnp.mean(decoded, where=mask)}
+
+    def batch_shapes(self, tokens, b=None):
+        shape = (b or self.batch_size, tokens)
+        ids, seen = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
+        return {"inputs": ids, "visible": seen, "targets": ids}
+
+    def transformation(self):
+        warmup = min(self.warmup_images // self.batch_size, self.steps // 2)
+        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, self.steps)
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(rate, b2=0.98, weight_decay=self.weight_decay),
+            # An Adam step has one size for all; these few numbers start near 0 and must reach about
+            # 5, or no head can look at a neighbour.
+            optax.masked(optax.scale(20.0), _position_tables),
+        )
+
+    def open(self, mesh, workdir):
+        return _Running(self, mesh, workdir)
 
 
-def pretrain(config: TextPretraining, workdir: str | Path, *, until: int | None = None) -> None:
-    """Pretrain in `workdir`, from its saved state if it has one, and write WORKDIR/text_encoder.
+class _Running(Running):
+    """Captions, and the vocabulary that the run has made of them."""
 
-    workdir: a folder here, or gs://BUCKET/NAME or s3://BUCKET/NAME.
-    until: stop, with the state saved, after this many steps instead of config.steps; the same call
-    again goes on from there, to the same parameters as if it had not stopped.
-    """
-    from tqdm import tqdm
+    def __init__(self, job: TextPretraining, mesh: Mesh, workdir: Path):
+        self._job, self._mesh, self._workdir = job, mesh, workdir
+        self._spiece = _vocabulary(job, workdir / "spiece.model")
+        self._tokenizer = Tokenizer(self._spiece, job.encoder.n_positions)
+        rows = sharding.process_rows(mesh, job.batch_size)
+        self.batches = TextBatches(job, self._tokenizer, rows)
 
-    workdir = paths.path(workdir)
-    paths.make_folder(workdir)
-    _check_config(config, workdir / "config.json")
-    spiece = _vocabulary(config, workdir / "spiece.model")
-    tokenizer = Tokenizer(spiece, config.encoder.n_positions)
-    optimizer = _optimizer(config)
-    state = _restored(_initial_state(config, optimizer), workdir / "state.safetensors")
-    train_step = jax.jit(_train_step(config, optimizer), donate_argnums=0)
-    step, last = int(state["step"]), config.steps if until is None else min(config.steps, until)
-    log = _Log(config, workdir, step)
-    bar = tqdm(
-        total=config.examples, initial=step * config.batch_size, unit="ex", desc="text encoder"
-    )
-    with bar:
-        for batch in _ahead(batches(config, tokenizer, step, last)):
-            state, loss = train_step(state, batch)
-            step += 1
-            log.add(loss)
-            bar.update(config.batch_size)
-            if step % config.log_every_steps == 0 or step == last:
-                bar.set_postfix(loss=f"{log.write(step):.4f}")
-            if step % config.save_every_steps == 0 or step == last:
-                _save(state, workdir / "state.safetensors")
-    if step == config.steps:
-        params = jax.device_get(state["params"]["encoder"])
-        with tempfile.TemporaryDirectory() as made:
-            write_folder(pathlib.Path(made), config.encoder, params, spiece)
-            paths.copy_folder(pathlib.Path(made), workdir / "text_encoder")
+    def prepare(self, batch, step):
+        return sharding.shard_batch(batch, self._mesh)
+
+    def preview(self, params, batch, file):
+        """Plot which share of held-out targets' tokens each task gets right."""
+        params = sharding.fetch(params)
+        if jax.process_index() == 0:
+            file.parent.mkdir(exist_ok=True)
+            _plot_shares(shares_right(self._job, self._tokenizer, params), file)
+
+    def finish(self, params):
+        params = jax.device_get(sharding.fetch(params["encoder"]))
+        if jax.process_index() == 0:
+            with tempfile.TemporaryDirectory() as made:
+                write_folder(pathlib.Path(made), self._job.encoder, params, self._spiece)
+                paths.copy_folder(pathlib.Path(made), self._workdir / "text_encoder")
+
+
+class TextBatches:
+    """`batches` without an end, each made in the background while the one before is in use."""
+
+    def __init__(
+        self, job: TextPretraining, tokenizer: Tokenizer, rows: Int[np.ndarray, " rows"]
+    ):
+        """rows: of each batch, those that this process is to hold."""
+        self._job, self._tokenizer, self._rows = job, tokenizer, rows
+        self._step, self._pool = 0, ThreadPoolExecutor(1)
+        self._start()
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = self._next.result()
+        self._next = self._pool.submit(next, self._made)
+        self._step += 1
+        return {name: value[self._rows] for name, value in batch.items()}
+
+    def get_state(self) -> dict[str, int]:
+        return {"examples": self._step * self._job.batch_size}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._step = state["examples"] // self._job.batch_size
+        self._start()
+
+    def _start(self) -> None:
+        self._made = batches(self._job, self._tokenizer, self._step)
+        self._next = self._pool.submit(next, self._made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,14 +225,16 @@ class Example:
     visible: Bool[np.ndarray, " l+1"]
 
 
-def example(config: TextPretraining, tokenizer: Tokenizer, index: int) -> Example:
-    """Number `index` of the endless list that config.seed names."""
-    rng = generator(config.seed, index, "train", purpose=2)
+def example(
+    config: TextPretraining, tokenizer: Tokenizer, index: int, split: Split = "train"
+) -> Example:
+    """Number `index` of the endless list that config.seed and the split name."""
+    rng = generator(config.seed, index, split, purpose=2)
     task = rng.random()
     if task < config.described:
-        scene = scene_at(config.seed, index, "train", min_objects=2)  # one alone stands nowhere
+        scene = scene_at(config.seed, index, split, min_objects=2)  # one alone stands nowhere
         return description(config, tokenizer, captions(scene, rng, 1)[0], rng)
-    scene = scene_at(config.seed, index, "train")
+    scene = scene_at(config.seed, index, split)
     if task < config.described + config.retold:
         texts = [c.text for c in captions(scene, rng, 2)]
         source = tokenizer.pieces(texts[0])
@@ -209,16 +273,39 @@ def description(
 
 
 def batches(
-    config: TextPretraining, tokenizer: Tokenizer, start: int, stop: int
+    config: TextPretraining, tokenizer: Tokenizer, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Steps start to stop - 1: `inputs`, `visible`, `targets`, all [b, l]; padded PAD_ID and False.
+    """Steps from `start` on: `inputs`, `visible`, `targets`, all [b, l]; padded PAD_ID and False.
 
     Examples of about the same length share a batch, and batches have one of a few widths: they are
     made in groups of _GROUP, sorted by length, and dealt out in random order.
     """
-    for group in range(start // _GROUP, -(-stop // _GROUP)):
-        made = _group(config, tokenizer, group)
-        yield from made[max(start - group * _GROUP, 0) : stop - group * _GROUP]
+    for group in itertools.count(start // _GROUP):
+        yield from _group(config, tokenizer, group)[max(start - group * _GROUP, 0) :]
+
+
+def shares_right(
+    config: TextPretraining, tokenizer: Tokenizer, params: Any, examples: int = 128
+) -> dict[str, float]:
+    """Share of the targets' tokens that the decoder, given those before, finds right, by task.
+
+    Of held-out examples: those of the split "seen". Tasks that the config leaves out are left out.
+    """
+    found = {}
+    predict = jax.jit(functools.partial(logits, config.encoder))
+    wanted = {"description": config.described, "retelling": config.retold}
+    wanted["span corruption"] = 1 - config.described - config.retold
+    alone = {"described": 0.0, "retold": 0.0}
+    for task, share in wanted.items():
+        if share <= 0:
+            continue
+        field = {"description": "described", "retelling": "retold"}.get(task)
+        only = dataclasses.replace(config, **(alone | ({field: 1.0} if field else {})))
+        batch = _padded([example(only, tokenizer, i, "seen") for i in range(examples)])
+        _, in_order = predict(params, batch)
+        right = np.asarray(in_order).argmax(-1) == batch["targets"]
+        found[task] = float(right[batch["targets"] != PAD_ID].mean())
+    return found
 
 
 def span_corruption(
@@ -280,8 +367,6 @@ def train_vocabulary(texts: Iterator[str], pieces: int) -> bytes:
     return model.getvalue()
 
 
-State = dict[str, Any]
-
 _GROUP = 32  # batches
 _WIDTH = 16  # row widths are multiples of this: each width is one more compilation
 
@@ -317,7 +402,9 @@ def _thrown(rng: np.random.Generator, balls: int, bins: int) -> np.ndarray:
 def _vocabulary(config: TextPretraining, path: Path) -> bytes:
     if not path.exists():
         model = train_vocabulary(_vocabulary_texts(config), config.encoder.vocab_size - SENTINELS)
-        _write(path, model)
+        paths.make_folder(path.parent)
+        with paths.writing(path) as file:
+            file.write_bytes(model)
     return path.read_bytes()
 
 
@@ -331,174 +418,38 @@ def _vocabulary_texts(config: TextPretraining) -> Iterator[str]:
         yield " ".join(words[int(rng.random() * len(words))] for _ in range(10))
 
 
-def _initial_state(config: TextPretraining, optimizer: optax.GradientTransformation) -> State:
-    k_encoder, k_decoder = jax.random.split(jax.random.key(config.seed))
-    params = {
-        "encoder": nnx.to_pure_dict(nnx.state(T5EncoderModel(config.encoder, nnx.Rngs(k_encoder)))),
-        "decoder": nnx.to_pure_dict(nnx.state(T5Decoder(config.encoder, nnx.Rngs(k_decoder)))),
-        "words": jnp.zeros((config.encoder.d_model, config.encoder.vocab_size)),
-    }
-    return {"params": params, "optimizer": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
-
-
-def _optimizer(config: TextPretraining) -> optax.GradientTransformation:
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, min(config.warmup_steps, config.steps // 2), config.steps
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay),
-        # An Adam step has one size for all; these few numbers start near 0 and must reach about 5,
-        # or no head can look at a neighbour.
-        optax.masked(optax.scale(20.0), _position_tables),
-    )
-
-
 def _position_tables(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "relative_attention_bias", params
     )
 
 
-def _train_step(
-    config: TextPretraining, optimizer: optax.GradientTransformation
-) -> Callable[[State, dict[str, Array]], tuple[State, Array]]:
-    """(state, batch) -> the next state, the decoder's loss."""
-    predict = _logits(config.encoder)
-
-    def loss_of(params, batch):
-        targets, mask = batch["targets"], batch["targets"] != PAD_ID
-        words, in_order = predict(params, batch)
-        decoded = optax.softmax_cross_entropy_with_integer_labels(in_order, targets)
-        read = -jnp.take_along_axis(jax.nn.log_softmax(words), targets, axis=-1)
-        return jnp.mean(decoded + read, where=mask), jnp.mean(decoded, where=mask)
-
-    def train_step(state, batch):
-        gradients, loss = jax.grad(loss_of, has_aux=True)(state["params"], batch)
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "optimizer": optimizer_state, "step": state["step"] + 1}, loss
-
-    return train_step
-
-
-def _logits(
-    config: T5Config,
-) -> Callable[[dict, dict[str, Array]], tuple[Float[Array, "b v"], Float[Array, "b m v"]]]:
-    """(params, batch) -> logits of the target's words, read linearly; and of every token of the
-    target given the ones before it.
-    """
+def logits(
+    config: T5Config, params: Any, batch: Mapping[str, Any]
+) -> tuple[Float[Array, "b v"], Float[Array, "b m v"]]:
+    """Logits of the target's words, read linearly; and of every token of the target given the ones
+    before it."""
     encoder_def = nnx.graphdef(nnx.eval_shape(lambda: T5EncoderModel(config, nnx.Rngs(0))))
     decoder_def = nnx.graphdef(nnx.eval_shape(lambda: T5Decoder(config, nnx.Rngs(0))))
-
-    def predict(params, batch):
-        encoder = nnx.merge(encoder_def, params["encoder"])
-        decoder = nnx.merge(decoder_def, params["decoder"])
-        inputs, targets, visible = batch["inputs"], batch["targets"], batch["visible"]
-        encoded = encoder(inputs, inputs != PAD_ID)
-        words = jnp.mean(encoded, axis=1, where=visible[:, :, None]) @ params["words"]
-        shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
-        return words, decoder(encoder.shared[...][shifted], encoded, visible)
-
-    return predict
+    encoder = nnx.merge(encoder_def, params["encoder"])
+    decoder = nnx.merge(decoder_def, params["decoder"])
+    inputs, targets, visible = batch["inputs"], batch["targets"], batch["visible"]
+    encoded = encoder(inputs, inputs != PAD_ID)
+    words = jnp.mean(encoded, axis=1, where=visible[:, :, None]) @ params["words"]
+    shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+    return words, decoder(encoder.shared[...][shifted], encoded, visible)
 
 
-def _check_config(config: TextPretraining, path: Path) -> None:
-    """Refuse to continue another run's folder; remember the config in a new one."""
-    if (path.parent / "checkpoints").exists():
-        raise UserError(f"{path.parent}: holds a stage's run; name another --workdir")
-    current = to_json(config)
-    saved = json.loads(path.read_text()) if path.exists() else current
-    fixed = current.keys() - {"log_every_steps", "save_every_steps"}
-    if differing := sorted(k for k in fixed if saved.get(k) != current[k]):
-        raise UserError(
-            f"{path.parent}: holds a run with another config ({', '.join(differing)}); use that "
-            "one, or a new --workdir"
-        )
-    _write(path, json.dumps(current, indent=2).encode())
+def _plot_shares(shares: Mapping[str, float], path: Path) -> None:
+    from matplotlib.figure import Figure
 
-
-def _save(state: State, path: Path) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
-    named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    _write(path, safetensors.numpy.save(named))
-
-
-def _restored(state: State, path: Path) -> State:
-    """The saved state, in the structure of `state`; `state` itself when there is none."""
-    if not path.exists():
-        return state
-    with paths.reading(path) as file:
-        saved = safetensors.numpy.load_file(file)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jnp.asarray(saved[jax.tree_util.keystr(path)]), state
-    )
-
-
-def _write(path: Path, contents: bytes) -> None:
-    """All or nothing: an interrupted run leaves the old file."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.bar(list(shares), [100 * share for share in shares.values()])
+    axes.bar_label(bars, fmt="%.0f%%")
+    axes.set(ylabel="tokens right on held-out captions", ylim=(0, 105))
     with paths.writing(path) as file:
-        file.write_bytes(contents)
-
-
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, each made in the background while the one before is in use."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        item = pool.submit(next, items, end)
-        while (current := item.result()) is not end:
-            item = pool.submit(next, items, end)
-            yield current
-
-
-class _Log:
-    """metrics.jsonl and loss.png; rows after `step`, of a run that was cut off, are dropped."""
-
-    def __init__(self, config: TextPretraining, workdir: Path, step: int):
-        self._config, self._since, self._pending = config, (time.perf_counter(), step), []
-        self._path, self._plot = workdir / "metrics.jsonl", workdir / "loss.png"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
-        self._write_rows()
-
-    def add(self, loss: Array) -> None:
-        self._pending.append(loss)
-
-    def write(self, step: int) -> float:
-        loss, self._pending = float(np.mean(jax.device_get(self._pending))), []
-        if not np.isfinite(loss):
-            raise UserError(
-                f"training diverged: the loss is {loss} at step {step}; lower learning_rate"
-            )
-        now, (then, before) = time.perf_counter(), self._since
-        self._since = (now, step)
-        rate = (step - before) * self._config.batch_size / (now - then)
-        self._rows.append({"step": step, "loss": loss, "examples_per_second": round(rate, 1)})
-        self._write_rows()
-        self._draw()
-        return loss
-
-    def _write_rows(self) -> None:
-        # Whole each time: object storage cannot append, and the rows are few.
-        _write(self._path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
-
-    def _draw(self) -> None:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([r["step"] for r in self._rows], [r["loss"] for r in self._rows])
-        axes.set(xlabel="steps", ylabel="cross-entropy of masked tokens (nats)", yscale="log")
-        axes.grid(alpha=0.3)
-        with paths.writing(self._plot) as file:
-            figure.savefig(file, dpi=120, format="png")
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:  # half a line, as older runs left it when they were killed
-        return None
+        figure.savefig(file, dpi=120, format="png")
 
 
 # Words that captions lack and prompts may have: the vocabulary gets pieces for them.

@@ -50,7 +50,8 @@ def by_name(target: Any, shapes: Shapes | None = None) -> dict[str, Origin]:
 class Published:
     """One network on disk.
 
-    config: ours, as `read_config` reads it. what: how errors call the network. stem: of the names
+    config: ours, as `read_config` reads it. given: what its `build` takes besides. what: how errors
+    call the network. stem: of the names
     of its files. model: its class, such as "diffusers.AutoencoderKL", for the error that refuses
     pickles. origins: (parameters' shapes, tensors' shapes) -> where each parameter is.
     ignored: a regular expression of tensors that may be left over.
@@ -58,6 +59,7 @@ class Published:
 
     folder: Path
     config: Any
+    given: tuple[Any, ...] = ()
     what: str
     model: str
     stem: str = "diffusion_pytorch_model"
@@ -95,7 +97,7 @@ class Published:
 
     def abstract(self) -> dict[str, Any]:
         """The parameters' shapes."""
-        return Network(self.config).abstract()
+        return Network(self.config, *self.given).abstract()
 
     @property
     def files(self) -> list[Path]:

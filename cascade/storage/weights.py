@@ -226,9 +226,12 @@ def as_target(
     )
 
 
-def own_origins(target: Any) -> dict[str, Origin]:
-    """Of the files that we write: `a/0/b` is called `a.0.b`, and has its shape."""
-    return {path: Origin((path.replace("/", "."),)) for path, _ in leaves(target)}
+def own_origins(target: Any, renamed: Callable[[str], str] = str) -> dict[str, Origin]:
+    """Where parameters are in the files that we write: `a/0/b` is called `a.0.b`.
+
+    renamed: a parameter's path -> its path there, in files of earlier versions.
+    """
+    return {path: Origin((renamed(path).replace("/", "."),)) for path, _ in leaves(target)}
 
 
 def leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -35,4 +35,6 @@ def read_unet(
 
 def unet(folder: Path, config: IFUNetConfig) -> Published:
     """The weights of a `unet/` folder."""
-    return Published(folder=folder, config=config, what="U-Net", model=MODEL)
+    return Published(
+        folder=folder, config=config, given=(config.widths,), what="U-Net", model=MODEL
+    )

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from cascade.models.conditioning import Conditioning, sinusoids
 from cascade.models.layers import (
     Conv,
     GroupNorm,
@@ -34,6 +33,8 @@ from cascade.models.layers import (
     run,
     shrink,
 )
+from cascade.models.network import NetworkConfig
+from cascade.models.signals import Signals, Widths, check_signals, sinusoids
 from cascade.published import fields as published
 
 Sees = Literal["text", "text and image"]
@@ -53,7 +54,7 @@ class IFLevel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IFUNetConfig:
+class IFUNetConfig(NetworkConfig):
     """What `unet/config.json` says, see `from_diffusers`.
 
     levels: from full resolution down. middle_attention: of the two blocks below them.
@@ -84,8 +85,6 @@ class IFUNetConfig:
     residual_scale: float = 1.0
     middle_scale: float = 1.0
     activation: Literal["gelu", "silu"] = "gelu"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Remat = False
 
     def __post_init__(self):
         if not self.levels:
@@ -119,9 +118,20 @@ class IFUNetConfig:
         return IFUNet(self, rngs)
 
     @property
-    def null_prompt(self) -> str:
-        """The prompt whose embedding stands for no text (see NetworkConfig)."""
-        return ""
+    def embedding_width(self) -> int:
+        return self.emb_width
+
+    @property
+    def widths(self) -> Widths:
+        """What it is told: in stage II a picture, and always T5's tokens."""
+        return Widths(channels=self.in_channels * self.lowres, tokens=self.text_width)
+
+    def check(self, widths: Widths) -> None:
+        if widths != self.widths:
+            raise ValueError(
+                f"IFUNetConfig with lowres={self.lowres} and text_width={self.text_width} is told "
+                f"{self.widths}, but the stage's conditions give {widths}"
+            )
 
     @property
     def learned_variance(self) -> bool:
@@ -185,15 +195,16 @@ class IFUNetConfig:
 
 
 class IFUNet(nnx.Module):
-    """Call with x [b, h, w, in], time [b] in 0..999, Conditioning; returns [b, h, w, out] float32.
+    """Call with x [b, h, w, in], time [b] in 0..999, Signals; returns [b, h, w, out] float32.
 
-    time, Conditioning.lowres_time: indices into the table of betas that the network was trained on.
-    Conditioning.text: T5's output at every position, padding too; text_mask is not looked at.
+    time: an index into the table of betas that the network was trained on. Signals.tokens: T5's
+    output at every position, padding too, as it is; the mask is not looked at. In stage II
+    Signals.channels is the low-resolution picture, and Signals.vectors its own index [b, 1].
     h and w: divisible by 2^(levels - 1). key is not used: the public networks have no dropout.
     """
 
-    def __init__(self, config: IFUNetConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: IFUNetConfig, widths: Widths, rngs: nnx.Rngs):
+        self.config, self.widths = config, widths
         levels, first_width = config.levels, config.levels[0].width
         pixels = config.in_channels * (2 if config.lowres else 1)
         self.time_embedding = _TimeEmbedding(config, rngs)
@@ -219,16 +230,16 @@ class IFUNet(nnx.Module):
         self,
         x: Float[Array, "b h w c"],
         time: Float[Array, " b"],
-        cond: Conditioning,
+        signals: Signals,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
         dtype = self.config.compute_dtype
         # TPUs would otherwise multiply float32 in one bfloat16 pass, and lose parity with it.
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-            x, text = self._inputs(x, cond)
+            x, text = self._inputs(x, signals)
             emb = self.time_embedding(time) + self.add_embedding(text)
             if self.class_embedding is not None:
-                emb = emb + self.class_embedding(cond.lowres_time)
+                emb = emb + self.class_embedding(signals.vectors[0][:, 0])
             emb = _ACTIVATIONS[self.config.activation](emb).astype(dtype)
             text = self.encoder_hid_proj(text.astype(dtype))
             h = self.conv_in(x.astype(dtype))
@@ -242,7 +253,7 @@ class IFUNet(nnx.Module):
             h = self.conv_norm_out(h.astype(jnp.float32), activate=True)
             return self.conv_out(h)
 
-    def _inputs(self, x: Array, cond: Conditioning) -> tuple[Array, Array]:
+    def _inputs(self, x: Array, signals: Signals) -> tuple[Array, Array]:
         """x, with the low-resolution picture behind it in stage II, and the float32 text."""
         config = self.config
         if x.shape[1] % config.side_multiple or x.shape[2] % config.side_multiple:
@@ -250,21 +261,9 @@ class IFUNet(nnx.Module):
                 f"image sides must be multiples of {config.side_multiple} (strides of "
                 f"IFUNetConfig), got {x.shape[1]}x{x.shape[2]}"
             )
-        if cond.text is None or cond.text.shape[-1] != config.text_width:
-            got = None if cond.text is None else cond.text.shape
-            raise ValueError(
-                f"IFUNetConfig.text_width is {config.text_width}: Conditioning.text must be "
-                f'[b, l, {config.text_width}], that of "" for no text; got {got}'
-            )
-        if config.lowres:
-            if cond.lowres is None or cond.lowres.shape != x.shape or cond.lowres_time is None:
-                got = None if cond.lowres is None else cond.lowres.shape
-                raise ValueError(
-                    f"IFUNetConfig.lowres is on: Conditioning.lowres must be resized to the shape "
-                    f"of x, {x.shape}, with its lowres_time [b]; got lowres {got}"
-                )
-            x = jnp.concatenate([x, cond.lowres.astype(x.dtype)], axis=-1)
-        return x, cond.text.astype(jnp.float32)
+        check_signals("IFUNetConfig", self.widths, x, signals)
+        x = jnp.concatenate([x, *(c.astype(x.dtype) for c in signals.channels)], axis=-1)
+        return x, signals.tokens.astype(jnp.float32)
 
 
 class _Down(nnx.Module):

@@ -17,7 +17,9 @@ def unet(folder: Path) -> Published:
     """Of a `unet/` folder. Raises UserError naming the file and the field of another network."""
     model = "diffusers.UNet2DConditionModel"
     config = read_config(folder, UpscalerUNetConfig.from_diffusers, model)
-    return Published(folder=folder, config=config, what="U-Net", model=model)
+    return Published(
+        folder=folder, config=config, given=(config.widths,), what="U-Net", model=model
+    )
 
 
 def autoencoder(folder: Path) -> Published:

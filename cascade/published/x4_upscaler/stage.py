@@ -17,8 +17,9 @@ from typing import Any
 from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.published.schedulers import read_scheduler
+from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
 from cascade.published.x4_upscaler import reader as upscaler
-from cascade.stage import Augmentation, Sampling, StageConfig
+from cascade.stage import Augmentation, Latents, Sampling, StageConfig
 from cascade.storage import network as published
 from cascade.storage.network import Published
 from cascade.text import clip
@@ -61,7 +62,7 @@ class UpscalePipeline:
         """As the stage's parameters are called."""
         return {
             "network": upscaler.unet(self.folder / "unet"),
-            "autoencoder": upscaler.autoencoder(self.folder / "vae"),
+            "space": upscaler.autoencoder(self.folder / "vae"),
         }
 
 
@@ -94,17 +95,20 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
         return (entry + 1) / noising.steps
 
     try:
-        return StageConfig(
-            name=f"x{autoencoder.factor}_{low * autoencoder.factor}",
-            resolution=low * autoencoder.factor,
-            lowres_resolution=low,
+        side = low * autoencoder.factor
+        augmentation = Augmentation(schedule=noising, max_level=level(most), after_upsampling=True)
+        return PublishedStageConfig(
+            name=f"x{autoencoder.factor}_{side}",
+            space=Latents(
+                resolution=side, autoencoder=dataclasses.replace(autoencoder, scaling=SCALING)
+            ),
+            conditions=(
+                PublishedLowRes(resolution=low, augmentation=augmentation),
+                PublishedText(width=network.text_width),
+            ),
             network=network,
-            autoencoder=dataclasses.replace(autoencoder, scaling=SCALING),
             schedule=scheduler.schedule,
             prediction=scheduler.prediction,
-            augmentation=Augmentation(
-                schedule=noising, max_level=level(most), after_upsampling=True
-            ),
             sampling=Sampling(
                 steps=75,
                 grid=scheduler.grid,

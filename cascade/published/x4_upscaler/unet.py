@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from cascade.models.conditioning import Conditioning, sinusoids
-from cascade.models.layers import Conv, GroupNorm, Linear, attend, enlarge
+from cascade.models.layers import Conv, GroupNorm, Linear, Remat, attend, enlarge, run
+from cascade.models.network import NetworkConfig
+from cascade.models.signals import Signals, Widths, check_signals, sinusoids
 from cascade.published import fields as published
 
 FirstSees = Literal["text", "image"]
@@ -45,7 +46,7 @@ class UpscalerLevel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UpscalerUNetConfig:
+class UpscalerUNetConfig(NetworkConfig):
     """What `unet/config.json` says, see `from_diffusers`.
 
     levels: from full resolution down; the two blocks below them see the image first.
@@ -64,7 +65,6 @@ class UpscalerUNetConfig:
     heads: int = 8
     groups: int = 32
     epsilon: float = 1e-5
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if not self.levels:
@@ -92,14 +92,19 @@ class UpscalerUNetConfig:
         return UpscalerUNet(self, rngs)
 
     @property
-    def null_prompt(self) -> str:
-        """The prompt whose embedding stands for no text (see layers.NetworkConfig)."""
-        return ""
+    def embedding_width(self) -> int:
+        return 4 * self.levels[0].width
 
     @property
-    def lowres(self) -> bool:
-        """It always enlarges a picture."""
-        return True
+    def widths(self) -> Widths:
+        """What it is told: the picture to enlarge, and CLIP's tokens."""
+        return Widths(channels=self.lowres_channels, tokens=self.text_width)
+
+    def check(self, widths: Widths) -> None:
+        if widths != self.widths:
+            raise ValueError(
+                f"UpscalerUNetConfig is told {self.widths}, but the conditions give {widths}"
+            )
 
     @property
     def side_multiple(self) -> int:
@@ -147,16 +152,16 @@ class UpscalerUNetConfig:
 
 
 class UpscalerUNet(nnx.Module):
-    """Call with x [b, h, w, in], time [b] in 0..999, Conditioning; returns [b, h, w, out] float32.
+    """Call with x [b, h, w, in], time [b] in 0..999, Signals; returns [b, h, w, out] float32.
 
-    time: indices into the table of betas that the network was trained on. Conditioning.lowres:
-    [b, h, w, 3], its lowres_time the row of the noise levels' table. Conditioning.text: CLIP's
-    output at every position; text_mask is not looked at. h and w: divisible by 2^(levels - 1).
-    key is not used: there is no dropout.
+    time: an index into the table of betas that the network was trained on. Signals.channels: the
+    picture [b, h, w, 3]. Signals.vectors: the row [b, 1] of the noise levels' table.
+    Signals.tokens: CLIP's output at every position; the mask is not looked at. h and w: divisible
+    by 2^(levels - 1). key is not used: there is no dropout.
     """
 
-    def __init__(self, config: UpscalerUNetConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: UpscalerUNetConfig, widths: Widths, rngs: nnx.Rngs):
+        self.config, self.widths = config, widths
         levels, first_width = config.levels, config.levels[0].width
         emb_width = 4 * first_width
         self.time_embedding = _TimeEmbedding(first_width, emb_width, rngs)
@@ -180,17 +185,17 @@ class UpscalerUNet(nnx.Module):
         self,
         x: Float[Array, "b h w c"],
         time: Float[Array, " b"],
-        cond: Conditioning,
+        signals: Signals,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w d"]:
         dtype = self.config.compute_dtype
         # TPUs would otherwise multiply float32 in one bfloat16 pass, and lose parity with it.
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-            self._check(x, cond)
-            emb = self.time_embedding(time) + self.class_embedding(cond.lowres_time)
+            self._check(x, signals)
+            emb = self.time_embedding(time) + self.class_embedding(signals.vectors[0][:, 0])
             emb = jax.nn.silu(emb).astype(dtype)
-            text = cond.text.astype(dtype)
-            h = self.conv_in(jnp.concatenate([x, cond.lowres], axis=-1).astype(dtype))
+            text = signals.tokens.astype(dtype)
+            h = self.conv_in(jnp.concatenate([x, *signals.channels], axis=-1).astype(dtype))
             skips = [h]
             for down in self.down_blocks:
                 h, outputs = down(h, emb, text)
@@ -200,26 +205,14 @@ class UpscalerUNet(nnx.Module):
                 h = up(h, emb, text, skips)
             return self.conv_out(self.conv_norm_out(h.astype(jnp.float32), activate=True))
 
-    def _check(self, x: Array, cond: Conditioning) -> None:
-        config = self.config
-        if x.shape[1] % config.side_multiple or x.shape[2] % config.side_multiple:
+    def _check(self, x: Array, signals: Signals) -> None:
+        multiple = self.config.side_multiple
+        if x.shape[1] % multiple or x.shape[2] % multiple:
             raise ValueError(
-                f"latents' sides must be multiples of {config.side_multiple} (strides of "
-                f"UpscalerUNetConfig), got {x.shape[1]}x{x.shape[2]}"
+                f"latents' sides must be multiples of {multiple} (strides of UpscalerUNetConfig), "
+                f"got {x.shape[1]}x{x.shape[2]}"
             )
-        if cond.text is None or cond.text.shape[-1] != config.text_width:
-            got = None if cond.text is None else cond.text.shape
-            raise ValueError(
-                f"UpscalerUNetConfig.text_width is {config.text_width}: Conditioning.text must be "
-                f'[b, l, {config.text_width}], that of "" for no text; got {got}'
-            )
-        shape = (*x.shape[:3], config.lowres_channels)
-        if cond.lowres is None or cond.lowres.shape != shape or cond.lowres_time is None:
-            got = None if cond.lowres is None else cond.lowres.shape
-            raise ValueError(
-                f"UpscalerUNet enlarges a picture: Conditioning.lowres must be {shape}, with its "
-                f"lowres_time [b]; got lowres {got}"
-            )
+        check_signals("UpscalerUNetConfig", self.widths, x, signals)
 
 
 class _Down(nnx.Module):
@@ -231,6 +224,7 @@ class _Down(nnx.Module):
         down: bool,
         rngs: nnx.Rngs,
     ):
+        self.remat: Remat = config.remat
         widths = [width_in] + [level.width] * (level.blocks - 1)
         self.resnets = nnx.List(_ResBlock(config, w, level.width, rngs) for w in widths)
         self.attentions = _transformers(config, level, level.blocks, rngs)
@@ -240,8 +234,8 @@ class _Down(nnx.Module):
         """Also returns the skips: the output of every block, in order."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            h = resnet(h, emb)
-            h = self.attentions[i](h, text) if self.attentions else h
+            h = run(resnet, self.remat, h, emb)
+            h = run(self.attentions[i], self.remat, h, text) if self.attentions else h
             skips.append(h)
         for smaller in self.downsamplers:
             h = smaller(h)
@@ -251,13 +245,16 @@ class _Down(nnx.Module):
 
 class _Middle(nnx.Module):
     def __init__(self, config: UpscalerUNetConfig, rngs: nnx.Rngs):
+        self.remat: Remat = config.remat
         width = config.levels[-1].width
         self.resnets = nnx.List(_ResBlock(config, width, width, rngs) for _ in range(2))
         self.attentions = nnx.List([_Transformer(config, width, "image", rngs)])
 
     def __call__(self, h: Array, emb: Array, text: Array) -> Array:
         before, after = self.resnets
-        return after(self.attentions[0](before(h, emb), text), emb)
+        h = run(before, self.remat, h, emb)
+        h = run(self.attentions[0], self.remat, h, text)
+        return run(after, self.remat, h, emb)
 
 
 class _Up(nnx.Module):
@@ -275,6 +272,7 @@ class _Up(nnx.Module):
         up: bool,
         rngs: nnx.Rngs,
     ):
+        self.remat: Remat = config.remat
         width = level.width
         hidden = [inner_width] + [width] * level.blocks
         skips = [width] * level.blocks + [outer_width]
@@ -287,8 +285,8 @@ class _Up(nnx.Module):
     def __call__(self, h: Array, emb: Array, text: Array, skips: list[Array]) -> Array:
         """Takes its skips off the end of the list."""
         for i, resnet in enumerate(self.resnets):
-            h = resnet(jnp.concatenate([h, skips.pop()], axis=-1), emb)
-            h = self.attentions[i](h, text) if self.attentions else h
+            h = run(resnet, self.remat, jnp.concatenate([h, skips.pop()], axis=-1), emb)
+            h = run(self.attentions[i], self.remat, h, text) if self.attentions else h
         for larger in self.upsamplers:
             h = larger(h)
         return h

@@ -1,0 +1,53 @@
+"""Previews: what the averaged weights of a stage draw by now, while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from cascade import images
+from cascade.devices import sharding
+from cascade.stage import Stage
+
+
+def draw(
+    stage: Stage, params: Any, batch: Mapping[str, Any], prompts: list[str], embed: Any
+) -> UInt8[np.ndarray, "h w 3"] | None:
+    """A sheet: a picture for each prompt (base), or rows of low | drawn | true (super-resolution).
+
+    batch: as `Stage.loss` takes it; super-resolution enlarges its first four. embed: texts -> their
+    embeddings. None where there is nothing to draw, and in all processes but the first, which draws
+    alone; fetching the weights takes all.
+    """
+    config, base = stage.config, stage.config.lowres is None
+    if base and not prompts:
+        return None
+    n = len(prompts) if base else min(4, len(next(iter(batch.values()))))
+    given, negative = {}, {}
+    for condition in config.conditions:
+        if base:
+            given[condition.name] = condition.of_prompts(prompts, embed)
+        away = condition.away(None, embed)
+        if away is not None:
+            negative[condition.name] = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), away)
+    negative, params, batch, given = sharding.fetch((negative, params, dict(batch), given))
+    if jax.process_index() != 0:
+        return None
+    batch = {name: value[:n] for name, value in batch.items()}
+    sides = None
+    if not base:
+        low, sides = images.to_float(batch["lowres"]), batch["image"].shape[1:3]
+        given = {c.name: c.of_examples(batch) for c in config.conditions}
+    keys = jax.vmap(jax.random.key)(jnp.arange(n))
+    options = {"settings": config.sampling, "negative": negative, "sides": sides}
+    drawn = images.to_uint8(stage.sample(params, given, keys, **options))
+    if base:
+        return images.grid(drawn)
+    shown = images.to_uint8(images.upsample(low, sides))
+    columns = zip(shown, drawn, batch["image"], strict=True)
+    return images.grid([image for row in columns for image in row], columns=3)

@@ -1,0 +1,199 @@
+"""The job of one stage: captioned pictures in, a denoiser out.
+
+    dataset -> data -> conditions -> stage.loss -> train_step -> checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cascade import images
+from cascade.data import Data, Degradation, batches
+from cascade.data.transforms import check_crop
+from cascade.devices import sharding
+from cascade.errors import UserError
+from cascade.runner.model_folder import open_model
+from cascade.stage import Stage, StageConfig
+from cascade.storage import paths
+from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
+from cascade.text.captions import Captions
+from cascade.training import preview
+from cascade.training.job import Job, Optimizer, Running
+from cascade.training.step import step_key
+from cascade.training.trainable import LoRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTraining(Job):
+    """Train one stage of a cascade."""
+
+    stage: StageConfig
+    """What is trained."""
+    data: Data
+    """The captioned pictures."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """The update rule."""
+    init: str | None = None
+    """A model, as `cascade sample --model` names it, whose stage of the same name gives the first
+    weights; None is fresh ones. Where something is frozen it must stay where it is."""
+    text_encoder: str = "scenes"
+    """The frozen text encoder: the one that ships, a folder, or a name on the hub."""
+    text_tokens: int = DEFAULT_MAX_TOKENS
+    """Length that captions are padded or cut to, unless the text encoder's own window is shorter
+    (the paper states none)."""
+    captions: Captions = "verbatim"
+    """What is done to captions first, see `cascade.text`; DeepFloyd IF has 77 tokens of "clean"
+    ones."""
+    text_int8: bool = False
+    """Keep the text encoder's matrices in int8."""
+    crop: int | None = None
+    """Side in pixels of the aligned crops that a super-resolution stage trains on; None is the
+    whole picture."""
+    degradation: Degradation | None = None
+    """How low-resolution pictures are degraded; None is plain means over blocks."""
+    preview_prompts: tuple[str, ...] = ()
+    """What previews of a base stage draw; super-resolution enlarges four of the batch."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least("text_tokens", 1)
+        if isinstance(self.trainable, LoRA) and self.init is None:
+            raise ValueError(
+                "StageTraining.trainable must be Weights() without an init whose weights a LoRA "
+                f"adapts to, got {self.trainable}"
+            )
+        if not self.stage.space.trainable:
+            raise ValueError(
+                f"StageTraining.stage {self.stage.name} diffuses in "
+                f"{type(self.stage.space).__name__}: such a stage is drawn from, not trained"
+            )
+        check_crop(
+            self.stage.resolution,
+            self.stage.lowres_resolution,
+            self.crop,
+            self.degradation,
+            prefix="StageTraining.",
+        )
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        fixed = {"stage": self.stage, **super().fixed, "optimizer.name": self.optimizer.name}
+        return fixed | ({"init": self.init} if self.trainable.freezes else {})
+
+    @property
+    def frozen_dtype(self) -> str:
+        return self.stage.network.compute_dtype
+
+    def fresh(self, key):
+        return Stage(self.stage).init(key)
+
+    def start(self, shardings=None):
+        if self.init is None:
+            return None
+        model, stage = open_model(self.init), self.stage
+        own = {s.name: s for s in model.stages}.get(stage.name)
+        if own is None:
+            known = ", ".join(s.name for s in model.stages)
+            raise UserError(f"init={self.init}: has no stage {stage.name}, only {known}")
+        free: Any = {f: getattr(stage.network, f) for f in ("compute_dtype", "remat")}
+        if dataclasses.replace(own.network, **free) != stage.network:
+            raise UserError(
+                f"init={self.init}: the network of its {stage.name} is not that of the config"
+            )
+        dtype = self.frozen_dtype if isinstance(self.trainable, LoRA) else "float32"
+        return model.read(stage, shardings, dtype=dtype)
+
+    def loss(self, params, batch, key, part=None):
+        return Stage(self.stage).loss(params, batch, key, part)
+
+    def batch_shapes(self, tokens, b=None):
+        return self.stage.batch_shapes(b or self.batch_size, tokens, self.crop)
+
+    def transformation(self):
+        return self.optimizer.build(self.batch_size, self.steps)
+
+    def without_remat(self):
+        network: Any = dataclasses.replace(self.stage.network, remat=False)
+        return dataclasses.replace(self, stage=dataclasses.replace(self.stage, network=network))
+
+    def open(self, mesh: Mesh, workdir: paths.Path) -> Running:
+        return _Running(self, mesh)
+
+
+class _Running(Running):
+    """Pictures and their captions, which the frozen text encoder embeds on the devices."""
+
+    def __init__(self, job: StageTraining, mesh: Mesh):
+        self._job, self._mesh, stage = job, mesh, job.stage
+        self._encoder = encoder = T5Encoder.load(
+            job.text_encoder,
+            job.text_tokens,
+            captions=job.captions,
+            int8=job.text_int8,
+            shardings=functools.partial(sharding.shardings, mesh=mesh),
+        )
+        if stage.text is not None:
+            try:
+                stage.text.check_encoder(encoder.width, job.text_encoder, stage.name)
+            except ValueError as e:
+                raise UserError(str(e)) from None
+        self.batches = batches(
+            job.data,
+            resolution=stage.resolution,
+            lowres_resolution=stage.lowres_resolution,
+            crop=job.crop,
+            degradation=job.degradation,
+            batch_size=job.batch_size,
+            seed=job.seed,
+            tokenizer=encoder.tokenizer,
+            rows=sharding.process_rows(mesh, job.batch_size),
+            workers=job.workers,
+        )
+        placed = sharding.batch_sharding(mesh)
+        self._embed = jax.jit(make_embedder(job, encoder), out_shardings=placed)
+
+    def prepare(self, batch, step):
+        batch = sharding.shard_batch(batch, self._mesh)
+        ids, mask = batch.pop("tokens"), batch.pop("token_mask")
+        return batch | self._embed(self._encoder.params, ids, mask, np.int32(step))
+
+    def preview(self, params, batch, file):
+        prompts = list(self._job.preview_prompts)
+        sheet = preview.draw(Stage(self._job.stage), params, batch, prompts, self._encoder)
+        if sheet is not None:
+            file.parent.mkdir(exist_ok=True)
+            images.save_png(file, sheet)
+
+
+def make_embedder(job: StageTraining, encoder: T5Encoder) -> Any:
+    """A pure (encoder.params, token ids, token mask, step) -> the text of a batch.
+
+    Where no text is the embedding of a prompt, that stands in the place of a share of the captions,
+    drawn from the job's seed and the step.
+    """
+    text = job.stage.text
+    prompt = None if text is None else text.null_prompt
+    null = None if prompt is None else encoder.tokenize([prompt])
+
+    def embed(params, ids, mask, step):
+        if null is not None and text is not None:
+            # The loss has split the step's key in five; this is the sixth.
+            key = jax.random.fold_in(step_key(job, step), 5)
+            drop = jax.random.bernoulli(key, text.dropout, ids.shape[:1])[:, None]
+            ids, mask = jnp.where(drop, null.ids, ids), jnp.where(drop, null.mask, mask)
+        embedded = encoder.apply(params, ids, mask)
+        return {"text": embedded.values, "text_mask": embedded.mask}
+
+    return embed
