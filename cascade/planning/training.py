@@ -14,20 +14,11 @@ traffic are estimated from shapes (`_from_shapes`), and the plan says what that 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
-import math
-import os
-import pathlib
-import queue
-import re
 import sys
-import tempfile
-import threading
-import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,11 +28,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cascade import config as configs
-from cascade.devices import flops, sharding, xla_flags
-from cascade.devices.chips import CHIPS, Chip, chip_named
+from cascade.devices import flops, sharding
 from cascade.errors import UserError
 from cascade.models import Conditioning, Network
-from cascade.planning import hlo as plan_hlo
+from cascade.planning.compiled import compiled
+from cascade.planning.figures import Figures, bytes_each, figures, gib, table, tree_bytes
+from cascade.planning.topology import Topology, open_topology, run_mesh
 from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.runner.cascade import by_rows
 from cascade.stage import Stage, StageConfig
@@ -54,13 +46,6 @@ from cascade.training.loop import TrainConfig
 
 PAPER_STEPS = 2_500_000
 SUGGESTIONS = 6
-LIBTPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so that several may plan at once
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 USAGE = """usage: cascade plan CONFIG --topology CHIP:SHAPE [--FIELD VALUE ...]
        cascade plan MODEL --sample --topology CHIP:SHAPE [--dtype D] [--t5-int8]
@@ -85,8 +70,6 @@ figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, wh
   --suggest            try meshes (fsdp, and for TPUs tensor), remat and microbatches, and name the
                        fastest that fits
   --FIELD VALUE        override a field of the config: --mesh.fsdp 16, --batch-size 2048"""
-
-Figures = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -144,51 +127,9 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(figures, indent=2))
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """chip: what it is made of. devices: TPUs that can be compiled for; None for GPUs."""
-
-    name: str
-    chip: Chip
-    count: int
-    devices: Sequence[Any] | None
-
-
-def open_topology(name: str) -> Topology:
-    """`v5e:16x16` or `h100:8`. Raises UserError for what is unknown or cannot be compiled for."""
-    kind, _, shape = name.partition(":")
-    chip = chip_named(kind)
-    known = ", ".join(c.name for c in CHIPS)
-    if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise UserError(
-            f"--topology {name}: must be CHIP:SHAPE with a CHIP of {known}, such as v5e:16x16 or "
-            "h100:8"
-        )
-    count = math.prod(map(int, shape.split("x")))
-    if not chip.kinds[0].startswith("TPU"):
-        return Topology(name, chip, count, None)
-    # Else libtpu asks Google's metadata server which machine this is, waits, and says so at length.
-    for variable, value in LIBTPU.items():
-        os.environ.setdefault(variable, value)
-    xla_flags.apply("tpu", os.environ)  # which libtpu reads once: the program is that of training
-    from jax.experimental import topologies
-
-    try:
-        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(
-            "planning for TPUs needs libtpu: pip install 'cascade-diffusion[plan]'"
-        ) from None
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as e:  # jax raises several kinds
-        raise UserError(f"--topology {name}: {str(e).splitlines()[0]}") from None
-    return Topology(name, chip, len(devices), devices)
-
-
 def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
-    """The figures of one optimizer step, text embeddings given; see `_figures` for their names."""
-    mesh = _mesh(config, topology)
+    """The figures of one optimizer step, text embeddings given; see `figures` for their names."""
+    mesh = run_mesh(config, topology)
     state, batch = _state_of(config), batch_of(config, tokens)
     executed, model = _step_flops(config, tokens), _step_flops(_with_remat(config, False), tokens)
     if topology.devices is None:
@@ -201,9 +142,9 @@ def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Fi
             out_shardings=(placement, sharding.replicated(mesh)),
             donate_argnums=0,
         )
-        measured = _compiled(jitted, (state, batch), topology)
-    figures = _figures(
-        config,
+        measured = compiled(jitted, (state, batch), topology)
+    step = figures(
+        config.stage.name,
         topology,
         mesh,
         state["ema"],
@@ -212,8 +153,8 @@ def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Fi
         executed=executed,
         images=config.batch_size,
     )
-    seconds = PAPER_STEPS * figures["bound_seconds"]
-    return figures | {
+    seconds = PAPER_STEPS * step["bound_seconds"]
+    return step | {
         "paper_steps": PAPER_STEPS,
         "paper_days": seconds / 86400,
         "paper_chip_hours": seconds * topology.count / 3600,
@@ -243,7 +184,7 @@ def plan_sampling(
         weights = pictures = sharding.replicated(mesh)
         drawn, b = None, batch_size or 1
     elif split_rows == 1:
-        mesh = _mesh(config, topology)
+        mesh = run_mesh(config, topology)
         weights, pictures = sharding.shardings(params, mesh), sharding.batch_sharding(mesh)
         drawn, b = pictures, batch_size or sharding.batch_parts(mesh)
     else:
@@ -251,8 +192,17 @@ def plan_sampling(
     draw, inputs = drawing(stage, tokens, b, place)
     work = flops.count(draw, params, inputs)
     jitted = jax.jit(draw, in_shardings=(weights, pictures), out_shardings=drawn)
-    measured = _compiled(jitted, (params, inputs), topology)
-    return _figures(config, topology, mesh, params, measured, model=work, executed=work, images=b)
+    measured = compiled(jitted, (params, inputs), topology)
+    return figures(
+        config.stage.name,
+        topology,
+        mesh,
+        params,
+        measured,
+        model=work,
+        executed=work,
+        images=b,
+    )
 
 
 def drawing(
@@ -333,13 +283,13 @@ def plan_model(
     parts: dict[str, Figures] = {}
     width = max(map(len, programs))
     for name, (program, params, inputs, where) in programs.items():
-        parts[name] = {"weight_bytes": _size(params), "temporary_bytes": None}
+        parts[name] = {"weight_bytes": tree_bytes(params), "temporary_bytes": None}
         if topology.devices is not None:
             print(f"compiling {name} ...", file=sys.stderr)
-            measured = _compiled(jax.jit(program, in_shardings=where), (params, *inputs), topology)
+            measured = compiled(jax.jit(program, in_shardings=where), (params, *inputs), topology)
             parts[name] |= {k: measured[k] for k in ("temporary_bytes", "peak_bytes")}
         # At once: a part of billions of weights takes minutes.
-        told = (f"{k.removesuffix('_bytes')} {_gib(v)}" for k, v in parts[name].items())
+        told = (f"{k.removesuffix('_bytes')} {gib(v)}" for k, v in parts[name].items())
         print(f"{name:<{width}}  {', '.join(told)}", file=sys.stderr, flush=True)
     largest = max(p.get("peak_bytes") or p["weight_bytes"] for p in parts.values())
     return {
@@ -373,16 +323,12 @@ def _plan_model(model: str, options: argparse.Namespace, rest: Sequence[str]) ->
 
     fits = "fits" if figures["fits_part_by_part"] else "does NOT fit"
     print(
-        f"part by part (--offload) it {fits}: {_gib(figures['largest_bytes'])} of "
-        f"{_gib(figures['hbm_bytes'])}; all weights together take "
-        f"{_gib(figures['together_weight_bytes'])}",
+        f"part by part (--offload) it {fits}: {gib(figures['largest_bytes'])} of "
+        f"{gib(figures['hbm_bytes'])}; all weights together take "
+        f"{gib(figures['together_weight_bytes'])}",
         file=sys.stderr,
     )
     return figures
-
-
-def _gib(size: float | None) -> str:
-    return "unknown" if size is None else f"{size / 2**30:#.3g} GiB"
 
 
 def _text_encoder(
@@ -469,142 +415,6 @@ def batch_of(config: TrainConfig, tokens: int, batch_size: int | None = None) ->
     return batch
 
 
-def table(figures: Figures) -> str:
-    """The figures for people."""
-
-    def seconds(value: float | None) -> str:
-        return "unknown" if value is None else f"{value * 1e3:#.3g} ms"
-
-    f = figures
-    rows = [
-        ("topology", f"{f['topology']}, {f['chips']} chips"),
-        ("mesh", " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items())),
-        ("parameters", f"{f['parameters'] / 1e6:.1f} M"),
-        ("arguments, each chip", _gib(f["argument_bytes"])),
-        ("temporaries", _gib(f["temporary_bytes"])),
-        ("peak", f"{_gib(f['peak_bytes'])} of {_gib(f['hbm_bytes'])}"),
-        ("fits", {True: "yes", False: "NO", None: "unknown"}[f["fits"]]),
-        ("FLOPs, all chips", f"{f['flops']:.4g} ({f['model_flops']:.4g} without recomputation)"),
-        ("HBM traffic", _gib(f["hbm_traffic_bytes"])),
-        *(
-            (kind, f"{c['count'] or '?'} times, {_gib(c['sent_bytes'])} sent")
-            for kind, c in f["collectives"].items()
-        ),
-        ("time of compute", seconds(f["compute_seconds"])),
-        ("time of memory", seconds(f["memory_seconds"])),
-        ("time of interconnect", seconds(f["interconnect_seconds"])),
-        ("bound", f"{seconds(f['bound_seconds'])}, by {f['bound_by']}"),
-        ("images/s at the bound", f"{f['images_per_second']:.4g}"),
-        ("MFU at the bound", f"{f['mfu']:.1%}"),
-    ]
-    if "paper_days" in f:
-        rows.append(
-            (
-                "2.5M steps",
-                f"{f['paper_days']:.3g} days, {f['paper_chip_hours']:.4g} chip-hours at least",
-            )
-        )
-    if "settings" in f:
-        rows.append(("settings", ", ".join(f"{k}={v}" for k, v in f["settings"].items())))
-    if f["compile_seconds"] is not None:
-        rows.append(("compiled in", f"{f['compile_seconds']:.0f} s"))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    return "\n".join(lines + [f"not known: {note}" for note in f["unknown"]])
-
-
-def _compiled(jitted: Any, shapes: tuple[Any, ...], topology: Topology) -> Figures:
-    """What XLA says of one chip: memory, traffic and collectives of the program for it.
-
-    Most of a TPU compiler's time goes into what follows the assignment of buffers, and tells
-    nothing more. So it is asked to write down the optimized program and its buffers, and for the
-    least effort at machine code, where libtpu gives up (UNIMPLEMENTED); if it takes long even so,
-    as for the routes of all-to-alls between hundreds of chips, nobody waits for it.
-    """
-    lowered = jitted.lower(*shapes)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        options: dict[str, Any] = {"xla_dump_to": folder}
-        if topology.devices and topology.devices[0].platform == "tpu":
-            options["xla_jf_llo_level"] = 0
-        program = _compile(lowered, options, pathlib.Path(folder))
-        if isinstance(program, str) and not program.startswith("UNIMPLEMENTED"):
-            return _too_large(program) | {"compile_seconds": time.perf_counter() - start}
-        if program is None or isinstance(program, str):
-            memory = plan_hlo.memory(_written(folder, "after_optimizations-buffer-assignment"))
-            hlo = _written(folder, "after_optimizations")
-        else:
-            memory, hlo = _memory_of(program.memory_analysis()), program.as_text()
-    seconds, moved = time.perf_counter() - start, plan_hlo.traffic(hlo)
-    return {
-        **{name: float(size) for name, size in dataclasses.asdict(memory).items()},
-        "fits": memory.peak_bytes <= topology.chip.hbm,
-        "hbm_traffic_bytes": moved.hbm_bytes,
-        "collectives": {
-            kind: {"count": moved.counts[kind], "sent_bytes": moved.sent_bytes[kind]}
-            for kind in moved.counts
-        },
-        "compile_seconds": seconds,
-        "unknown": ["memory of the program's machine code, some hundred MB for a large network"],
-    }
-
-
-_PATIENCE = 30.0
-
-
-def _compile(lowered: Any, options: dict[str, Any], folder: pathlib.Path) -> Any:
-    """The compiled program, or the compiler's error; None where it still has not ended
-    _PATIENCE seconds after the last of the files that a plan reads lay in `folder`."""
-    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def compile_it() -> None:
-        try:
-            outcome.put(lowered.compile(compiler_options=options))
-        except jax.errors.JaxRuntimeError as e:
-            outcome.put(str(e))
-
-    threading.Thread(target=compile_it, daemon=True).start()
-    written = None
-    while written is None or time.perf_counter() - written < _PATIENCE:
-        with contextlib.suppress(queue.Empty):
-            return outcome.get(timeout=1)
-        if written is None and list(folder.glob("*.after_optimizations_after_buffer_assignment.*")):
-            written = time.perf_counter()
-    return None
-
-
-def _memory_of(stats: Any) -> plan_hlo.Memory:
-    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temporary = stats.temp_size_in_bytes
-    return plan_hlo.Memory(stats.argument_size_in_bytes, temporary, held + temporary)
-
-
-def _written(folder: str, what: str) -> str:
-    """The compiler's file of one program."""
-    files = list(pathlib.Path(folder).glob(f"*.{what}.txt"))
-    if len(files) != 1:
-        raise UserError(f"the compiler wrote {len(files)} files of {what}, and not one")
-    return files[0].read_text()
-
-
-def _too_large(message: str) -> Figures:
-    """A program that needs more memory than a chip has is refused; the refusal says how much."""
-    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
-    if used is None:
-        raise UserError(f"the compiler refused the program: {message.splitlines()[0]}")
-    return {
-        "argument_bytes": None,
-        "temporary_bytes": None,
-        "peak_bytes": float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))),
-        "fits": False,
-        "hbm_traffic_bytes": None,
-        "collectives": {},
-        "unknown": [
-            "traffic and collectives of a program that does not fit: the bound is that of compute"
-        ],
-    }
-
-
 def _from_shapes(config: TrainConfig, topology: Topology, mesh: Mesh, tokens: int) -> Figures:
     """What shapes alone say of a step.
 
@@ -615,12 +425,12 @@ def _from_shapes(config: TrainConfig, topology: Topology, mesh: Mesh, tokens: in
     """
     data, fsdp, parts = mesh.shape["data"], mesh.shape["fsdp"], sharding.batch_parts(mesh)
     state, batch, n = _state_of(config), batch_of(config, tokens), config.microbatches
-    held = _bytes_each(state, sharding.shardings(state, mesh))
+    held = bytes_each(state, sharding.shardings(state, mesh))
     params = state["train"]["params"]
-    gradients = _bytes_each(params, sharding.shardings(params, mesh))
+    gradients = bytes_each(params, sharding.shardings(params, mesh))
     kept = _kept_bytes(config.stage, batch_of(config, tokens, config.batch_size // n // parts))
-    arguments = held + _size(batch) / parts
-    whole = _size(params)
+    arguments = held + tree_bytes(batch) / parts
+    whole = tree_bytes(params)
     collectives = {}
     if fsdp > 1:
         gathered = whole * (fsdp - 1) / fsdp
@@ -661,7 +471,7 @@ def _kept_by_shapes(config: StageConfig, shapes: tuple[Any, ...]) -> float:
         return jax.vjp(lambda p: stage.loss(p, batch, key)[0], params)[1]
 
     params, key = stage.abstract(), jax.eval_shape(lambda: jax.random.key(0))
-    return max(0.0, _size(jax.eval_shape(residuals, params, batch, key)) - _size(params))
+    return max(0.0, tree_bytes(jax.eval_shape(residuals, params, batch, key)) - tree_bytes(params))
 
 
 def _step_flops(config: TrainConfig, tokens: int) -> float:
@@ -704,7 +514,7 @@ def _candidates(
     ]
     for n, policy, mesh in itertools.product(splits, policies, meshes):
         candidate = dataclasses.replace(_with_remat(config, policy), microbatches=n, mesh=mesh)
-        absent = _mesh(candidate, dataclasses.replace(topology, devices=None))
+        absent = run_mesh(candidate, dataclasses.replace(topology, devices=None))
         if _from_shapes(candidate, topology, absent, tokens)["fits"]:
             yield candidate
 
@@ -721,78 +531,3 @@ def _state_of(config: TrainConfig) -> Any:
         return train.begin(config, optimizer, stage.init(key))
 
     return jax.eval_shape(init, jax.random.key(0))
-
-
-def _mesh(config: TrainConfig, topology: Topology) -> Mesh:
-    """The run's mesh. UserError unless it divides the batch."""
-    devices = topology.devices or [_AbsentGPU(i) for i in range(topology.count)]
-    mesh = sharding.make_mesh(config.mesh, devices)
-    train.check_batch(config, mesh)
-    return mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class _AbsentGPU:
-    """As much of a device as a mesh asks for, on which nothing is ever placed."""
-
-    id: int
-    platform: str = "gpu"
-    device_kind: str = "GPU"
-    process_index: int = 0
-
-
-def _figures(
-    config: TrainConfig,
-    topology: Topology,
-    mesh: Mesh,
-    params: Any,
-    measured: Figures,
-    *,
-    model: float,
-    executed: float,
-    images: int,
-) -> Figures:
-    """All figures, by name. Bytes and seconds are of one chip, FLOPs of all chips together.
-
-    model_flops: without recomputation, of which `mfu` is the share of the peak at the bound.
-    """
-    chip, n = topology.chip, topology.count
-    traffic = measured["hbm_traffic_bytes"]
-    sent = sum(c["sent_bytes"] for c in measured["collectives"].values())
-    times = {
-        "compute": executed / n / chip.flops,
-        "memory": None if traffic is None else traffic / chip.hbm_bandwidth,
-        "interconnect": None if traffic is None else sent / chip.interconnect,
-    }
-    known = {name: t for name, t in times.items() if t is not None}
-    by = max(known, key=lambda name: known[name])
-    bound = known[by]
-    return {
-        "stage": config.stage.name,
-        "topology": topology.name,
-        "chips": n,
-        "mesh": dict(mesh.shape),
-        "batch": images,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
-        **measured,
-        "hbm_bytes": chip.hbm,
-        "flops": executed,
-        "model_flops": model,
-        **{f"{name}_seconds": t for name, t in times.items()},
-        "bound_seconds": bound,
-        "bound_by": by,
-        "images_per_second": images / bound,
-        "mfu": model / n / chip.flops / bound,
-    }
-
-
-def _bytes_each(tree: Any, placement: Any) -> float:
-    """Of one device's part."""
-    parts = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, placement
-    )
-    return float(sum(jax.tree.leaves(parts)))
-
-
-def _size(tree: Any) -> float:
-    return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)))

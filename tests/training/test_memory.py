@@ -13,6 +13,7 @@ from cascade.cli import main
 from cascade.devices.chips import chip_named
 from cascade.models import Network
 from cascade.planning import training as plan
+from cascade.planning.topology import Topology
 from cascade.runner.cascade import Cascade
 from cascade.text.t5_folder import read_config, target
 
@@ -43,7 +44,7 @@ def test_offloaded_weights_are_on_the_device_only_while_they_work(model):
 def test_a_plan_needs_no_weights_and_adds_up_what_each_part_takes(model):
     (model / "if8" / "model.safetensors").unlink()
     (model / "text_encoder" / "model.safetensors").unlink()
-    topology = plan.Topology("simulated", chip_named("v5e"), 1, jax.devices()[:1])
+    topology = Topology("simulated", chip_named("v5e"), 1, jax.devices()[:1])
     options = {"tokens": 7, "batch_size": 2, "dtype": "bfloat16", "int8": True}
     got = plan.plan_model(str(model), topology, **options)
     network = jax.tree.leaves(Network(STAGE.network).abstract())
