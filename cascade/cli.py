@@ -33,7 +33,7 @@ VERBS = {
     "eval": ("cascade.commands.eval", "measure a model: facts right, sweeps, properties"),
     "data": ("cascade.commands.data", "make or inspect a dataset"),
     "plan": (
-        "cascade.planning.training",
+        "cascade.commands.plan",
         "what a run needs on a TPU slice or GPUs that are not here",
     ),
     "bench": ("cascade.commands.bench", "measure this machine: time to a picture, training speed"),

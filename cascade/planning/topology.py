@@ -27,7 +27,7 @@ LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """chip: what it is made of. devices: TPUs that can be compiled for; None for GPUs."""
+    """`count` chips of one kind. devices: TPUs that can be compiled for; None for GPUs."""
 
     name: str
     chip: Chip

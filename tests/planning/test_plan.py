@@ -16,11 +16,12 @@ from cascade.devices import xla_flags
 from cascade.devices.chips import chip_named
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
-from cascade.planning import compiled
-from cascade.planning import training as plan
+from cascade.planning import compiled, sampling, search
 from cascade.planning.figures import figures, table
+from cascade.planning.sampling import plan_sampling
+from cascade.planning.search import suggest
 from cascade.planning.topology import Topology, open_topology, run_mesh
-from cascade.planning.training import plan_sampling, plan_training, suggest
+from cascade.planning.training import plan_training
 from cascade.stage import Stage
 from cascade.training.loop import TrainConfig
 
@@ -136,7 +137,7 @@ def test_suggest_also_tries_the_tensor_axis_where_a_compiler_can_tell_what_it_se
         bound = 1.0 if config.mesh == MeshConfig(fsdp=4, tensor=2) else 2.0
         return {"fits": True, "peak_bytes": 1.0, "bound_seconds": bound}
 
-    monkeypatch.setattr(plan, "plan_training", planned)
+    monkeypatch.setattr(search, "plan_training", planned)
     simulated = Topology("simulated", chip_named("v5e"), 8, jax.devices())
     got = suggest(config_of(), simulated, tokens=TOKENS)
     assert (got["settings"]["mesh.fsdp"], got["settings"]["mesh.tensor"]) == (4, 2)
@@ -181,7 +182,7 @@ def test_sampling_counts_every_step_of_both_guided_halves(monkeypatch):
     settings = dataclasses.replace(config.stage.sampling, steps=4, guidance=2.0)
     more = dataclasses.replace(config, stage=dataclasses.replace(config.stage, sampling=settings))
     measured = {"hbm_traffic_bytes": 0.0, "collectives": {}}
-    monkeypatch.setattr(plan, "compiled", lambda *_: measured)
+    monkeypatch.setattr(sampling, "compiled", lambda *_: measured)
     work = plan_sampling(more, topology, tokens=TOKENS, batch_size=4)["flops"]
     # Twice the steps, twice the network in each.
     assert math.isclose(work, 4 * got["flops"], rel_tol=0.01)
