@@ -30,8 +30,8 @@ BELOW = {
         *("stage", "storage", "text"),
     },
     "planning": {
-        *("config", "devices", "errors", "models", "published", "runner", "stage", "storage"),
-        *("text", "training"),
+        *("devices", "errors", "models", "published", "runner", "stage", "storage", "text"),
+        "training",
     },
     "evaluation": {
         *("data", "diffusion", "errors", "images", "models", "runner", "scenes", "stage"),

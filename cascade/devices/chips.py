@@ -1,11 +1,4 @@
-"""Accelerators: what one chip computes, moves and holds. Peaks of their makers, not measurements.
-
-TPUs: Google's pages on each generation (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e). A chip
-counts as one device, its cores together. GPUs: NVIDIA's data sheets of the SXM forms, bfloat16
-without sparsity. Interconnect is what a chip sends over all its links together, in one direction:
-ICI within a TPU slice, NVLink within a GPU server. Bytes of memory are binary for TPUs (their
-compiler's limit is a little lower still) and decimal for GPUs, as their makers mean them.
-"""
+"""What one chip computes, moves and holds: the peaks that its maker states, not measurements."""
 
 from __future__ import annotations
 
@@ -14,9 +7,9 @@ from dataclasses import dataclass
 GiB, GB, T = 2.0**30, 1e9, 1e12
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Chip:
-    """flops: bfloat16 a second. hbm: bytes. hbm_bandwidth, interconnect: bytes a second.
+    """One line of the table below, whose header says what the columns are.
 
     kinds: how JAX's `device_kind` of such a device may begin.
     """
@@ -29,73 +22,34 @@ class Chip:
     interconnect: float
 
 
+# Columns: name; kinds; flops (bfloat16, a second); hbm (bytes); hbm_bandwidth and interconnect
+# (bytes a second). Interconnect is what a chip sends over all its links together, in one direction:
+# ICI within a TPU slice, NVLink within a GPU server. Bytes of memory are binary for TPUs (their
+# compiler's limit is a little lower still) and decimal for GPUs, as their makers mean them.
+#
+# TPUs: Google's pages on each generation (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e). A chip
+# counts as one device, its cores together. GPUs: NVIDIA's data sheets of the SXM forms, without
+# sparsity; the H100s of PCIe and NVL, which are slower, are not in the table.
+# fmt: off
 CHIPS = (
-    Chip(
-        name="v4",
-        kinds=("TPU v4",),
-        flops=275 * T,
-        hbm=32 * GiB,
-        hbm_bandwidth=1228 * GB,
-        interconnect=300 * GB,
-    ),
-    Chip(
-        name="v5e",
-        kinds=("TPU v5 lite", "TPU v5e"),
-        flops=197 * T,
-        hbm=16 * GiB,
-        hbm_bandwidth=819 * GB,
-        interconnect=200 * GB,
-    ),
-    Chip(
-        name="v5p",
-        kinds=("TPU v5",),
-        flops=459 * T,
-        hbm=95 * GiB,
-        hbm_bandwidth=2765 * GB,
-        interconnect=600 * GB,
-    ),
-    Chip(
-        name="v6e",
-        kinds=("TPU v6",),
-        flops=918 * T,
-        hbm=32 * GiB,
-        hbm_bandwidth=1640 * GB,
-        interconnect=400 * GB,
-    ),
-    Chip(
-        name="a100",
-        kinds=("NVIDIA A100",),
-        flops=312 * T,
-        hbm=80 * GB,
-        hbm_bandwidth=2039 * GB,
-        interconnect=300 * GB,
-    ),
-    Chip(
-        name="h100",
-        kinds=("NVIDIA H100 80GB HBM3",),  # not PCIe, nor NVL, which are slower
-        flops=989 * T,
-        hbm=80 * GB,
-        hbm_bandwidth=3350 * GB,
-        interconnect=450 * GB,
-    ),
-    Chip(
-        name="h200",
-        kinds=("NVIDIA H200",),
-        flops=989 * T,
-        hbm=141 * GB,
-        hbm_bandwidth=4800 * GB,
-        interconnect=450 * GB,
-    ),
+    Chip("v4",   ("TPU v4",),                275 * T,  32 * GiB, 1228 * GB, 300 * GB),
+    Chip("v5e",  ("TPU v5 lite", "TPU v5e"), 197 * T,  16 * GiB,  819 * GB, 200 * GB),
+    Chip("v5p",  ("TPU v5",),                459 * T,  95 * GiB, 2765 * GB, 600 * GB),
+    Chip("v6e",  ("TPU v6",),                918 * T,  32 * GiB, 1640 * GB, 400 * GB),
+    Chip("a100", ("NVIDIA A100",),           312 * T,  80 * GB,  2039 * GB, 300 * GB),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989 * T,  80 * GB,  3350 * GB, 450 * GB),
+    Chip("h200", ("NVIDIA H200",),           989 * T, 141 * GB,  4800 * GB, 450 * GB),
 )
+# fmt: on
 
 
 def chip_named(name: str) -> Chip | None:
-    """By its short name, such as `v5e`."""
+    """Returns the chip of a short name, such as `v5e`; None for one that is not in the table."""
     return next((chip for chip in CHIPS if chip.name == name), None)
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """By JAX's name of a device; None for one that is not in the table."""
+    """Returns the chip of a JAX `device_kind`; None for one that is not in the table."""
     # "TPU v5 lite" begins like "TPU v5", which is another chip: the longest name decides.
     named = [(kind, chip) for chip in CHIPS for kind in chip.kinds]
     fitting = [(len(kind), chip) for kind, chip in named if device_kind.startswith(kind)]

@@ -1,1 +1,6 @@
-"""`cascade plan`: what a run needs on machines that are not here."""
+"""What a run needs on machines that are not here; `cascade plan` prints it.
+
+    topology -> figures -> compiled (hlo) -> training, sampling -> search
+
+Each file imports only from those before it.
+"""

@@ -35,7 +35,7 @@ BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 @dataclass
 class Traffic:
-    """Of one chip, in one run of the program. counts, sent_bytes: by kind of collective."""
+    """What one chip moves in one run of the program. counts, sent_bytes: by kind of collective."""
 
     hbm_bytes: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
@@ -49,7 +49,7 @@ class Traffic:
 
 
 def traffic(hlo: str) -> Traffic:
-    """Read `compiled.as_text()`. Raises ValueError for a loop whose trip count it cannot tell."""
+    """Reads `compiled.as_text()`. Raises ValueError for a loop whose trip count it cannot tell."""
     program = _parse(hlo)
     return _of_computation(program, program.entry, {})
 
@@ -65,7 +65,7 @@ class Memory:
 
 
 def memory(assignment: str) -> Memory:
-    """Read the text of a BufferAssignment. Raises ValueError if it lists no allocation.
+    """Reads the text of a BufferAssignment. Raises ValueError if it lists no allocation.
 
     Its colours are memories, HBM the one without; thread-local are a fusion's own scalars. TPUs'
     tables of tuples are among the temporaries, 16 KiB each, which is little in a large program.
@@ -199,7 +199,7 @@ def _add_collectives(
     total: Traffic,
     channels: set[str],
 ) -> None:
-    """Those of an instruction and, if it is a fusion, inside it.
+    """Adds the collectives of an instruction to `total`, of a fusion those inside it.
 
     TPUs split one collective over several fusions to hide it behind their work; the channel, which
     they share, tells. And their reduce-scatter is a fusion of an all-reduce and a slice.
@@ -316,7 +316,7 @@ def _initial(computation: _Computation, loop: _Instruction, known: _Known) -> _K
 def _invariants(
     program: _Program, computation: _Computation, loop: _Instruction, known: _Known
 ) -> _Known:
-    """Those of `_initial` that the body passes on unchanged, hence knows in every trip."""
+    """Returns those of `_initial` that the body passes on unchanged, hence knows in every trip."""
     body = program.computations[_called(loop, "body")[0]]
     last = body.instructions[body.root].operands
     starts = _initial(computation, loop, known)
@@ -344,7 +344,7 @@ def _called(i: _Instruction, keys: str) -> list[str]:
 
 
 def _bytes(shape: str, hbm: bool = False) -> float:
-    """Of an array or all arrays of a tuple, as stored. hbm: of those that lie in it."""
+    """Returns the bytes of an array or a tuple of them, as stored. hbm: of those that lie in it."""
     total = 0.0
     for kind, dims, layout in re.findall(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?", shape):
         space = re.search(r"S\((\d+)\)", layout)

@@ -28,7 +28,8 @@ from cascade.errors import UserError
 from cascade.models import AutoencoderConfig, CLIPTextConfig, Conditioning, Network
 from cascade.models.autoencoder import _Attention
 from cascade.models.layers import attend
-from cascade.planning import training as plan
+from cascade.planning import sampling
+from cascade.planning.topology import Topology
 from cascade.published.deepfloyd.stage import pipelines, read_converted
 from cascade.published.x4_upscaler import reader as readers
 from cascade.published.x4_upscaler import stage as upscaler
@@ -337,10 +338,10 @@ def test_a_third_stage_is_sampled_as_it_is_and_converted_alike(folder, tmp_path,
         programs.append(jax.make_jaxpr(jitted)(*shapes).out_avals[0].shape)
         return {"temporary_bytes": 0.0, "peak_bytes": 9.0 - len(programs)}
 
-    monkeypatch.setattr(plan, "_compiled", compiled)
-    topology = plan.Topology("simulated", chip_named("v5e"), 1, jax.devices()[:1])
+    monkeypatch.setattr(sampling, "compiled", compiled)
+    topology = Topology("simulated", chip_named("v5e"), 1, jax.devices()[:1])
     options = {"batch_size": 3, "dtype": "bfloat16", "int8": False}
-    planned = plan.plan_model(str(tmp_path / "model"), topology, **options)
+    planned = sampling.plan_model(str(tmp_path / "model"), topology, **options)
     assert list(planned["parts"]) == ["text encoder", "x4_32 text encoder", "if8", "x4_32"]
     assert programs == [(3, 77, 16), (3, 77, 12), (3, 8, 8, 3), (3, 32, 32, 3)]
     assert planned["largest_bytes"] == 8.0 and planned["fits_part_by_part"]
@@ -349,7 +350,7 @@ def test_a_third_stage_is_sampled_as_it_is_and_converted_alike(folder, tmp_path,
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         assert planned["parts"][name]["weight_bytes"] == 2 * count
     topology = dataclasses.replace(topology, devices=None)
-    alone = plan.plan_model(str(folder), topology, **options)
+    alone = sampling.plan_model(str(folder), topology, **options)
     assert list(alone["parts"]) == ["x4_1024 text encoder", "x4_1024"]
 
 

@@ -12,7 +12,8 @@ from test_finetuning import STAGE, write_model
 from cascade.cli import main
 from cascade.devices.chips import chip_named
 from cascade.models import Network
-from cascade.planning import training as plan
+from cascade.planning import sampling
+from cascade.planning.topology import Topology
 from cascade.runner.cascade import Cascade
 from cascade.text.t5_folder import read_config, target
 
@@ -43,9 +44,9 @@ def test_offloaded_weights_are_on_the_device_only_while_they_work(model):
 def test_a_plan_needs_no_weights_and_adds_up_what_each_part_takes(model):
     (model / "if8" / "model.safetensors").unlink()
     (model / "text_encoder" / "model.safetensors").unlink()
-    topology = plan.Topology("simulated", chip_named("v5e"), 1, jax.devices()[:1])
+    topology = Topology("simulated", chip_named("v5e"), 1, jax.devices()[:1])
     options = {"tokens": 7, "batch_size": 2, "dtype": "bfloat16", "int8": True}
-    got = plan.plan_model(str(model), topology, **options)
+    got = sampling.plan_model(str(model), topology, **options)
     network = jax.tree.leaves(Network(STAGE.network).abstract())
     stage, text = got["parts"]["if8"], got["parts"]["text encoder"]
     assert stage["weight_bytes"] == 2 * sum(math.prod(leaf.shape) for leaf in network)

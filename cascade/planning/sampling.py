@@ -1,0 +1,208 @@
+"""What sampling needs: the drawing of a batch by one stage, and every part of a whole model.
+
+Both take settings from configs alone; no weights are read. The program that is compiled and counted
+is the one that `Stage.sample` runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cascade.devices import flops, sharding
+from cascade.errors import UserError
+from cascade.models import Conditioning, Network
+from cascade.planning.compiled import compiled
+from cascade.planning.figures import Figures, figures, gib, tree_bytes
+from cascade.planning.topology import Topology, run_mesh
+from cascade.published.deepfloyd import stage as deepfloyd
+from cascade.runner.cascade import by_rows
+from cascade.stage import Stage
+from cascade.storage.network import Published
+from cascade.text.t5 import T5Encoder, locate
+from cascade.text.t5_folder import read_config, target
+from cascade.text.tokenizer import Tokenizer
+from cascade.training.loop import TrainConfig
+
+
+def plan_sampling(
+    config: TrainConfig,
+    topology: Topology,
+    *,
+    tokens: int,
+    batch_size: int | None = None,
+    split_rows: int = 1,
+) -> Figures:
+    """Returns the figures of drawing one batch with the config's sampling settings, all its steps.
+
+    tokens: length of each text. batch_size: pictures; None is one for each part of the batch.
+    split_rows: so many chips, the others left out, share each picture of a super-resolution stage
+    and have its weights whole, as in `Cascade.draw`; else the config's mesh splits both. Raises
+    UserError for GPUs, which have no compiler here, and where the mesh or split_rows does not fit.
+    """
+    if topology.devices is None:
+        raise UserError("--sample needs a compiler, and GPUs have none for absent machines")
+    stage, params = Stage(config.stage), Stage(config.stage).abstract()
+    place = by_rows(config.stage, split_rows, topology.devices)
+    if place is not None:
+        mesh = place.mesh
+        topology = dataclasses.replace(topology, count=split_rows)
+        weights = pictures = sharding.replicated(mesh)
+        drawn, b = None, batch_size or 1
+    elif split_rows == 1:
+        mesh = run_mesh(config, topology)
+        weights, pictures = sharding.shardings(params, mesh), sharding.batch_sharding(mesh)
+        drawn, b = pictures, batch_size or sharding.batch_parts(mesh)
+    else:
+        raise UserError(f"--split-rows {split_rows}: {stage.config.name} draws from text alone")
+    draw, inputs = drawing(stage, tokens, b, place)
+    work = flops.count(draw, params, inputs)
+    jitted = jax.jit(draw, in_shardings=(weights, pictures), out_shardings=drawn)
+    measured = compiled(jitted, (params, inputs), topology)
+    return figures(
+        config.stage.name,
+        topology,
+        mesh,
+        params,
+        measured,
+        model=work,
+        executed=work,
+        images=b,
+    )
+
+
+def drawing(
+    stage: Stage, tokens: int, b: int, place: sharding.ByRows | None = None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Returns a program (params, inputs) -> pictures [b, side, side, 3] of a stage by its own
+    settings, and the shapes of its inputs.
+
+    tokens: length of each text. place: as in `Stage.sample`.
+    """
+    config = stage.config
+    text = {
+        "text": jax.ShapeDtypeStruct((b, tokens, config.network.text_width or 1), jnp.float32),
+        "text_mask": jax.ShapeDtypeStruct((b, tokens), jnp.bool_),
+    }
+    inputs: dict[str, Any] = {
+        "cond": text,
+        "keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
+    }
+    if config.network.null_prompt is not None:
+        inputs["negative"] = text
+    if (low := config.lowres_resolution) is not None:
+        inputs["lowres"] = jax.ShapeDtypeStruct((b, low, low, 3), jnp.float32)
+
+    def draw(params, inputs):
+        negative = inputs.get("negative")
+        return stage.sample(
+            params,
+            Conditioning(**inputs["cond"]),
+            inputs["keys"],
+            settings=config.sampling,
+            lowres=inputs.get("lowres"),
+            negative=None if negative is None else Conditioning(**negative),
+            place=place,
+        )
+
+    return draw, inputs
+
+
+def plan_model(
+    model: str,
+    topology: Topology,
+    *,
+    tokens: int | None = None,
+    batch_size: int,
+    dtype: Any,
+    int8: bool,
+    split_rows: int = 1,
+) -> Figures:
+    """Returns the memory of one chip while a model draws a batch on it, part by part, in bytes.
+
+    model, split_rows: as `cascade sample` has them. Its parts are the text encoders, which work
+    first, and the stages. tokens: length of the text that stages share; None is the model's own.
+    dtype: type of public weights. int8: whether the shared text encoder is. Without a compiler for
+    the topology temporaries are unknown, and what is said of fitting is of weights alone. Each part
+    is also told on stderr when it is known. Raises UserError for a model that cannot be read.
+    """
+    start = deepfloyd.Start(model=model)
+    tokens = tokens or start.max_tokens()
+    stages = [(config, start.own_text_encoder(config)) for config in start.stages()]
+    devices = topology.devices
+    one = None if devices is None else jax.sharding.SingleDeviceSharding(devices[0])
+    programs: dict[str, Any] = {}
+    if any(own is None for _, own in stages):
+        programs["text encoder"] = (*_text_encoder(start, tokens, batch_size, dtype, int8), one)
+    for config, own in stages:
+        if own is not None:
+            programs[f"{config.name} text encoder"] = (
+                *_own_text_encoder(own, batch_size, dtype),
+                one,
+            )
+    for config, own in stages:
+        kind = jnp.dtype("float32")
+        if config.published:
+            config, kind = deepfloyd.computing_in(config, dtype), jnp.dtype(dtype)
+        stage = Stage(config)
+        place = None if devices is None else by_rows(config, split_rows, devices)
+        length = tokens if own is None else own.config.max_position_embeddings
+        draw, inputs = drawing(stage, length, batch_size, place)
+        where = one if place is None else sharding.replicated(place.mesh)
+        programs[config.name] = (draw, _in_dtype(stage.abstract(), kind), (inputs,), where)
+    parts: dict[str, Figures] = {}
+    width = max(map(len, programs))
+    for name, (program, params, inputs, where) in programs.items():
+        parts[name] = {"weight_bytes": tree_bytes(params), "temporary_bytes": None}
+        if topology.devices is not None:
+            print(f"compiling {name} ...", file=sys.stderr)
+            measured = compiled(jax.jit(program, in_shardings=where), (params, *inputs), topology)
+            parts[name] |= {k: measured[k] for k in ("temporary_bytes", "peak_bytes")}
+        # At once: a part of billions of weights takes minutes.
+        told = (f"{k.removesuffix('_bytes')} {gib(v)}" for k, v in parts[name].items())
+        print(f"{name:<{width}}  {', '.join(told)}", file=sys.stderr, flush=True)
+    largest = max(p.get("peak_bytes") or p["weight_bytes"] for p in parts.values())
+    return {
+        "model": model,
+        "topology": topology.name,
+        "batch": batch_size,
+        "dtype": dtype,
+        "parts": parts,
+        "together_weight_bytes": sum(p["weight_bytes"] for p in parts.values()),
+        "largest_bytes": largest,
+        "hbm_bytes": topology.chip.hbm,
+        "fits_part_by_part": largest <= topology.chip.hbm,
+    }
+
+
+def _text_encoder(
+    start: deepfloyd.Start, tokens: int, b: int, dtype: Any, int8: bool
+) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """Returns (program, shapes of its parameters, of its inputs) of the T5 that stages share."""
+    config = read_config(locate(start.text_encoder()))
+    config = dataclasses.replace(config, compute_dtype=dtype, int8=int8)
+    encoder = T5Encoder(config, {}, Tokenizer(b"", tokens))  # tokenizes nothing
+    ids, mask = (jax.ShapeDtypeStruct((b, tokens), kind) for kind in (jnp.int32, jnp.bool_))
+    return encoder.apply, target(config), (ids, mask)
+
+
+def _own_text_encoder(
+    own: Published, b: int, dtype: Any
+) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """Returns the same of the CLIP text encoder of one stage, which reads all its tokens."""
+    config = dataclasses.replace(own.config, compute_dtype=dtype)
+    ids = jax.ShapeDtypeStruct((b, config.max_position_embeddings), jnp.int32)
+
+    def embed(params, ids):
+        return Network(config).bind(params)(ids)
+
+    return embed, _in_dtype(own.abstract(), dtype), (ids,)
+
+
+def _in_dtype(shapes: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), shapes)
