@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cascade.data.degradation import Degradation, degrade
+from cascade.data.degradation import Degradation
 from cascade.data.sources import DataConfig, Source, open_source
 from cascade.errors import UserError
 
@@ -42,7 +42,7 @@ def batches(
     mean over blocks of `image`.
     crop: side of a random square of the picture, whose corner is a multiple of the factor, so that
     lowres is a crop of the whole picture's; None for whole pictures.
-    degradation: makes a spoiled lowres instead of the means, drawn anew for every example.
+    degradation: makes a degraded lowres instead of the means, drawn anew for every example.
     batch_size: of all processes together. rows: which rows of each batch this process loads; None
     is all of them. seed: of the order of examples, of crops and of degradations, in 0..2**32-1; the
     dataset has its own.
@@ -159,7 +159,7 @@ class _Load:
         if self.degradation is None:
             lowres = block_means(example["image"], factor)
         else:
-            lowres = degrade(example["image"], rng, self.degradation, factor=factor)
+            lowres = self.degradation(example["image"], rng, factor)
         return {**example, "lowres": lowres}
 
 
