@@ -20,7 +20,7 @@ from cascade import images
 from cascade.errors import UserError
 from cascade.scenes.captions import VOCABULARY, caption_at
 from cascade.scenes.render import render
-from cascade.scenes.spec import SPLITS, Object, Split, generator
+from cascade.scenes.spec import Object, Split, check_counts, generator
 from cascade.storage import paths
 from cascade.storage.paths import Path
 
@@ -46,25 +46,11 @@ class ScenesData:
     closeup: int = 1
 
     def __post_init__(self):
-        if self.split not in SPLITS:
-            raise ValueError(
-                f"ScenesData.split must be one of {', '.join(SPLITS)}, got {self.split!r}"
-            )
+        check_counts(self.split, self.min_objects, self.max_objects, prefix="ScenesData.")
         if self.seed < 0:
             raise ValueError(f"ScenesData.seed must not be negative, got {self.seed}")
         if not 1 <= self.size <= _MOST:
             raise ValueError(f"ScenesData.size must lie in 1..{_MOST}, got {self.size}")
-        fewest = 3 if self.split == "long" else 1
-        if not fewest <= self.max_objects <= 4:
-            raise ValueError(
-                f"ScenesData.max_objects of split {self.split!r} must lie in {fewest}..4, "
-                f"got {self.max_objects}"
-            )
-        if not 1 <= self.min_objects <= self.max_objects:
-            raise ValueError(
-                f"ScenesData.min_objects must lie in 1..{self.max_objects} (max_objects), "
-                f"got {self.min_objects}"
-            )
         if self.closeup not in (1, 2) or self.closeup > 1 and self.split == "long":
             raise ValueError(
                 "ScenesData.closeup must be 1 (none) or, but for split 'long', 2, "
