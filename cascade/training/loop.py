@@ -30,7 +30,8 @@ from jax.sharding import Mesh
 
 from cascade import images
 from cascade.config import from_json, to_json
-from cascade.data import Degradation, FolderData, ScenesData, TFDSData, batches
+from cascade.data import Data, Degradation, batches
+from cascade.data.transforms import check_resolutions
 from cascade.devices import flops, sharding
 from cascade.errors import UserError
 from cascade.models import Conditioning, placing
@@ -83,7 +84,7 @@ class TrainConfig:
     devices and microbatches. microbatches: gradients of equal parts of the batch are averaged, for
     less memory and the same result. crop: side in pixels of the aligned crops a super-resolution
     stage trains on; None is the whole picture. degradation: how its low-resolution pictures are
-    spoiled; None is plain means over blocks. init: a model, as `cascade sample --model` names it,
+    degraded; None is plain means over blocks. init: a model, as `cascade sample --model` names it,
     whose stage of the same name gives the first weights; None is fresh ones. lora_rank: train
     adapters of that rank to the projections of attention instead of the weights of `init`
     (`training.lora`), which must stay where it is; 0 trains the weights themselves. ema_decay: per
@@ -99,7 +100,7 @@ class TrainConfig:
     """
 
     stage: StageConfig
-    data: ScenesData | TFDSData | FolderData = field(default_factory=ScenesData)
+    data: Data
     text_encoder: str = "scenes"
     text_tokens: int = DEFAULT_MAX_TOKENS
     captions: Captions = "verbatim"
@@ -153,18 +154,13 @@ class TrainConfig:
             raise ValueError("TrainConfig.ema_profiles are of weights: none with a lora_rank")
         for width in self.ema_profiles:
             averages.gamma_from_sigma_rel(width)
-        low, crop = self.stage.lowres_resolution, self.crop
-        if self.degradation is not None and low is None:
-            raise ValueError("TrainConfig.degradation is for super-resolution stages only")
-        if crop is not None:
-            if low is None:
-                raise ValueError("TrainConfig.crop is for super-resolution stages only")
-            factor = self.stage.resolution // low
-            if crop % factor or not 0 < crop <= self.stage.resolution:
-                raise ValueError(
-                    f"TrainConfig.crop must be a multiple of the upsampling factor {factor} and at "
-                    f"most {self.stage.resolution}, got {crop}"
-                )
+        check_resolutions(
+            self.stage.resolution,
+            self.stage.lowres_resolution,
+            self.crop,
+            self.degradation,
+            prefix="TrainConfig.",
+        )
 
     @property
     def steps(self) -> int:

@@ -18,6 +18,7 @@ from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
 from cascade.planning import training as plan
 from cascade.planning.training import Topology, open_topology, plan_sampling, plan_training, suggest
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
 from cascade.training.loop import TrainConfig
 
@@ -29,16 +30,19 @@ def config_of(remat=False, **changes):
     stage = testing.smallest_stage()
     network = dataclasses.replace(stage.network, remat=remat)
     stage = dataclasses.replace(stage, network=network)
-    return TrainConfig(**{"stage": stage, "images": 64, "batch_size": 16, **changes})
+    fields = {"stage": stage, "data": ScenesData(), "images": 64, "batch_size": 16}
+    return TrainConfig(**fields | changes)
 
 
 def config_file(folder):
     """config_of() as a file."""
     file = folder / "config.py"
     file.write_text(
-        "from cascade import testing\nfrom cascade.training.loop import TrainConfig\n"
+        "from cascade import testing\nfrom cascade.scenes.dataset import ScenesData\n"
+        "from cascade.training.loop import TrainConfig\n"
         "def config():\n"
-        "    return TrainConfig(stage=testing.smallest_stage(), images=64, batch_size=16)\n"
+        "    return TrainConfig(stage=testing.smallest_stage(), data=ScenesData(), images=64,\n"
+        "                       batch_size=16)\n"
     )
     return str(file)
 

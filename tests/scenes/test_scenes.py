@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 
-from cascade.data import ScenesData
 from cascade.scenes import render as rendering
 from cascade.scenes import spec
 from cascade.scenes.captions import (
@@ -22,6 +21,7 @@ from cascade.scenes.captions import (
     false_facts,
     mentions,
 )
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.render import coverage, finish_pattern, render
 from cascade.scenes.spec import Object, Scene, scene_at
 
