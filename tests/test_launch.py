@@ -285,7 +285,7 @@ def wait_for(file: Path) -> None:
 
 CONFIG = """
 from cascade import testing
-from cascade.data import ScenesData
+from cascade.scenes.dataset import ScenesData
 from cascade.training.loop import TrainConfig
 
 def config():

@@ -15,7 +15,7 @@ BELOW = {
     "storage": {"config", "errors", "models"},
     "images": {"errors", "storage"},
     "text": {"config", "errors", "models", "storage"},
-    "data": {"config", "errors", "images", "scenes", "storage", "text"},
+    "data": {"config", "errors", "images", "storage", "text"},
     "scenes": {"config", "data", "errors", "images", "models", "storage", "text"},
     "stage": {"diffusion", "images", "models", "published"},
     "published": {

@@ -147,10 +147,10 @@ def main(argv: Sequence[str]) -> None:
 def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
     """Fills options.out; returns what goes to stdout."""
     _check(options, "--prompts", options.prompts)
-    from cascade.evaluation import scenes
+    from cascade.evaluation import page, scenes
     from cascade.storage.checkpoint import WholeFolder
 
-    sets = scenes.SETS if options.set == "all" else (options.set,)
+    sets = page.SETS if options.set == "all" else (options.set,)
     with WholeFolder(options.out) as folder:
         drawing = _drawing(
             options,

@@ -1,28 +1,21 @@
 """Captioned pictures -> batches for training. Importing this room loads neither JAX nor Grain."""
 
 from cascade.data.degradation import BSR, Blur, Degradation
+from cascade.data.folder import FolderData
 from cascade.data.pipeline import Batches, batches
-from cascade.data.sources import (
-    DataConfig,
-    FolderData,
-    ScenesData,
-    Source,
-    TFDSData,
-    known_words,
-    open_source,
-)
+from cascade.data.source import Data, Example, Source, known_words
+from cascade.data.tfds import TFDSData
 
 __all__ = [
     "BSR",
     "Batches",
     "Blur",
-    "DataConfig",
+    "Data",
     "Degradation",
+    "Example",
     "FolderData",
-    "ScenesData",
     "Source",
     "TFDSData",
     "batches",
     "known_words",
-    "open_source",
 ]

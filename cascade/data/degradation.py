@@ -1,4 +1,4 @@
-"""How the low-resolution pictures that a super-resolution model trains on are spoiled.
+"""How the low-resolution pictures that a super-resolution model trains on are degraded.
 
 A model trained on clean block means trusts them to the last detail, and enlarges whatever faults
 the stage below has left. Worse inputs teach it to repair: a little blur (Ho et al. 2021, "Cascaded
@@ -6,9 +6,9 @@ Diffusion Models"; Ramesh et al. 2022, "Hierarchical Text-Conditional Image Gene
 Latents"), or the random chain of blurs, resizes, noise and JPEG of Zhang et al. 2021 ("Designing a
 Practical Degradation Model for Deep Blind Image Super-Resolution"), BSR for short.
 
-All of it runs on the host, on pictures of levels 0..255, and is for training alone: sampling spoils
-nothing in this way. It is also not the Gaussian noise of conditioning augmentation, whose level the
-network is told and which comes on top.
+All of it runs on the host, on pictures of levels 0..255, and is for training alone: sampling
+degrades nothing in this way. It is also not the Gaussian noise of conditioning augmentation, whose
+level the network is told and which comes on top.
 """
 
 from __future__ import annotations
@@ -26,16 +26,49 @@ from cascade import images
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blur:
+class Degradation:
+    """A way to degrade low-resolution pictures: degradation(image, rng, factor) applies it.
+
+    A subclass holds its settings as fields and defines `degraded`.
+    """
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, factor: int
+    ) -> UInt8[np.ndarray, "h2 w2 3"]:
+        """High resolution [h, w, 3] -> degraded low resolution [h / factor, w / factor, 3].
+
+        The result depends on the arguments and the generator's state alone. Nothing moves the
+        picture: a pixel stays over its block. Raises ValueError unless `factor` divides both sides.
+        """
+        h, w, _ = image.shape
+        if h % factor or w % factor:
+            raise ValueError(
+                f"{type(self).__name__}: the sides {h}x{w} must be multiples of factor={factor}"
+            )
+        levels = self.degraded(image.astype(np.float32), rng, factor)
+        return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+    def degraded(
+        self, levels: Float[np.ndarray, "h w 3"], rng: np.random.Generator, factor: int
+    ) -> Float[np.ndarray, "h2 w2 3"]:
+        """Levels 0..255 [h, w, 3] -> levels [h / factor, w / factor, 3], not yet rounded."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blur(Degradation):
     """Block means, and then on a share of the pictures a Gaussian blur.
 
-    sigma: its standard deviation in low-resolution pixels, uniform between the two. The defaults
-    are those of the cascades of Ho et al. 2021; Ramesh et al. 2022 have sigma 0.6, always. Both cut
-    the kernel off at 3 x 3, which at such widths loses 0.4% of it; here it reaches to 3 sigma.
+    The defaults are those of the cascades of Ho et al. 2021; Ramesh et al. 2022 have sigma 0.6,
+    always. Both cut the kernel off at 3 x 3, which at such widths loses 0.4% of it; here it reaches
+    to 3 sigma.
     """
 
     sigma: tuple[float, float] = (0.4, 0.6)
+    """Least and largest standard deviation of the blur in low-resolution pixels, above 0; each
+    picture's is drawn uniformly between them."""
     share: float = 0.5
+    """Share of the pictures that are blurred, in (0, 1]."""
 
     def __post_init__(self):
         if not 0 < self.sigma[0] <= self.sigma[1]:
@@ -45,55 +78,41 @@ class Blur:
         if not 0 < self.share <= 1:
             raise ValueError(f"Blur.share must lie in (0, 1], got {self.share}")
 
+    def degraded(
+        self, levels: Float[np.ndarray, "h w 3"], rng: np.random.Generator, factor: int
+    ) -> Float[np.ndarray, "h2 w2 3"]:
+        levels = images.downsample(levels, factor)
+        if rng.random() >= self.share:
+            return levels
+        sigma = rng.uniform(*self.sigma)
+        size = 2 * math.ceil(3 * sigma) + 1
+        return correlate(levels, gaussian_kernel(size, (sigma**2, sigma**2)))
+
 
 @dataclass(frozen=True, kw_only=True)
-class BSR:
+class BSR(Degradation):
     """The degradation of Zhang et al. 2021, without its model of a camera's processing.
 
-    Blur, downsampling, noise and JPEG in random order, and always JPEG at the end. light: the
-    milder ranges of Rombach et al. 2022 ("High-Resolution Image Synthesis with Latent Diffusion
-    Models") for generated pictures, which are blurred once, not twice; False is for the repair of
-    photographs from anywhere.
+    Blur, downsampling, noise and JPEG come in random order, and always JPEG at the end.
     """
 
     light: bool = True
+    """True takes the milder ranges of Rombach et al. 2022 ("High-Resolution Image Synthesis with
+    Latent Diffusion Models") for generated pictures, which are blurred once, not twice; False is
+    for the repair of photographs from anywhere."""
 
-
-Degradation = Blur | BSR
-
-
-def degrade(
-    image: UInt8[np.ndarray, "h w 3"],
-    rng: np.random.Generator,
-    config: Degradation,
-    *,
-    factor: int,
-) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """High resolution [h, w, 3] -> spoiled low resolution [h / factor, w / factor, 3].
-
-    A function of its arguments and the generator's state. Nothing in it moves the picture: a pixel
-    stays over its block.
-    """
-    h, w, _ = image.shape
-    if h % factor or w % factor:
-        raise ValueError(f"degrade: the sides {h}x{w} must be multiples of factor={factor}")
-    levels = image.astype(np.float32)
-    if isinstance(config, Blur):
-        levels = images.downsample(levels, factor)
-        if rng.random() < config.share:
-            sigma = rng.uniform(*config.sigma)
-            size = 2 * math.ceil(3 * sigma) + 1
-            levels = correlate(levels, gaussian_kernel(size, (sigma**2, sigma**2)))
-    else:
-        levels = _bsr(levels, rng, _LIGHT if config.light else _FULL, factor)
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    def degraded(
+        self, levels: Float[np.ndarray, "h w 3"], rng: np.random.Generator, factor: int
+    ) -> Float[np.ndarray, "h2 w2 3"]:
+        return _bsr(levels, rng, _LIGHT if self.light else _FULL, factor)
 
 
 # The operations, on levels 0..255 as floats.
 
 Method = Literal["bilinear", "bicubic", "area", "antialiased"]
-"""bilinear, bicubic: samples at the new pixels' centres, which alias when they shrink a picture.
-area: means over the new pixels. antialiased: bicubic, widened when it shrinks a picture."""
+"""A way to resize. "bilinear" and "bicubic" sample at the new pixels' centres, which aliases when a
+picture shrinks; "area" takes means over the new pixels; "antialiased" is bicubic, and is widened
+when a picture shrinks."""
 
 
 def gaussian_kernel(
@@ -101,8 +120,9 @@ def gaussian_kernel(
 ) -> Float[np.ndarray, "s s"]:
     """A normal density at the pixels of a square, with sum 1; axes (y, x).
 
-    variances: along the principal axes, of which the first is turned from x towards y by `angle`
-    radians. shift: of the centre from the middle pixel, towards larger x and y.
+    variances: those along the principal axes, in squared pixels; the first axis is turned from x
+    towards y by `angle` radians. shift: how far the centre lies from the middle pixel, towards
+    larger x and y, in pixels.
     """
     x = np.arange(size) - (size - 1) / 2 - shift
     along = math.cos(angle) * x + math.sin(angle) * x[:, None]
@@ -115,7 +135,7 @@ def gaussian_kernel(
 def correlate(
     image: Float[np.ndarray, "h w c"], kernel: Float[np.ndarray, "s s"]
 ) -> Float[np.ndarray, "h w c"]:
-    """The sum of kernel[i, j] image[y + i - s // 2, x + j - s // 2] for odd s.
+    """The sum of kernel[i, j] image[y + i - s // 2, x + j - s // 2] for odd s: -> [h, w, c].
 
     Outside its borders the picture is its own mirror image, the pixels of the border not doubled.
     """
@@ -139,7 +159,7 @@ def resize(
 def gaussian_noise(
     size: tuple[int, int], rng: np.random.Generator, levels: tuple[int, int]
 ) -> Float[np.ndarray, "h w 3"]:
-    """Noise of one of three kinds: grey (40%), independent in each channel (40%), correlated (20%).
+    """Noise [*size, 3] of a kind: grey (40%), independent in each channel (40%), correlated (20%).
 
     levels: the standard deviation of the first two is a whole number between these; the third has
     the covariance high**2 |U D U^T| of Zhang et al. 2021, with U a random rotation and D diagonal
@@ -157,7 +177,10 @@ def gaussian_noise(
 
 
 def jpeg(image: Float[np.ndarray, "h w 3"], quality: int) -> Float[np.ndarray, "h w 3"]:
-    """To JPEG and back; quality as in libjpeg, 1..95, with colour at half the resolution."""
+    """The picture, levels 0..255, after JPEG and back, with colour at half the resolution.
+
+    quality: as in libjpeg, 1..95.
+    """
     file = io.BytesIO()
     levels = np.clip(np.rint(image), 0, 255).astype(np.uint8)
     Image.fromarray(levels).save(file, format="JPEG", quality=quality)
@@ -166,21 +189,23 @@ def jpeg(image: Float[np.ndarray, "h w 3"], quality: int) -> Float[np.ndarray, "
 
 @dataclass(frozen=True)
 class _Ranges:
-    """What BSR draws from; both ends are included.
-
-    blurs: how many. spread: of the blurs' variances and standard deviations, as a part of the
-    paper's. anisotropic, isotropic: sizes of their kernels, of which even ones are made odd by one
-    more, for an even kernel moves the picture by half a pixel. strided: share of the pictures that
-    are downsampled by taking pixels. noise: standard deviation in levels. quality: of JPEG.
-    """
+    """The ranges that BSR draws from; both ends are included."""
 
     blurs: int
+    """Number of blurs."""
     spread: float
+    """Largest variances and standard deviations of the blurs, as a part of the paper's."""
     anisotropic: tuple[int, ...]
+    """Sizes of the anisotropic kernels in pixels, of which even ones are made odd by one more, for
+    an even kernel moves the picture by half a pixel."""
     isotropic: tuple[int, ...]
+    """Sizes of the isotropic kernels, likewise."""
     strided: float
+    """Share of the pictures that are downsampled by taking pixels."""
     noise: tuple[int, int]
+    """Standard deviation of the noise in levels."""
     quality: tuple[int, int]
+    """Quality of JPEG, as `jpeg` has it."""
 
 
 _ODD = tuple(range(7, 26, 2))

@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
-from cascade.data.degradation import Degradation, degrade
-from cascade.data.sources import DataConfig, Source, open_source
+from cascade.data.degradation import Degradation
+from cascade.data.source import Data
+from cascade.data.transforms import LoadExample, check_resolutions
 from cascade.errors import UserError
 
-# Texts -> anything with `.ids` int32 [n, l] and `.mask` bool [n, l], such as cascade.text's Tokens.
 TokenizeFn = Callable[[Sequence[str]], Any]
+"""Texts -> anything with `.ids` int32 [n, l] and `.mask` bool [n, l], as cascade.text's Tokens."""
 Batch = dict[str, np.ndarray]
 
 
 def batches(
-    config: DataConfig,
+    config: Data,
     *,
     resolution: int,
     lowres_resolution: int | None = None,
@@ -35,21 +36,24 @@ def batches(
     rows: Int[np.ndarray, " rows"] | Sequence[int] | None = None,
     workers: int = 0,
 ) -> "Batches":
-    """Endless batches, prefetched; of each, the rows that this process is to load.
+    """Endless batches, prefetched, each with only the rows that this process is to load.
 
     A batch holds `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `token_mask` bool [b, l]; for
     super-resolution (lowres_resolution given) also `lowres` uint8 [b, s/factor, s/factor, 3], the
-    mean over blocks of `image`.
-    crop: side of a random square of the picture, whose corner is a multiple of the factor, so that
-    lowres is a crop of the whole picture's; None for whole pictures.
-    degradation: makes a spoiled lowres instead of the means, drawn anew for every example.
-    batch_size: of all processes together. rows: which rows of each batch this process loads; None
-    is all of them. seed: of the order of examples, of crops and of degradations, in 0..2**32-1; the
-    dataset has its own.
+    mean over blocks of `image`. Here b is the number of rows, and s is `crop` or `resolution`.
+    resolution, lowres_resolution: sides of the whole pictures in pixels.
+    crop: side in pixels of a random square of the picture, whose corner is a multiple of the
+    factor, so that lowres is a crop of the whole picture's; None takes whole pictures.
+    degradation: makes a degraded lowres instead of the means, drawn anew for every example.
+    batch_size: examples in a batch, of all processes together. rows: which rows of each batch this
+    process loads; None loads all. seed: decides the order of examples, crops and degradations, in
+    0..2**32-1; the dataset has its own.
     workers: processes that prepare batches, which `tokenizer` must be picklable for; 0 uses threads
     of this one.
+    Raises ValueError for options that make no sense, and UserError for a dataset that is missing,
+    makes no sense or is empty.
     """
-    _check(resolution, lowres_resolution, crop, degradation)
+    check_resolutions(resolution, lowres_resolution, crop, degradation)
     if batch_size < 1 or workers < 0:
         raise ValueError(
             f"batch_size must be positive and workers not negative, got {batch_size}, {workers}"
@@ -59,10 +63,10 @@ def batches(
         raise ValueError(f"rows must lie in 0..{batch_size - 1} and be some, got {rows}")
     import grain
 
-    source = open_source(config, resolution)
+    source = config.open(resolution)
     if not 1 <= len(source):
         raise UserError(f"{config}: holds no examples")
-    load = _Load(source, lowres_resolution, crop, degradation)
+    load = LoadExample(source, lowres_resolution, crop, degradation)
     # Endless in effect: the sys.maxsize elements of a bare repeat() overflow in batches of one.
     epochs = 2**62 // len(source)
     examples: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
@@ -74,13 +78,13 @@ def batches(
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over batches; its state is the number of examples taken by all processes so far.
+    """An iterator over batches; its state is the number of examples taken by all processes so far.
 
-    So a run may resume with another number of processes, workers, or examples a batch.
+    So a run may resume with another number of processes, workers, or examples in a batch.
     """
 
     def __init__(self, dataset: Any, *, examples: int, workers: int):
-        """dataset: a Grain MapDataset of batches. examples: in one step, of all processes."""
+        """dataset: a Grain MapDataset of batches. examples: how many all processes take a step."""
         self._dataset, self._examples, self._workers = dataset, examples, workers
         self._step, self._iterator = 0, None
 
@@ -92,10 +96,11 @@ class Batches(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """JSON values."""
+        """The state, as JSON values."""
         return {"examples": self._step * self._examples}
 
     def set_state(self, state: dict[str, int]) -> None:
+        """Go on from a state. Raises UserError unless it is a whole number of batches."""
         step, rest = divmod(state["examples"], self._examples)
         if rest:
             raise UserError(
@@ -106,7 +111,7 @@ class Batches(Iterator[Batch]):
         self._step = step
 
     def close(self) -> None:
-        """Stop prefetching; the next batch starts it again."""
+        """Stop prefetching; asking for the next batch starts it again."""
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
@@ -128,41 +133,6 @@ class Batches(Iterator[Batch]):
         return iter(rest.to_iter_dataset(options).mp_prefetch(multi))
 
 
-def block_means(image: UInt8[np.ndarray, "h w c"], factor: int) -> UInt8[np.ndarray, "h2 w2 c"]:
-    """`images.downsample` of a uint8 picture, rounded to uint8: exact, and ten times as fast."""
-    h, w, c = image.shape
-    rows = image.reshape(h // factor, factor, w * c)
-    columns = np.add.reduce(rows, axis=1, dtype=np.float32).reshape(h // factor, -1, factor, c)
-    total = sum(columns[:, :, i] for i in range(factor))
-    return np.rint(total / factor**2).astype(np.uint8)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Load:
-    """Index -> example, with `lowres` where asked."""
-
-    source: Source
-    lowres_resolution: int | None
-    crop: int | None
-    degradation: Degradation | None
-
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        if self.lowres_resolution is None:
-            return {**self.source[index]}
-        factor = self.source.resolution // self.lowres_resolution
-        if self.crop is None:
-            example = self.source[index]
-        else:
-            free = self.lowres_resolution - self.crop // factor
-            y, x = (factor * int(i) for i in rng.integers(0, free + 1, 2))
-            example = self.source.window(index, y, x, self.crop)
-        if self.degradation is None:
-            lowres = block_means(example["image"], factor)
-        else:
-            lowres = degrade(example["image"], rng, self.degradation, factor=factor)
-        return {**example, "lowres": lowres}
-
-
 @dataclasses.dataclass(frozen=True)
 class _Rows:
     """The examples in some rows of each batch, as a Grain source."""
@@ -181,7 +151,7 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Collate:
-    """Examples -> batch."""
+    """Tokenizes the captions of examples and stacks all arrays: examples -> batch."""
 
     tokenizer: TokenizeFn
 
@@ -193,26 +163,3 @@ class _Collate:
             "tokens": np.asarray(tokens.ids, np.int32),
             "token_mask": np.asarray(tokens.mask, bool),
         }
-
-
-def _check(resolution, lowres_resolution, crop, degradation) -> None:
-    if lowres_resolution is not None and resolution % lowres_resolution:
-        raise ValueError(
-            f"resolution must be a multiple of lowres_resolution={lowres_resolution}, "
-            f"got {resolution}"
-        )
-    if crop is not None:
-        if lowres_resolution is None:
-            raise ValueError(
-                f"crop is for super-resolution: give lowres_resolution, got crop={crop}"
-            )
-        factor = resolution // lowres_resolution
-        if crop % factor or not 0 < crop <= resolution:
-            raise ValueError(
-                f"crop must be a multiple of the factor {factor} in {factor}..{resolution}, "
-                f"got {crop}"
-            )
-    if degradation is not None and lowres_resolution is None:
-        raise ValueError(
-            f"degradation is for super-resolution: give lowres_resolution, got {degradation}"
-        )

@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from cascade import images
-from cascade.data import ScenesData
-from cascade.data.pipeline import block_means
+from cascade.data.transforms import block_means
 from cascade.diffusion import process
 from cascade.diffusion.loss import Loss
 from cascade.evaluation import quality
 from cascade.evaluation.claims import Property, above
 from cascade.models import Conditioning, EfficientLevel, EfficientUNetConfig
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.render import render
 from cascade.scenes.spec import scene_at
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig

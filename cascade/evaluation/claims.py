@@ -25,9 +25,10 @@ Measured = Float[np.ndarray, "seeds pictures"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-    """That the mean of `differences` is above zero. text: in words, for people."""
+    """The claim that the mean of `differences` is above zero."""
 
     text: str
+    """The claim in words, for people."""
     differences: Measured
 
     def __post_init__(self):
@@ -71,12 +72,12 @@ class Claim:
 
 
 def above(text: str, larger: Measured, smaller: Measured) -> Claim:
-    """That one is larger than the other, pair by pair."""
+    """The claim that `larger` is above `smaller`, in the mean over pairs."""
     return Claim(text=text, differences=larger - smaller)
 
 
 def alike(text: str, a: Measured, b: Measured, within: float) -> list[Claim]:
-    """That the means differ by less than `within`: neither is above the other by so much.
+    """The claims that the means differ by less than `within`, neither being above by so much.
 
     "No difference was found" would be the easier claim the fewer the pictures; this one gets surer
     with more of them (Schuirmann 1987, "two one-sided tests").

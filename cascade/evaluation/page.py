@@ -1,20 +1,43 @@
-"""One HTML page with every judged picture, the worst first: no scripts, nothing from elsewhere."""
+"""Judged pictures, and one HTML page with all of them, the worst first.
+
+The page has no scripts and loads nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
-from cascade.scenes.judge import CATEGORIES
+from cascade.scenes.captions import Caption
+from cascade.scenes.judge import CATEGORIES, Verdict
 
-if TYPE_CHECKING:
-    from cascade.evaluation.scenes import Judged
+# "seen" draws from training's distribution but from a stream of its own; see spec.sample_scene.
+Set = Literal["seen", "unseen", "long"]
+SETS: tuple[Set, ...] = get_args(Set)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One picture at all its sizes."""
+
+    set: Set
+    seed: int
+    """The seed that the picture was drawn with."""
+    prompt: Caption
+    files: dict[int, str]
+    """Side in pixels -> file name, relative to the folder of results."""
+    verdicts: dict[int, list[Verdict]]
+    """Side in pixels -> verdicts; a side that the judge does not read is missing."""
 
 
 def write(path: Path, judged: Sequence[Judged], report: dict[str, Any]) -> None:
-    """report: {set: {side: judge.summary}}. Pictures are linked by their relative file names."""
+    """Write the page. It links pictures by their relative file names.
+
+    report: {set: {side: judge.summary}}.
+    """
     worst_first = sorted(judged, key=_share_right)
     body = [_tables(report), *map(_article, worst_first)]
     page = f"{_HEAD}\n" + "\n".join(body) + "\n</body></html>\n"

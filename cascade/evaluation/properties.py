@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cascade import images
-from cascade.data.pipeline import block_means
+from cascade.data.transforms import block_means
 from cascade.diffusion.denoise import Threshold
 from cascade.evaluation.claims import Measured, Property, above, alike
 from cascade.evaluation.drawing import Drawing
@@ -76,14 +76,17 @@ def prompts_of(seed: int, prompts: int) -> Prompts:
 
 
 def weights_of(drawing: Drawing) -> tuple[float, float, float]:
-    """Of guidance, for `following`."""
+    """The guidance weights of `following`: 1, the highest, and their mean between them.
+
+    The highest is that of the base stage's settings, or PLAIN_GUIDANCE where these have none.
+    """
     own = drawing.settings[drawing.cascade.stages[0][0].config.name].guidance
     last = own if own > 1 else PLAIN_GUIDANCE
     return 1.0, (1 + last) / 2, last
 
 
 def quarter(prompts: Prompts) -> Prompts:
-    """Of each seed, for the measures of larger pictures, which take longer to draw."""
+    """A quarter of each seed's prompts, for the measures whose pictures take longer to draw."""
     return [row[: len(row) // 4] for row in prompts]
 
 
@@ -176,8 +179,8 @@ def saturation(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: No
 def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None) -> Property:
     """The more noise on the small picture, the more a super-resolution stage goes by its prompt.
 
-    Of the first such stage, which enlarges true small pictures twice: with their own prompt and
-    with another's. Chance is that of the same prompt twice. Little noise hides
+    It is measured on the first such stage, which enlarges true small pictures twice: with their own
+    prompt and with another's. Chance is the response to the same prompt twice. Little noise hides
     little, so the response need not rise at once: up to the mean of the levels it may not fall, and
     at the highest it must be above that of both others.
     """
@@ -222,10 +225,10 @@ def larger_pictures(
 ) -> Property:
     """The last stage draws pictures of twice the side of its crops as well as crops.
 
-    Of true small pictures: the centre at both sizes, the crop twice, with other noise. The inner
-    half of the crop is compared with the same place in the larger picture: its error, mean and
-    standard deviation; and by how much the larger picture differs from a crop, against by how much
-    two crops do, which is what noise alone makes, and chance here.
+    It enlarges the centre of true small pictures at both sizes, the crop twice, with other noise.
+    The inner half of the crop is compared with the same place in the larger picture: its error,
+    mean and standard deviation; and by how much the larger picture differs from a crop, against by
+    how much two crops do, which is what noise alone makes, and chance here.
     """
     stage, params = drawing.cascade.stages[-1]
     config, settings = stage.config, drawing.settings[stage.config.name]

@@ -3,30 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from cascade import images
 from cascade.errors import UserError
 from cascade.evaluation import page
 from cascade.evaluation.drawing import Drawing
-from cascade.scenes.captions import Caption, caption_at
-from cascade.scenes.judge import Verdict, judge, summary
+from cascade.evaluation.page import Judged, Set
+from cascade.scenes.captions import caption_at
+from cascade.scenes.judge import judge, summary
 from cascade.scenes.reading import SIDES
-
-# "seen" draws from training's distribution but from a stream of its own; see spec.sample_scene.
-Set = Literal["seen", "unseen", "long"]
-SETS: tuple[Set, ...] = get_args(Set)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Judged:
-    """One picture at all its sizes. files: relative to the folder of results."""
-
-    set: Set
-    seed: int
-    prompt: Caption
-    files: dict[int, str]
-    verdicts: dict[int, list[Verdict]]
 
 
 def evaluate_scenes(
@@ -41,9 +27,10 @@ def evaluate_scenes(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw and judge `prompts` pictures of each set; write them and a page about them to `folder`.
 
-    Prompt i is that of scene (seed, i) of its set; its picture's seed is seed + i. Returns, as JSON
-    values, {set: {side: judge.summary}} and every picture with its verdicts. advance: called after
-    each picture.
+    Prompt i is that of scene (seed, i) of its set; its picture's seed is seed + i. until: the side
+    in pixels of the last stage that draws; None draws with all. Returns, as JSON values,
+    {set: {side: judge.summary}} and every picture with its verdicts. advance: called after each
+    picture. Raises UserError as `check_sides` does.
     """
     check_sides(drawing, until)
     (folder / "pictures").mkdir()
@@ -68,7 +55,7 @@ def evaluate_scenes(
 
 
 def check_sides(drawing: Drawing, until: int | None) -> list[int]:
-    """The sides that will be drawn. UserError where the judge can read none of them."""
+    """The sides in pixels that will be drawn. Raises UserError where the judge can read none."""
     sides = [stage.config.resolution for stage, _ in drawing.cascade.select(until=until)]
     if not set(sides) & set(SIDES):
         raise UserError(

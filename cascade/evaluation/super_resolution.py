@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cascade import images
-from cascade.data.pipeline import block_means
+from cascade.data.transforms import block_means
 from cascade.errors import UserError
 from cascade.evaluation import quality
 from cascade.evaluation.drawing import Drawing
@@ -81,7 +81,10 @@ def super_resolution_stages(cascade: Cascade) -> list[tuple[str, int, int]]:
 
 
 class _Figures:
-    """Of pictures that come one at a time: a few hundred of 1024 pixels would fill the memory."""
+    """Collects the figures of pictures that come one at a time.
+
+    A few hundred pictures of 1024 pixels would fill the memory.
+    """
 
     def __init__(self):
         self.psnr_db, self.energy, self.true_energy, self.features = [], 0.0, 0.0, []

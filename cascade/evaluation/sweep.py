@@ -117,7 +117,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 class _Scores:
-    """Of pictures that come one at a time, in the order of their facts."""
+    """Collects the scores of pictures that come one at a time, in the order of their facts."""
 
     def __init__(self, facts: Sequence[Facts]):
         self.facts, self.verdicts, self.features = facts, [], []

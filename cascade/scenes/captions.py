@@ -194,7 +194,7 @@ _CONVERSE = {
 
 
 def mentions(caption: Caption) -> list[tuple[int, str]]:
-    """Of every noun in the text: where it starts, and all that the text says of its thing.
+    """Where every noun in the text starts, and all that the text says of its thing.
 
     That is its look and where it stands, in words that name nothing else: of "circle" in "a small
     red circle over a blue square on gray", "above one small red circle on gray".

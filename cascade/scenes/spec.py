@@ -166,13 +166,7 @@ def sample_scene(
     min_objects, max_objects: scenes of fewer or more are drawn anew. within: and those whose
     objects lie in no square of that side; 0.4 holds any one object that holds no other.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    fewest = 3 if split == "long" else 1
-    if not fewest <= max_objects <= 4:
-        raise ValueError(f"max_objects of {split!r} must lie in {fewest}..4, got {max_objects}")
-    if not 1 <= min_objects <= max_objects:
-        raise ValueError(f"min_objects must lie in 1..{max_objects}, got {min_objects}")
+    check_counts(split, min_objects, max_objects)
     if within < 2 * BIG[1]:
         raise ValueError(f"within must hold any one object, at least {2 * BIG[1]}, got {within}")
     while True:
@@ -185,6 +179,24 @@ def sample_scene(
             objects = _place(rng, *plan)
             if objects is not None and max(extent(objects)) <= within:
                 return Scene(background=_pick(rng, BACKGROUNDS), objects=objects)
+
+
+def check_counts(split: str, min_objects: int, max_objects: int, *, prefix: str = "") -> None:
+    """Check that the split is one, and has scenes of min_objects to max_objects objects.
+
+    Raises ValueError that names the argument, with `prefix` before it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"{prefix}split must be one of {', '.join(SPLITS)}, got {split!r}")
+    fewest = 3 if split == "long" else 1
+    if not fewest <= max_objects <= 4:
+        raise ValueError(
+            f"{prefix}max_objects of split {split!r} must lie in {fewest}..4, got {max_objects}"
+        )
+    if not 1 <= min_objects <= max_objects:
+        raise ValueError(
+            f"{prefix}min_objects must lie in 1..{max_objects} (max_objects), got {min_objects}"
+        )
 
 
 def extent(objects: Sequence[Object]) -> tuple[float, float]:

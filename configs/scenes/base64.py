@@ -7,10 +7,10 @@ base64_closeup.py and base64_pairs.py; without --init it starts from nothing. In
 network learns shapes four times as fast.
 """
 
-from cascade.data import ScenesData
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import Level, UNetConfig
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Sampling, StageConfig
 from cascade.training.loop import Optimizer, TrainConfig
 

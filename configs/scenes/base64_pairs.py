@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from cascade.config import load
-from cascade.data import ScenesData
+from cascade.scenes.dataset import ScenesData
 from cascade.training.loop import TrainConfig
 
 

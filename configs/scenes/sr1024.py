@@ -5,11 +5,11 @@
 Trained on crops and without self-attention, so that it draws pictures larger than it saw.
 """
 
-from cascade.data import ScenesData
 from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Augmentation, Sampling, StageConfig
 from cascade.training.loop import Optimizer, TrainConfig
 

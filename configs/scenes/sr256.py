@@ -6,11 +6,11 @@ PAIRS_MODEL is what `cascade export` makes of a run of sr256_pairs.py; without -
 nothing, and small things get the finish of others.
 """
 
-from cascade.data import ScenesData
 from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Augmentation, Sampling, StageConfig
 from cascade.training.loop import Optimizer, TrainConfig
 

@@ -5,10 +5,10 @@
 On scenes of one object, it learns backgrounds first, then colours and sizes; shapes take longer.
 """
 
-from cascade.data import ScenesData
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import Level, UNetConfig
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Sampling, StageConfig
 from cascade.training.loop import Optimizer, TrainConfig
 

@@ -3,10 +3,10 @@
 cascade train configs/tiny/sr256.py --workdir runs/tiny/sr256
 """
 
-from cascade.data import ScenesData
 from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Augmentation, Sampling, StageConfig
 from cascade.training.loop import Optimizer, TrainConfig
 

@@ -11,13 +11,14 @@ from cascade.stage import Stage
 
 SMALL = """
 from cascade.models import Level, UNetConfig
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import StageConfig
 from cascade.training.loop import TrainConfig
 
 def config():
     network = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8)
     stage = StageConfig(name="base8", resolution=8, network=network)
-    return TrainConfig(stage=stage, images=8, batch_size=8)
+    return TrainConfig(stage=stage, data=ScenesData(), images=8, batch_size=8)
 """
 
 

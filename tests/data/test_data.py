@@ -17,16 +17,20 @@ from cascade.commands import data as commands
 from cascade.data import (
     BSR,
     Blur,
+    Data,
+    Degradation,
     FolderData,
-    ScenesData,
+    Source,
     TFDSData,
     batches,
     known_words,
-    open_source,
-    pipeline,
 )
+from cascade.data.inspection import inspect
+from cascade.data.transforms import block_means
 from cascade.errors import UserError
-from cascade.scenes.captions import Facts, caption_at
+from cascade.scenes.captions import VOCABULARY, Facts, caption_at
+from cascade.scenes.dataset import ScenesData
+from cascade.scenes.make import make
 from cascade.scenes.render import render
 
 
@@ -77,7 +81,7 @@ def levels(taken):
 
 
 def test_batches_hold_pictures_and_tokens_of_the_same_examples():
-    source = open_source(ScenesData(size=20), 8)
+    source = ScenesData(size=20).open(8)
     known = {source[i]["image"].tobytes(): source[i]["caption"] for i in range(20)}
     for batch in take(make_batches(), 3):
         assert batch["image"].shape == (4, 8, 8, 3) and batch["image"].dtype == np.uint8
@@ -152,12 +156,6 @@ def test_options_that_make_no_sense_are_refused(options, message):
         make_batches(**options)
 
 
-@pytest.mark.parametrize("fields", [{"size": 0}, {"seed": -1}])
-def test_scenes_that_make_no_sense_are_refused(fields):
-    with pytest.raises(ValueError, match=f"ScenesData.{next(iter(fields))}"):
-        ScenesData(**fields)
-
-
 # Super-resolution.
 
 
@@ -185,59 +183,55 @@ def test_lowres_is_the_block_mean_of_the_crop_and_a_crop_of_the_whole_lowres(cro
     assert len(corners) > 2 if crop == 16 else len(corners) == 1
 
 
-@pytest.mark.parametrize("most", [1, 3])
-def test_a_closeup_is_a_window_of_the_scene_with_all_of_its_objects(most):
-    near = open_source(ScenesData(max_objects=most, closeup=2), 32)
-    corners, several = set(), 0
-    for index in range(12):
-        described, caption = caption_at(0, index, max_objects=most, within=0.5 - 1 / 32)
-        image, scene = near[index]["image"], render(described, 64)
-        several += len(described.objects) > 1
-        assert image.shape == (32, 32, 3) and near[index]["caption"] == caption.text
-        found = [
-            (y, x)
-            for y, x in np.ndindex(33, 33)
-            if np.array_equal(scene[y : y + 32, x : x + 32], image)
-        ]
-        assert found
-        corners.update(found[:1])
-        y, x = found[0]
-        rest = np.full((64, 64), True)
-        rest[y : y + 32, x : x + 32] = False
-        assert (scene[rest] == scene[rest][0]).all()  # background alone
-    assert len(corners) > 6 and (several > 0) == (most > 1)
-    with pytest.raises(ValueError, match="closeup must be 1"):
-        ScenesData(split="long", closeup=2)
-
-
-def test_a_square_too_small_for_an_object_is_refused():
-    with pytest.raises(ValueError, match="within must hold any one object"):
-        caption_at(0, 0, within=0.3)
-
-
-def test_one_object_is_the_same_scene_in_a_closeup():
-    near = open_source(ScenesData(max_objects=1, closeup=2), 32)
-    whole = open_source(ScenesData(max_objects=1), 64)
-    assert [near[i]["caption"] for i in range(50)] == [whole[i]["caption"] for i in range(50)]
-
-
 @pytest.mark.parametrize("degradation", [Blur(share=1.0), BSR(light=False)])
-def test_a_degradation_spoils_lowres_alone_and_anew_every_epoch(degradation):
+def test_a_degradation_changes_lowres_alone_and_anew_every_epoch(degradation):
     options = {"resolution": 32, "lowres_resolution": 8, "batch_size": 1}
     clean = take(make_batches(ScenesData(size=1), **options), 2)
-    spoiled = take(make_batches(ScenesData(size=1), degradation=degradation, **options), 2)
-    for a, b in zip(clean, spoiled, strict=True):
+    degraded = take(make_batches(ScenesData(size=1), degradation=degradation, **options), 2)
+    for a, b in zip(clean, degraded, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         assert a["lowres"].shape == b["lowres"].shape and (a["lowres"] != b["lowres"]).any()
     np.testing.assert_array_equal(clean[0]["lowres"], clean[1]["lowres"])
-    assert (spoiled[0]["lowres"] != spoiled[1]["lowres"]).any()
+    assert (degraded[0]["lowres"] != degraded[1]["lowres"]).any()
+
+
+class Flat(Source):
+    """Example i has level 10 i."""
+
+    def __init__(self, resolution):
+        self.resolution = resolution
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        image = np.full((self.resolution, self.resolution, 3), 10 * index, np.uint8)
+        return {"image": image, "caption": str(index)}
+
+
+class FlatData(Data):
+    def open(self, resolution):
+        return Flat(resolution)
+
+
+class Brighter(Degradation):
+    def degraded(self, levels, rng, factor):
+        return levels[::factor, ::factor] + np.float32(3.4)
+
+
+def test_a_dataset_and_a_degradation_from_elsewhere_make_batches():
+    options = {"lowres_resolution": 4, "crop": 4, "degradation": Brighter()}
+    (batch,) = take(make_batches(FlatData(), **options), 1)
+    assert sorted(levels([batch])) == [0, 1, 2, 3]
+    assert batch["image"].shape == (4, 4, 4, 3) and batch["lowres"].shape == (4, 2, 2, 3)
+    np.testing.assert_array_equal(batch["lowres"], batch["image"][:, ::2, ::2] + 3)
 
 
 def test_block_means_are_the_downsampling_that_sampling_uses():
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
     for factor in (1, 2, 4):
         wanted = np.rint(images.downsample(image.astype(np.float32), factor))
-        np.testing.assert_array_equal(pipeline.block_means(image, factor), wanted)
+        np.testing.assert_array_equal(block_means(image, factor), wanted)
 
 
 # Folders.
@@ -252,7 +246,7 @@ def test_a_folder_of_pairs_is_read_with_pictures_cropped_to_their_central_square
     (sub / "wide.txt").write_text(" a wide picture\n")
     Image.new("L", (4, 4), 50).save(tmp_path / "gray.jpg")
     (tmp_path / "gray.txt").write_text("two words", encoding="utf-8")
-    source = open_source(FolderData(path=str(tmp_path)), 8)
+    source = FolderData(path=str(tmp_path)).open(8)
     assert [source[i]["caption"] for i in range(len(source))] == ["two words", "a wide picture"]
     assert (source[1]["image"] == 200).all()
     assert source[0]["image"].shape == (8, 8, 3) and np.abs(source[0]["image"] - 50.0).max() < 3
@@ -266,7 +260,7 @@ def test_a_captions_file_lists_examples_in_its_order(tmp_path):
     lines.append({"file": "b.png", "caption": "also red", "more": 1})
     text = "\n".join(json.dumps(line) for line in lines) + "\n\n"
     (tmp_path / "captions.jsonl").write_text(text)
-    source = open_source(FolderData(path=str(tmp_path)), 4)
+    source = FolderData(path=str(tmp_path)).open(4)
     assert [source[i]["caption"] for i in range(3)] == ["red", "blue", "also red"]
     assert source[2]["image"][0, 0].tolist() == [255, 0, 0]
 
@@ -275,15 +269,15 @@ def test_captions_may_hold_any_separator_and_files_a_byte_order_mark(tmp_path):
     caption = "a red\u2028circle\u0085and\u2029more"
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a circle", encoding="utf-8-sig")
-    source = open_source(FolderData(path=str(tmp_path)), 4)
+    source = FolderData(path=str(tmp_path)).open(4)
     assert source[0]["caption"] == "a circle"
     line = json.dumps({"file": "a.png", "caption": caption}, ensure_ascii=False)
     (tmp_path / "captions.jsonl").write_bytes(f"{line}\r\n{line}\r\n".encode("utf-8-sig"))
-    source = open_source(FolderData(path=str(tmp_path)), 4)
+    source = FolderData(path=str(tmp_path)).open(4)
     assert [source[i]["caption"] for i in range(len(source))] == [caption, caption]
 
 
-def spoiled_folders():
+def broken_folders():
     def no_folder(path):
         return path / "absent"
 
@@ -319,10 +313,10 @@ def spoiled_folders():
     }
 
 
-@pytest.mark.parametrize("message,spoil", spoiled_folders().items())
-def test_a_bad_folder_is_named_with_what_is_wrong(tmp_path, message, spoil):
+@pytest.mark.parametrize("message,broken", broken_folders().items())
+def test_a_bad_folder_is_named_with_what_is_wrong(tmp_path, message, broken):
     with pytest.raises(UserError, match=message) as caught:
-        open_source(FolderData(path=str(spoil(tmp_path))), 8)
+        FolderData(path=str(broken(tmp_path))).open(8)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -339,13 +333,13 @@ def test_a_broken_picture_is_named_when_it_is_met(tmp_path):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds") / "made"
-    report = commands.make(ScenesData(split="unseen", seed=4), folder, count=6, resolution=16)
+    report = make(ScenesData(split="unseen", seed=4), folder, count=6, resolution=16)
     assert report["examples"] == 6 and all((folder / file).is_file() for file in report["files"])
     return folder
 
 
 def test_a_tfds_dataset_reads_back_as_it_was_drawn_without_tensorflow(dataset):
-    source = open_source(TFDSData(name="scenes", data_dir=str(dataset), split="unseen"), 16)
+    source = TFDSData(name="scenes", data_dir=str(dataset), split="unseen").open(16)
     assert len(source) == 6
     for index in range(6):
         scene, caption = caption_at(4, index, "unseen")
@@ -358,7 +352,7 @@ def test_a_tfds_dataset_reads_back_as_it_was_drawn_without_tensorflow(dataset):
 
 
 def test_pictures_of_a_tfds_dataset_are_opened_as_those_of_a_folder(dataset):
-    source = open_source(TFDSData(name="scenes", data_dir=str(dataset), split="unseen"), 4)
+    source = TFDSData(name="scenes", data_dir=str(dataset), split="unseen").open(4)
     file = io.BytesIO()
     Image.new("RGBA", (4, 4)).save(file, "PNG")
     source.records = [{"image": file.getvalue(), "caption": b"nothing"}]
@@ -390,24 +384,7 @@ def test_tfds_itself_knows_the_scenes(dataset):
 def test_a_tfds_mistake_is_explained(dataset, fields, message):
     right = {"name": "scenes", "data_dir": str(dataset), "split": "unseen"}
     with pytest.raises(UserError, match=message):
-        open_source(TFDSData(**(right | fields)), 16)
-
-
-def test_make_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("")
-    with pytest.raises(UserError, match="full"):
-        commands.make(ScenesData(), tmp_path / "full", count=1, resolution=8)
-    with pytest.raises(UserError, match="count"):
-        commands.make(ScenesData(), tmp_path / "new", count=0, resolution=8)
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("cascade.scenes.tfds_builder.render", fail)
-    with pytest.raises(OSError, match="disk full"):
-        commands.make(ScenesData(), tmp_path / "new", count=1, resolution=8)
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+        TFDSData(**(right | fields)).open(16)
 
 
 # Looking at data.
@@ -416,13 +393,13 @@ def test_make_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, monke
 def test_inspect_draws_a_sheet_and_counts(tmp_path, capsys):
     data = numbered(tmp_path, 3)
     sheet = tmp_path / "sheet.png"
-    report = commands.inspect(data, sheet, count=2, resolution=16)
+    report = inspect(data, sheet, count=2, resolution=16)
     assert (report["examples"], report["sampled"], report["distinct_captions"]) == (3, 3, 3)
     assert report["mean_rgb"] == [10, 10, 10]
     with Image.open(sheet) as drawn:
         assert drawn.width == 2 * 16 + 8 and drawn.height > 16
     with pytest.raises(UserError, match="exists already"):
-        commands.inspect(data, sheet)
+        inspect(data, sheet)
 
 
 def test_the_data_commands_find_out_what_a_source_is(tmp_path, capsys, dataset):
@@ -444,9 +421,16 @@ def test_the_data_commands_find_out_what_a_source_is(tmp_path, capsys, dataset):
         commands.main(["inspec"])
 
 
-def test_known_words_are_those_of_scenes_only():
-    assert "circle" in known_words([ScenesData(), ScenesData(split="long")])
-    assert known_words([ScenesData(), FolderData(path="x")]) == [] == known_words([])
+def test_known_words_are_those_of_closed_vocabularies_only():
+    class TwoWords(Data):
+        vocabulary = ("z", "circle")
+
+    scenes = ScenesData()
+    assert known_words([scenes, ScenesData(split="long")]) == sorted(VOCABULARY)
+    assert known_words([scenes, TwoWords()]) == [*sorted(VOCABULARY), "z"]
+    for data in (FolderData(path="x"), TFDSData(name="x", data_dir="x"), Data()):
+        assert known_words([scenes, data]) == []
+    assert known_words([]) == []
 
 
 def test_importing_the_room_loads_neither_jax_nor_grain_nor_tfds():

@@ -1,4 +1,4 @@
-"""Spoiled low-resolution pictures: operations against closed forms, and what the chain promises."""
+"""Degraded small pictures: operations against closed forms, and what the chain promises."""
 
 import itertools
 import pickle
@@ -9,7 +9,7 @@ import pytest
 
 from cascade import config, images
 from cascade.data import degradation
-from cascade.data.degradation import BSR, Blur, Degradation, degrade
+from cascade.data.degradation import BSR, Blur, Degradation
 
 KINDS = [Blur(share=1.0), BSR(), BSR(light=False)]
 
@@ -137,34 +137,26 @@ def test_jpeg_is_the_better_the_higher_its_quality():
 def test_the_output_has_the_low_resolution(kind, h, w, factor):
     image = rng().integers(0, 256, (h, w, 3), np.uint8)
     for seed in range(10):
-        low = degrade(image, rng(seed), kind, factor=factor)
+        low = kind(image, rng(seed), factor)
         assert low.shape == (h // factor, w // factor, 3) and low.dtype == np.uint8
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
-def test_the_generator_decides_and_the_picture_is_spoiled(kind):
+def test_the_generator_decides_and_the_picture_is_degraded(kind):
     image = picture()
     kept = image.copy()
-    first, again, other = (degrade(image, rng(seed), kind, factor=4) for seed in (1, 1, 2))
+    first, again, other = (kind(image, rng(seed), 4) for seed in (1, 1, 2))
     np.testing.assert_array_equal(image, kept)
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.02
-    changed = [
-        (degrade(image, rng(i), kind, factor=4) != means(image, 4).round()).mean()
-        for i in range(20)
-    ]
+    changed = [(kind(image, rng(i), 4) != means(image, 4).round()).mean() for i in range(20)]
     assert min(changed) > 0.02
 
 
 def test_light_is_milder_than_full():
     image = picture()
     light, full = (
-        np.mean(
-            [
-                psnr(means(image, 4), degrade(image, rng(i), BSR(light=light), factor=4))
-                for i in range(40)
-            ]
-        )
+        np.mean([psnr(means(image, 4), BSR(light=light)(image, rng(i), 4)) for i in range(40)])
         for light in (True, False)
     )
     assert full + 3 < light < 45
@@ -178,9 +170,7 @@ def test_the_picture_stays_where_it_was(kind, factor):
     margin = 20 // factor
     inside = np.s_[margin:-margin, margin:-margin]
     shift = [
-        np.mean(
-            degrade(turned, rng(i), kind, factor=factor)[inside] - means(turned, factor)[inside]
-        )
+        np.mean(kind(turned, rng(i), factor)[inside] - means(turned, factor)[inside])
         for i in range(60)
         for turned in (ramp, ramp.transpose(1, 0, 2))
     ]
@@ -216,7 +206,7 @@ def test_bsr_draws_from_the_published_ranges_in_random_order(light, monkeypatch)
     for seed in range(200):
         calls.clear()
         shrinking.clear()
-        degrade(image, rng(seed), BSR(light=light), factor=2)
+        BSR(light=light)(image, rng(seed), 2)
         orders.append(tuple(calls))
         *before, (_, last) = shrinking
         assert last == 16 and all(old == 32 and 8 <= new <= 32 for old, new in before)
@@ -255,7 +245,7 @@ def test_a_factor_of_four_is_sometimes_taken_in_two_halves(monkeypatch):
 
     monkeypatch.setattr(degradation, "resize", spy)
     for seed in range(200):
-        degrade(picture(32), rng(seed), BSR(), factor=4)
+        BSR()(picture(32), rng(seed), 4)
     assert abs(sum(halved) / 200 - 0.125) < 0.07
 
 
@@ -265,7 +255,7 @@ def test_blur_blurs_the_block_means_by_its_sigma_on_its_share_of_the_pictures():
     kind = Blur(sigma=(0.8, 1.2), share=0.3)
     y, widths = np.arange(19) - 9.0, []
     for seed in range(200):
-        low = degrade(point, rng(seed), kind, factor=4)[..., 0].astype(float)
+        low = kind(point, rng(seed), 4)[..., 0].astype(float)
         widths.append(np.sqrt((low.sum(1) @ y**2) / low.sum()))
     blurred = [width for width in widths if width > 0]
     assert abs(len(blurred) / 200 - 0.3) < 0.1
@@ -288,4 +278,4 @@ def test_a_blur_that_makes_no_sense_is_refused(fields):
 
 def test_sides_that_are_no_multiple_of_the_factor_are_refused():
     with pytest.raises(ValueError, match="factor=4"):
-        degrade(picture(30), rng(), BSR(), factor=4)
+        BSR()(picture(30), rng(), 4)

@@ -15,7 +15,7 @@ from cascade.commands import eval as evaluate
 from cascade.errors import UserError
 from cascade.evaluation import page, quality, scenes
 from cascade.evaluation.drawing import Drawing
-from cascade.evaluation.scenes import SETS, Judged
+from cascade.evaluation.page import SETS, Judged
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
 from cascade.runner.cascade import Cascade, Picture
 from cascade.scenes.captions import Caption, Facts, Thing, caption_at

@@ -22,6 +22,7 @@ from cascade.planning.sampling import plan_sampling
 from cascade.planning.search import suggest
 from cascade.planning.topology import Topology, open_topology, run_mesh
 from cascade.planning.training import plan_training
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
 from cascade.training.loop import TrainConfig
 
@@ -33,16 +34,19 @@ def config_of(remat=False, **changes):
     stage = testing.smallest_stage()
     network = dataclasses.replace(stage.network, remat=remat)
     stage = dataclasses.replace(stage, network=network)
-    return TrainConfig(**{"stage": stage, "images": 64, "batch_size": 16, **changes})
+    fields = {"stage": stage, "data": ScenesData(), "images": 64, "batch_size": 16}
+    return TrainConfig(**fields | changes)
 
 
 def config_file(folder):
     """config_of() as a file."""
     file = folder / "config.py"
     file.write_text(
-        "from cascade import testing\nfrom cascade.training.loop import TrainConfig\n"
+        "from cascade import testing\nfrom cascade.scenes.dataset import ScenesData\n"
+        "from cascade.training.loop import TrainConfig\n"
         "def config():\n"
-        "    return TrainConfig(stage=testing.smallest_stage(), images=64, batch_size=16)\n"
+        "    return TrainConfig(stage=testing.smallest_stage(), data=ScenesData(), images=64,\n"
+        "                       batch_size=16)\n"
     )
     return str(file)
 

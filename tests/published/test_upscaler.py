@@ -35,6 +35,7 @@ from cascade.published.x4_upscaler import reader as readers
 from cascade.published.x4_upscaler import stage as upscaler
 from cascade.published.x4_upscaler.unet import UpscalerUNetConfig
 from cascade.runner.cascade import Cascade, with_options
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
 from cascade.storage import network as published
 from cascade.storage import weights
@@ -262,7 +263,7 @@ def test_what_latents_cannot_have_is_refused(folder):
         with pytest.raises(ValueError, match=message):
             config.check(dataclasses.replace(config.sampling, **change))
     with pytest.raises(ValueError, match="autoencoder must be None: .* not trained"):
-        TrainConfig(stage=config, images=8, batch_size=8)
+        TrainConfig(stage=config, data=ScenesData(), images=8, batch_size=8)
     wider = dataclasses.replace(config.autoencoder, latent_channels=8)
     with pytest.raises(ValueError, match="has 8 latent channels of 1/4"):
         dataclasses.replace(config, autoencoder=wider)

@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 
-from cascade.data import ScenesData
 from cascade.scenes import render as rendering
 from cascade.scenes import spec
 from cascade.scenes.captions import (
@@ -22,6 +21,7 @@ from cascade.scenes.captions import (
     false_facts,
     mentions,
 )
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.render import coverage, finish_pattern, render
 from cascade.scenes.spec import Object, Scene, scene_at
 
@@ -422,6 +422,8 @@ def test_min_and_max_objects_leave_out_scenes_and_keep_the_rest():
         assert scene == same
     with pytest.raises(ValueError, match="split 'long' must lie in 3..4, got 2"):
         ScenesData(split="long", max_objects=2)
+    with pytest.raises(ValueError, match="^max_objects of split 'long' must lie in 3..4, got 2"):
+        scene_at(0, 0, "long", max_objects=2)
     assert {len(scene_at(0, i, min_objects=2, max_objects=2).objects) for i in range(50)} == {2}
     with pytest.raises(ValueError, match=r"min_objects must lie in 1..2 \(max_objects\), got 3"):
         ScenesData(min_objects=3, max_objects=2)

@@ -13,13 +13,15 @@ from cascade.commands import data as commands
 from cascade.commands import eval as evaluate
 from cascade.commands import export, sample
 from cascade.config import to_json
-from cascade.data import FolderData, ScenesData, TFDSData, open_source
+from cascade.data import FolderData, TFDSData
+from cascade.data.inspection import inspect
 from cascade.errors import UserError
 from cascade.evaluation import super_resolution
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.scenes import text_pretraining
 from cascade.scenes.captions import caption_at
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import TextPretraining, pretrain
 from cascade.storage import paths
 from cascade.storage.checkpoint import WholeFolder, load_safetensors, save_safetensors, write_json
@@ -102,10 +104,10 @@ def test_pictures_and_captions_are_read_from_object_storage(bucket):
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     images.save_png("gs://bucket/data/a/1.png", picture)
     with pytest.raises(UserError, match="must hold captions.jsonl"):
-        open_source(FolderData(path="gs://bucket/data"), 8)
+        FolderData(path="gs://bucket/data").open(8)
     line = json.dumps({"file": "a/1.png", "caption": "a red circle"})
     (bucket / "data" / "captions.jsonl").write_text(line)
-    source = open_source(FolderData(path="gs://bucket/data"), 8)
+    source = FolderData(path="gs://bucket/data").open(8)
     assert len(source) == 1 and source[0]["caption"] == "a red circle"
     assert np.array_equal(source[0]["image"], picture)
     with pytest.raises(UserError, match="gs://bucket/data/2.png: no such file"):
@@ -119,16 +121,16 @@ def test_scenes_are_made_in_object_storage_and_read_from_it(bucket, capsys):
     written = [p for p in (bucket / "made").rglob("*") if p.is_file()]
     assert sorted(report["files"]) == sorted(str(p.relative_to(bucket / "made")) for p in written)
     assert report["bytes"] == sum(p.stat().st_size for p in written)
-    source = open_source(TFDSData(name="scenes", data_dir=report["data_dir"], split="unseen"), 8)
+    source = TFDSData(name="scenes", data_dir=report["data_dir"], split="unseen").open(8)
     for index in range(2):
         assert source[index]["caption"] == caption_at(0, index, "unseen")[1].text
     commands.main(["inspect", report["data_dir"], *words[-2:], "--out", "gs://bucket/sheet.png"])
     assert json.loads(capsys.readouterr().out)["sheet"] == "gs://bucket/sheet.png"
     assert images.load_image("gs://bucket/sheet.png").size > (100, 100)
     with pytest.raises(UserError, match="exists already"):
-        commands.inspect(ScenesData(), pathlib.Path("gs://bucket/sheet.png"))
+        inspect(ScenesData(), pathlib.Path("gs://bucket/sheet.png"))
     with pytest.raises(UserError, match="gs://bucket/none.*not found"):
-        open_source(TFDSData(name="scenes", data_dir="gs://bucket/none"), 8)
+        TFDSData(name="scenes", data_dir="gs://bucket/none").open(8)
 
 
 def test_a_report_is_written_to_object_storage(bucket, monkeypatch, capsys):

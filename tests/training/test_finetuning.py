@@ -20,6 +20,7 @@ from cascade.errors import UserError
 from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.published.deepfloyd.unet import IFLevel, IFUNetConfig
 from cascade.runner.cascade import Cascade
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig
 from cascade.storage.checkpoint import Checkpoints, load_safetensors, save_safetensors, write_json
 from cascade.text import T5Encoder
@@ -110,7 +111,9 @@ def loss_of(folder):
 
 
 def test_all_weights_learn_from_where_they_were(folder, loss_of):
-    config = TrainConfig(stage=STAGE, images=64, batch_size=8, init=str(folder / "if"))
+    config = TrainConfig(
+        stage=STAGE, data=ScenesData(), images=64, batch_size=8, init=str(folder / "if")
+    )
     params = train.init_params(config)
     jax.tree.map(np.testing.assert_array_equal, params, weights(folder / "if"))
     state = train.begin(config, train.make_optimizer(config), params)
@@ -210,6 +213,7 @@ def test_the_second_stage_trains_beside_its_weights_and_goes_beside_the_first(fo
 def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
     config = TrainConfig(
         stage=STAGE,
+        data=ScenesData(),
         images=8,
         batch_size=8,
         text_encoder=str(T5),
@@ -240,7 +244,7 @@ def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
 def made_run(workdir, name="base8", **changes):
     """A run of one checkpoint, which nothing has trained."""
     stage = dataclasses.replace(testing.smallest_stage(), name=name)
-    config = TrainConfig(stage=stage, images=8, batch_size=8, **changes)
+    config = TrainConfig(stage=stage, data=ScenesData(), images=8, batch_size=8, **changes)
     weights = jax.tree.map(lambda x: jnp.zeros(x.shape), Stage(stage).abstract())
     checkpoints = Checkpoints(workdir)
     checkpoints.save(1, train=weights, ema=weights, config=to_json(config), data={})
@@ -289,7 +293,7 @@ def test_adapters_change_nothing_to_begin_with_in_any_network():
 
 def test_text_is_dropped_to_the_embedding_of_no_text():
     encoder = T5Encoder.load(T5, 12)
-    config = TrainConfig(stage=STAGE, images=64, batch_size=64)
+    config = TrainConfig(stage=STAGE, data=ScenesData(), images=64, batch_size=64)
     tokens = encoder.tokenize([f"a red circle number {i}" for i in range(64)])
     embed = jax.jit(train.make_embedder(config, encoder))
     own, empty = encoder.embed(tokens), encoder([""])

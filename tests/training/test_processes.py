@@ -15,10 +15,10 @@ import pytest
 from cascade import images, runner, testing
 from cascade.commands import sample
 from cascade.commands.train import STOPPED
-from cascade.data import ScenesData
 from cascade.devices import distributed
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
+from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints
 from cascade.training import log as training_log

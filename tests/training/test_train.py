@@ -17,12 +17,13 @@ from PIL import Image
 from cascade import images, testing
 from cascade.commands.export import _reconstructed, export
 from cascade.config import load
-from cascade.data import BSR, ScenesData
+from cascade.data import BSR
 from cascade.devices import sharding
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
 from cascade.models import Level, UNetConfig
 from cascade.runner.cascade import Cascade
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import pretrain
 from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints, load_safetensors
@@ -38,6 +39,7 @@ def config_of(**changes):
     return TrainConfig(
         **{
             "stage": testing.base_stage(),
+            "data": ScenesData(),
             "images": 64,
             "batch_size": 8,
             "optimizer": Optimizer(learning_rate=1e-2),

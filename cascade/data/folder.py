@@ -1,0 +1,113 @@
+"""Picture files under a folder, with captions beside them or in one list."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+from cascade import images
+from cascade.data.source import Data, Example, Source
+from cascade.errors import UserError
+from cascade.storage import paths
+from cascade.storage.paths import Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderData(Data):
+    """Picture files under a folder, with their captions.
+
+    The folder holds captions.jsonl, whose lines are {"file": "a/1.png", "caption": "..."} with
+    files relative to the folder, one example a line. Without that file it holds pictures (png, jpg,
+    jpeg, webp; subfolders too), each beside a UTF-8 text file of the same stem: a/1.png, a/1.txt.
+    Pictures are cropped to their central square.
+    """
+
+    path: str
+    """The folder. One in object storage (gs://BUCKET/NAME, s3://BUCKET/NAME), where looking for
+    files is slow, must have captions.jsonl."""
+
+    def open(self, resolution: int) -> Source:
+        """The examples in the order of the list, or of the pictures' paths; see `Data.open`."""
+        return _FolderSource(self, resolution)
+
+
+class _FolderSource(Source):
+    def __init__(self, config: FolderData, resolution: int):
+        self.resolution = resolution
+        folder = paths.path(config.path)
+        if not folder.is_dir():
+            raise UserError(
+                f"data folder {folder}: no such folder; give one that holds pictures and captions"
+            )
+        listing = folder / "captions.jsonl"
+        pairs = _listed(listing) if listing.exists() else _paired(folder)
+        self.paths, self.captions = [str(path) for path, _ in pairs], [text for _, text in pairs]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        picture = images.load_image(self.paths[index])
+        return {"image": images.square(picture, self.resolution), "caption": self.captions[index]}
+
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def _listed(listing: Path) -> list[tuple[Path, str]]:
+    """The pairs named by a captions.jsonl."""
+    pairs = []
+    for number, line in enumerate(_read_text(listing).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{listing}, line {number}"
+        try:
+            entry = json.loads(line)
+            file, caption = entry["file"], entry["caption"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(
+                f'{where}: must be JSON, as {{"file": "1.png", "caption": "a red circle"}}'
+            ) from None
+        if not isinstance(file, str) or not isinstance(caption, str):
+            raise UserError(f"{where}: file and caption must be text")
+        path = listing.parent / file
+        if not paths.is_remote(path) and not path.is_file():
+            raise UserError(f"{where}: no picture {path}; put it there or remove the line")
+        pairs.append((path, caption.strip()))
+    if not pairs:
+        raise UserError(f"{listing}: names no picture; write one line for each, or remove the file")
+    return pairs
+
+
+def _paired(folder: Path) -> list[tuple[Path, str]]:
+    """The pictures under a folder, with the text files beside them, in the order of their paths."""
+    if not isinstance(folder, pathlib.Path):
+        raise UserError(f"data folder {folder}: in object storage it must hold captions.jsonl")
+    pictures = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not pictures:
+        raise UserError(
+            f"data folder {folder}: holds no pictures ({', '.join(sorted(_SUFFIXES))}); "
+            "put them there, each with a .txt file of the same name"
+        )
+    pairs = []
+    for path in pictures:
+        beside = path.with_suffix(".txt")
+        if not beside.is_file():
+            raise UserError(
+                f"picture {path}: has no caption; write it to {beside.name} beside it, "
+                f"or list all pictures in {folder / 'captions.jsonl'}"
+            )
+        pairs.append((path, _read_text(beside).strip()))
+    return pairs
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None

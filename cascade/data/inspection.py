@@ -1,0 +1,105 @@
+"""Looks at a dataset: a contact sheet, and statistics of its captions and pictures."""
+
+from __future__ import annotations
+
+import collections
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cascade import config, images
+from cascade.data.folder import FolderData
+from cascade.data.source import Data
+from cascade.data.tfds import TFDSData
+from cascade.errors import UserError
+from cascade.storage import paths
+
+
+def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) -> dict[str, Any]:
+    """Write a contact sheet PNG of `count` examples, spread over the dataset, with their captions.
+
+    `out` may be in object storage. resolution: side of a picture in pixels. Returns statistics of
+    up to 500 examples, spread likewise, as JSON values. Raises UserError where `out` exists or its
+    folder does not, for a number that is not positive, and for a dataset as `Data.open` does.
+    """
+    sheet = paths.path(out)
+    if sheet.exists():
+        raise UserError(f"{out} exists already; name another file")
+    if not paths.is_remote(sheet) and not sheet.parent.is_dir():
+        raise UserError(f"{out}: no folder {out.parent}; make it first")
+    if count < 1 or resolution < 1:
+        raise UserError(f"count and resolution must be positive, got {count} and {resolution}")
+    source = data.open(resolution)
+    shown = [source[i] for i in _spread(len(source), count)]
+    cells = [_cell(example["image"], example["caption"]) for example in shown]
+    height = max(len(cell) for cell in cells)
+    cells = [
+        np.pad(cell, ((0, height - len(cell)), (0, 0), (0, 0)), constant_values=255)
+        for cell in cells
+    ]
+    images.save_png(sheet, images.grid(cells, gap=8))
+    sampled = [source[i] for i in _spread(len(source), 500)]
+    lengths = [len(_words(example["caption"])) for example in sampled]
+    words = collections.Counter(w for e in sampled for w in _words(e["caption"]))
+    mean = np.mean([example["image"].mean(axis=(0, 1)) for example in sampled], axis=0)
+    return {
+        "source": config.to_json(data),
+        "examples": len(source),
+        "sampled": len(sampled),
+        "words_per_caption": {"mean": round(float(np.mean(lengths)), 2), "max": max(lengths)},
+        "empty_captions": sum(length == 0 for length in lengths),
+        "distinct_captions": len({example["caption"] for example in sampled}),
+        "distinct_words": len(words),
+        "commonest_words": dict(words.most_common(20)),
+        "mean_rgb": [round(float(value), 1) for value in mean],
+        "sheet": str(sheet),
+    }
+
+
+def dataset_in(source: str, split: str = "train") -> Data:
+    """The configuration that reads a folder: TFDSData if it holds a TFDS dataset, else FolderData.
+
+    split: which split of a TFDS dataset is meant. Raises UserError where the folder holds several
+    TFDS datasets, or lies inside of one.
+    """
+    folder = paths.path(source)
+    # Up to NAME/CONFIG/VERSION; without **, which object storage does not have.
+    patterns = ("*/" * depth + "dataset_info.json" for depth in range(4))
+    infos = sorted(found for pattern in patterns for found in folder.glob(pattern))
+    if not infos:
+        return FolderData(path=source)
+    names = sorted({info.parent.parent.relative_to(folder).as_posix() for info in infos})
+    if len(names) > 1 or names[0] == ".":
+        raise UserError(
+            f"{folder}: give the folder that holds one dataset as NAME/VERSION/dataset_info.json, "
+            f"found {', '.join(str(info.relative_to(folder)) for info in infos)}"
+        )
+    return TFDSData(name=names[0], data_dir=source, split=split)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most `count` indices in 0..length - 1, spread evenly."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
+def _words(caption: str) -> list[str]:
+    return re.findall(r"[\w'-]+", caption.lower())
+
+
+def _cell(image: np.ndarray, caption: str) -> np.ndarray:
+    """The picture [h, w, 3] with its caption under it."""
+    side = image.shape[1]
+    font = ImageFont.load_default()
+    letter = font.getlength("abcdefghij") / 10
+    lines = textwrap.wrap(caption, max(int(side / letter), 8)) or [""]
+    canvas = Image.new("RGB", (side, len(image) + 12 * len(lines) + 4), "white")
+    canvas.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        draw.text((0, len(image) + 2 + 12 * number), line, fill="black", font=font)
+    return np.asarray(canvas)

@@ -1,0 +1,63 @@
+"""What a dataset is: examples at one resolution, and the configuration that opens them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from jaxtyping import UInt8
+
+
+class Example(TypedDict):
+    """A picture, levels 0..255, and its caption."""
+
+    image: UInt8[np.ndarray, "s s 3"]
+    caption: str
+
+
+class Source:
+    """Random access to the examples of a dataset, all at one resolution.
+
+    A source is small, pickles, and holds no open file, so that every data worker can have its own.
+    """
+
+    resolution: int
+    """Side of the pictures in pixels."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index` in 0..len - 1. Raises UserError where its picture cannot be read."""
+        raise NotImplementedError
+
+    def window(self, index: int, y: int, x: int, size: int) -> Example:
+        """The example with only the part [y : y + size, x : x + size] of its picture, in pixels."""
+        example = self[index]
+        return {**example, "image": example["image"][y : y + size, x : x + size]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """A configuration of captioned examples; each subclass builds its own source."""
+
+    def open(self, resolution: int) -> Source:
+        """The examples with pictures of `resolution` x `resolution` pixels.
+
+        Raises UserError where files are missing or make no sense.
+        """
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        """All words that captions can hold, sorted, where these form a closed list; else empty."""
+        return ()
+
+
+def known_words(configs: Sequence[Data]) -> list[str]:
+    """All words of the configs' captions, sorted; empty unless every vocabulary is closed."""
+    vocabularies = [config.vocabulary for config in configs]
+    return sorted({word for words in vocabularies for word in words}) if all(vocabularies) else []

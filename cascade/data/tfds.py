@@ -1,0 +1,96 @@
+"""Datasets that TensorFlow Datasets has prepared, read without TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from cascade import images
+from cascade.data.source import Data, Example, Source
+from cascade.errors import UserError
+from cascade.storage import paths
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TFDSData(Data):
+    """A prepared TensorFlow Datasets dataset in ArrayRecord files, read without TensorFlow.
+
+    Pictures are cropped to their central square.
+    """
+
+    name: str
+    """The dataset as in tfds.builder, e.g. "scenes"."""
+    data_dir: str
+    """The folder that holds NAME/VERSION. From object storage (gs://BUCKET/NAME, s3://BUCKET/NAME)
+    all of it is first copied here, since ArrayRecord reads local files."""
+    split: str = "train"
+    """The split, or a part of one, as "train[:90%]"."""
+    image: str = "image"
+    """The name of the feature that holds pictures."""
+    caption: str = "caption"
+    """The name of the feature that holds captions."""
+
+    def open(self, resolution: int) -> Source:
+        """The examples in the order of the files; see `Data.open`."""
+        return _TFDSSource(self, resolution)
+
+
+class _TFDSSource(Source):
+    def __init__(self, config: TFDSData, resolution: int):
+        self.config, self.resolution = config, resolution
+        self.records = _records(config)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.records[index]
+        try:
+            picture = images.decoded(io.BytesIO(record[self.config.image]))
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
+            raise UserError(f"{_where(self.config)}: record {index} has no picture ({e})") from None
+        caption = record[self.config.caption].decode()
+        return {"image": images.square(picture, self.resolution), "caption": caption}
+
+
+def _where(config: TFDSData) -> str:
+    return f"TFDS dataset {config.name} in {config.data_dir}"
+
+
+def _records(config: TFDSData) -> Any:
+    """TFDS's random-access source of undecoded records."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    where = _where(config)
+    folder = paths.path(config.data_dir)
+    try:
+        if not folder.is_dir():
+            raise tfds.core.DatasetNotFoundError
+        local = paths.local_copy(folder)
+        builder: Any = builder_from_files(config.name, data_dir=str(local))
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f"{where}: not found; give the folder above NAME/VERSION, or prepare it first "
+            "(`cascade data make` makes scenes)"
+        ) from None
+    features = dict(builder.info.features.items())
+    wanted = ((config.image, tfds.features.Image), (config.caption, tfds.features.Text))
+    for name, kind in wanted:
+        if not isinstance(features.get(name), kind):
+            raise UserError(
+                f"{where}: has no {kind.__name__} feature {name!r}; its features are "
+                f"{', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())}"
+            )
+    undecoded = {config.image: tfds.decode.SkipDecoding()}
+    try:
+        return builder.as_data_source(config.split, decoders=undecoded)
+    except (ValueError, NotImplementedError) as e:
+        splits = ", ".join(builder.info.splits)
+        raise UserError(
+            f"{where}: split {config.split!r} cannot be read ({e}); its splits are {splits}, and "
+            "its files must be array_record"
+        ) from None
