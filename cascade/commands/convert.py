@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 def convert_deepfloyd(options: DeepFloydOptions) -> dict:
     """Write the model folder; returns its config.json. It appears whole or not at all."""
     from cascade.published.deepfloyd import stage as deepfloyd
-    from cascade.storage.checkpoint import WholeFolder, write_json
+    from cascade.storage.paths import WholeFolder, write_json
     from cascade.text import t5_folder as t5
     from cascade.text.t5 import locate
 

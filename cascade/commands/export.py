@@ -70,7 +70,8 @@ def export(
 
     from cascade.data import known_words
     from cascade.published.deepfloyd.stage import Start
-    from cascade.storage.checkpoint import Checkpoints, WholeFolder, save_safetensors, write_json
+    from cascade.storage.checkpoint import Checkpoints, save_safetensors
+    from cascade.storage.paths import WholeFolder, write_json
     from cascade.text.t5 import is_hub_name
     from cascade.text.t5_folder import copy_folder
     from cascade.training import lora

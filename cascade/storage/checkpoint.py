@@ -8,15 +8,11 @@ any mesh. An exported folder holds `config.json` and `model.safetensors`; readin
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
-import json
 import logging
 import os
 import pathlib
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,8 +28,6 @@ from safetensors.numpy import load_file, save_file
 from cascade.errors import UserError
 from cascade.storage import paths
 from cascade.storage.paths import Path
-
-PARTIAL = ".partial-"
 
 
 class Checkpoints:
@@ -227,72 +221,6 @@ def load_safetensors(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
         )
     leaves = [flat[name].astype(np.float32) for name, _ in names]
     return jax.tree.unflatten(jax.tree.structure(dict(abstract)), leaves)
-
-
-class WholeFolder:
-    """Context manager: fill a hidden folder that becomes `path` if all goes well.
-
-    Its neighbour, or where `path` is an empty folder already, which may be a mount, a link or `.`,
-    a folder in it, whose content moves up at the end, config.json last. In object storage, a
-    temporary folder here, which is copied there, its config.json last.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = paths.path(path)
-
-    def __enter__(self) -> pathlib.Path:
-        if self.path.exists() and not self._is_empty():
-            raise UserError(f"{self.path} exists already; name a new or empty folder")
-        if not isinstance(self.path, pathlib.Path):
-            self._partial = pathlib.Path(tempfile.mkdtemp(prefix="cascade-"))
-            return self._partial
-        try:
-            self._inside = self.path.is_dir()
-            if self._inside:
-                where, prefix = self.path.absolute(), PARTIAL
-            else:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                where, prefix = self.path.parent, f".{self.path.name}."
-            self._partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=where))
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot be written there ({e.strerror})") from None
-        return self._partial
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            try:
-                self._publish()
-            except Exception as e:  # clients of object storage raise many kinds
-                raise UserError(
-                    f"{self.path}: what was made could not be moved there ({_reason(e)}); it is "
-                    f"left in {self._partial}: move it from there"
-                ) from e
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _publish(self) -> None:
-        if not isinstance(self.path, pathlib.Path):
-            paths.copy_folder(self._partial, self.path)
-        elif self._inside:
-            if not self._is_empty():
-                raise FileExistsError(errno.ENOTEMPTY, "it is not empty any more")
-            made = sorted(self._partial.iterdir(), key=lambda p: p.name == "config.json")
-            for entry in made:
-                os.replace(entry, self._partial.parent / entry.name)
-        else:
-            self._partial.chmod(0o755)
-            os.replace(self._partial, self.path)
-
-    def _is_empty(self) -> bool:
-        """But for what other writers, or killed ones, have begun in it."""
-        return self.path.is_dir() and all(p.name.startswith(PARTIAL) for p in self.path.iterdir())
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _of_the_system(error: BaseException | None) -> str | None:

@@ -16,7 +16,8 @@ from cascade.devices import distributed
 from cascade.devices.sharding import MeshConfig, make_mesh
 from cascade.errors import UserError
 from cascade.storage import checkpoint
-from cascade.storage.checkpoint import Checkpoints, WholeFolder
+from cascade.storage.checkpoint import Checkpoints
+from cascade.storage.paths import WholeFolder
 
 
 def abstract(tree, sharding=None):

@@ -31,7 +31,7 @@ from cascade.runner import model_folder as pretrained
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig
 from cascade.storage import network as published
 from cascade.storage import weights
-from cascade.storage.checkpoint import write_json
+from cascade.storage.paths import write_json
 from cascade.text import DEFAULT_MAX_TOKENS, clip
 from cascade.text.captions import Captions
 
