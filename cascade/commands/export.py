@@ -70,8 +70,9 @@ def export(
 
     from cascade.data import known_words
     from cascade.published.deepfloyd.stage import Start
-    from cascade.storage.checkpoint import Checkpoints, save_safetensors
+    from cascade.storage.checkpoint import Checkpoints
     from cascade.storage.paths import WholeFolder, write_json
+    from cascade.storage.weights import save_safetensors
     from cascade.text.t5 import is_hub_name
     from cascade.text.t5_folder import copy_folder
     from cascade.training import lora
@@ -198,7 +199,7 @@ def _others(start, run, trained):
 def _reconstructed(workdir, stage, last, sigma_rel):
     """(step, weights): the average of this width after the newest snapshot, of all of them."""
     from cascade.stage import Stage
-    from cascade.storage.checkpoint import load_safetensors
+    from cascade.storage.weights import load_safetensors
     from cascade.training import ema
 
     # A run that was set back has snapshots from after its newest checkpoint.

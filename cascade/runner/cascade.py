@@ -34,7 +34,7 @@ from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.published.x4_upscaler.unet import UpscalerUNetConfig
 from cascade.runner import model_folder as pretrained
 from cascade.stage import Edit, Sampling, Stage, StageConfig
-from cascade.storage.checkpoint import load_safetensors
+from cascade.storage.weights import load_safetensors
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder, TextEmbedding, TextEncoder
 from cascade.text.captions import Captions
 from cascade.text.clip import CLIPTextEncoder

@@ -39,8 +39,9 @@ from cascade.published.deepfloyd.unet import IFUNetConfig
 from cascade.runner import model_folder as pretrained
 from cascade.stage import Stage, StageConfig
 from cascade.storage import paths
-from cascade.storage.checkpoint import Checkpoints, load_safetensors, save_safetensors
+from cascade.storage.checkpoint import Checkpoints
 from cascade.storage.paths import Path
+from cascade.storage.weights import load_safetensors, save_safetensors
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
 from cascade.text.captions import Captions
 from cascade.training import ema as averages
