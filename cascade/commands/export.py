@@ -73,8 +73,7 @@ def export(
     from cascade.storage.checkpoint import Checkpoints
     from cascade.storage.paths import WholeFolder, write_json
     from cascade.storage.weights import save_safetensors
-    from cascade.text.t5 import is_hub_name
-    from cascade.text.t5_folder import copy_folder
+    from cascade.text.t5 import copy_folder, is_hub_name
     from cascade.training import lora
     from cascade.training.loop import TrainConfig, init_params
 
@@ -175,8 +174,7 @@ def _text_encoder(name):
 def _others(start, run, trained):
     """The stages of the model --rest that are not trained; UserError unless they read the text as
     the run's do."""
-    from cascade.text.t5 import locate
-    from cascade.text.t5_folder import read_config
+    from cascade.text.t5 import locate, read_config
 
     rest = start.model
     others = [stage for stage in start.stages() if stage.name not in trained]

@@ -46,8 +46,7 @@ from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.runner.cascade import by_rows
 from cascade.stage import Stage, StageConfig
 from cascade.storage.network import Published
-from cascade.text.t5 import T5Encoder, locate
-from cascade.text.t5_folder import read_config, target
+from cascade.text.t5 import T5Encoder, locate, read_config, target
 from cascade.text.tokenizer import DEFAULT_MAX_TOKENS, Tokenizer
 from cascade.training import loop as train
 from cascade.training.loop import TrainConfig

@@ -46,7 +46,7 @@ from cascade.scenes.captions import Caption, captions, mentions
 from cascade.scenes.spec import generator, scene_at
 from cascade.storage import paths
 from cascade.storage.paths import Path
-from cascade.text.t5_folder import write_folder
+from cascade.text.t5 import write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID, Tokenizer
 
 SENTINELS = 100  # the last ids of the vocabulary, counted down from the end as in T5

@@ -1,11 +1,11 @@
-"""Weights in safetensors files: ours, and those of others; no other module reads or writes them.
+"""Weights in safetensors files, ours and foreign ones; no other module reads or writes them.
 
 Our own are one file, whose tensors are called as the parameters are, here or in object storage:
 
     save_safetensors(path, params, dtype="bfloat16")
     params = load_safetensors(path, abstract)  # total, or an error that lists what does not fit
 
-Those of others are a folder in Hugging Face's layout. It holds `STEM.safetensors`, or shards and an
+Foreign weights are a folder in Hugging Face's layout. It holds `STEM.safetensors`, or shards and an
 index that lists them, plain or as a variant (fp16) in one of two spellings. Pickles (.bin, .pt) are
 never read.
 
@@ -80,8 +80,8 @@ def load_safetensors(path: paths.Path, abstract: Mapping[str, Any]) -> dict[str,
     """Read what `save_safetensors` wrote, as nested dicts of float32 NumPy arrays.
 
     abstract: nested dicts of ShapeDtypeStructs, whose shapes the arrays must have.
-    Raises UserError for a file that is missing or damaged or holds other dtypes than DTYPES, and
-    one that lists which tensors are missing, left over, or of another shape.
+    Raises UserError when the file is missing, damaged or stored in a dtype that DTYPES lacks, and
+    when tensors are missing, left over or of another shape, which it then lists.
     """
     target = as_target(dict(abstract), lambda _: np.float32)
     origins = own_origins(target)
@@ -279,6 +279,20 @@ def write(
                     value = np.ascontiguousarray(read(name), DTYPES[entry["dtype"]])
                     file.write(value.reshape(-1).view(np.uint8).data)
         partial.chmod(0o644)
+
+
+def copy(
+    weights: Weights, names: Iterable[str], path: paths.Path, dtype: str | None = None
+) -> None:
+    """Write these tensors, with their names, as one safetensors file, tensor by tensor.
+
+    dtype: what they are stored as there, in safetensors' spelling; None keeps that of each.
+    """
+    write(
+        path,
+        [(name, weights.shapes[name], dtype or weights.dtype(name)) for name in names],
+        lambda name: weights[name, (slice(None),) * len(weights.shapes[name])],
+    )
 
 
 def as_target(

@@ -32,7 +32,7 @@ from cascade.runner.cascade import Cascade, with_options
 from cascade.stage import Stage
 from cascade.storage import network as published
 from cascade.storage import weights
-from cascade.text import t5_folder
+from cascade.text import t5
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 UNETS = json.loads((FIXTURES / "deepfloyd" / "unets.json").read_text())
@@ -106,17 +106,17 @@ def test_every_tensor_of_a_published_unet_has_one_place(name):
 def test_every_tensor_of_a_published_t5_has_one_place(name):
     config = T5Config.from_hf_dict(PUBLISHED[name]["config"])
     shapes = PUBLISHED[name]["shapes"]
-    tied, encoder = t5_folder.EMBEDDING[1], dict(shapes)
+    tied, encoder = t5.EMBEDDING[1], dict(shapes)
     del encoder[tied]
-    used = [n for o in t5_folder.check(name, shapes, config).values() for n in o.names]
+    used = [n for o in t5.check(name, shapes, config).values() for n in o.names]
     assert sorted(used) == sorted(encoder)
     # A full checkpoint; and either name of the embedding alone.
     decoder = {f"decoder.{n.removeprefix('encoder.')}": s for n, s in encoder.items()}
-    t5_folder.check(name, shapes | decoder | {"lm_head.weight": shapes[tied]}, config)
+    t5.check(name, shapes | decoder | {"lm_head.weight": shapes[tied]}, config)
     del shapes["shared.weight"]
-    t5_folder.check(name, shapes, config)
+    t5.check(name, shapes, config)
     with pytest.raises(UserError, match=r"encoder.block.0.extra is left over"):
-        t5_folder.check(name, shapes | {"encoder.block.0.extra": [1]}, config)
+        t5.check(name, shapes | {"encoder.block.0.extra": [1]}, config)
 
 
 def test_everything_missing_misshapen_or_left_over_is_listed(stage1):

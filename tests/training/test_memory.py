@@ -14,7 +14,7 @@ from cascade.devices.chips import chip_named
 from cascade.models import Network
 from cascade.planning import training as plan
 from cascade.runner.cascade import Cascade
-from cascade.text.t5_folder import read_config, target
+from cascade.text.t5 import read_config, target
 
 
 @pytest.fixture(scope="module")
