@@ -32,7 +32,6 @@ from cascade.planning import training as plan
 from cascade.published.deepfloyd.stage import pipelines, read_converted
 from cascade.published.x4_upscaler import reader as readers
 from cascade.published.x4_upscaler import stage as upscaler
-from cascade.published.x4_upscaler.unet import UpscalerUNetConfig
 from cascade.runner.cascade import Cascade, with_options
 from cascade.stage import Stage
 from cascade.storage import network as published
@@ -74,8 +73,8 @@ def folder(tmp_path_factory):
 
 def test_every_tensor_of_the_published_networks_has_one_place(tmp_path):
     networks = {
-        "unet": UpscalerUNetConfig.from_diffusers,
-        "vae": AutoencoderConfig.from_diffusers,
+        "unet": readers.unet_config,
+        "vae": readers.autoencoder_config,
         "text_encoder": CLIPTextConfig.from_hf_dict,
     }
     for name, parse in networks.items():
