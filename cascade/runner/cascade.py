@@ -30,6 +30,7 @@ from cascade.config import from_json, read_json, to_json
 from cascade.devices import sharding
 from cascade.errors import UserError
 from cascade.models import Conditioning
+from cascade.published import pipelines as published
 from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.published.x4_upscaler.unet import UpscalerUNetConfig
 from cascade.runner import model_folder as pretrained
@@ -114,7 +115,7 @@ class Cascade:
         folder. Raises UserError that says what is missing or damaged.
         """
         names = str(name_or_dir).split(",")
-        if deepfloyd.is_pipeline(names[0]):
+        if published.is_pipeline(names[0]):
             return cls._of_pipelines(names, text_encoder, dtype, t5_int8, offload)
         folder = pretrained.find(name_or_dir)
         described = pretrained.described(folder)
@@ -164,7 +165,7 @@ class Cascade:
         offload: bool,
     ) -> Cascade:
         stages, own_encoders, digest, held = [], {}, hashlib.sha256(), _held(offload)
-        pipelines = deepfloyd.pipelines(names)
+        pipelines = published.pipelines(names)
         for pipeline in pipelines:
             config = deepfloyd.computing_in(pipeline.config, dtype)
             stages.append((Stage(config), held(pipeline.params(dtype))))

@@ -26,7 +26,8 @@ from cascade.errors import UserError
 from cascade.models import Conditioning, Network
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd import reader as deepfloyd
-from cascade.published.deepfloyd.stage import pipelines, stage_config
+from cascade.published.deepfloyd.stage import stage_config
+from cascade.published.pipelines import pipelines
 from cascade.runner.cascade import Cascade, with_options
 from cascade.stage import Stage
 from cascade.storage import network as published

@@ -29,7 +29,8 @@ from cascade.models import AutoencoderConfig, CLIPTextConfig, Conditioning, Netw
 from cascade.models.autoencoder import _Attention
 from cascade.models.layers import attend
 from cascade.planning import training as plan
-from cascade.published.deepfloyd.stage import pipelines, read_converted
+from cascade.published.deepfloyd.stage import read_converted
+from cascade.published.pipelines import pipelines
 from cascade.published.x4_upscaler import reader as readers
 from cascade.published.x4_upscaler import stage as upscaler
 from cascade.runner.cascade import Cascade, with_options
