@@ -11,7 +11,7 @@ BELOW = {
     "config": {"errors"},
     "devices": {"errors"},
     "diffusion": set(),
-    "models": {"errors", "published"},
+    "models": {"errors"},
     "storage": {"config", "errors", "models"},
     "images": {"errors", "storage"},
     "text": {"config", "errors", "models", "storage"},

@@ -54,19 +54,20 @@ def main(argv: Sequence[str]) -> None:
 
 def convert_deepfloyd(options: DeepFloydOptions) -> dict:
     """Write the model folder; returns its config.json. It appears whole or not at all."""
+    from cascade.published import pipelines as published
     from cascade.published.deepfloyd import stage as deepfloyd
-    from cascade.storage.checkpoint import WholeFolder, write_json
-    from cascade.text import t5_folder as t5
-    from cascade.text.t5 import locate
+    from cascade.storage import weights
+    from cascade.storage.paths import WholeFolder, write_json
+    from cascade.text import t5
 
     given = (options.stage1, options.stage2, options.stage3)
     names = [name for name in given if name is not None]
     if not names:
         raise UserError(f"nothing to convert: {USAGE}")
-    pipelines = deepfloyd.pipelines(names)
-    spelled = {None: None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[options.dtype]
+    pipelines = published.pipelines(names)
+    spelled = None if options.dtype is None else weights.spelling(options.dtype)
     shared = any(isinstance(p, deepfloyd.Pipeline) for p in pipelines)
-    encoder = locate(options.text_encoder or pipelines[0].folder) if shared else None
+    encoder = t5.locate(options.text_encoder or pipelines[0].folder) if shared else None
     report = {
         "format": "cascade",
         "version": 1,

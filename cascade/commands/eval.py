@@ -148,7 +148,7 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
     """Fills options.out; returns what goes to stdout."""
     _check(options, "--prompts", options.prompts)
     from cascade.evaluation import page, scenes
-    from cascade.storage.checkpoint import WholeFolder
+    from cascade.storage.paths import WholeFolder
 
     sets = page.SETS if options.set == "all" else (options.set,)
     with WholeFolder(options.out) as folder:
@@ -177,7 +177,7 @@ def evaluate_super_resolution(options: SuperResolutionOptions) -> dict[str, Any]
     """Fills options.out, if one is named; returns what goes to stdout."""
     _check(options, "--pictures", options.pictures, least=2)
     from cascade.evaluation import super_resolution
-    from cascade.storage.checkpoint import WholeFolder
+    from cascade.storage.paths import WholeFolder
 
     def run(folder: Path | None) -> dict[str, Any]:
         drawing = _drawing(
@@ -209,7 +209,7 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
     if not all(0 <= level <= 1 for level in aug_levels):
         raise UserError(f"--aug-level {options.aug_level}: levels must be in [0, 1]")
     from cascade.evaluation import sweep as sweeping
-    from cascade.storage.checkpoint import WholeFolder
+    from cascade.storage.paths import WholeFolder
 
     with WholeFolder(options.out) as folder:
         drawing = _drawing(options, until=options.until)
@@ -236,7 +236,7 @@ def properties(options: PropertiesOptions) -> dict[str, Any]:
     _check(options, "--prompts", options.prompts, least=8, seeds=3)
     from cascade.evaluation import augmentation, scenes, super_resolution
     from cascade.evaluation import properties as measures
-    from cascade.storage.checkpoint import WholeFolder
+    from cascade.storage.paths import WholeFolder
 
     def run(folder: Path | None) -> dict[str, Any]:
         drawing = _drawing(options)

@@ -70,9 +70,10 @@ def export(
 
     from cascade.data import known_words
     from cascade.published.deepfloyd.stage import Start
-    from cascade.storage.checkpoint import Checkpoints, WholeFolder, save_safetensors, write_json
-    from cascade.text.t5 import is_hub_name
-    from cascade.text.t5_folder import copy_folder
+    from cascade.storage.checkpoint import Checkpoints
+    from cascade.storage.paths import WholeFolder, write_json
+    from cascade.storage.weights import save_safetensors
+    from cascade.text.t5 import copy_folder, is_hub_name
     from cascade.training import lora
     from cascade.training.loop import TrainConfig, init_params
 
@@ -173,8 +174,7 @@ def _text_encoder(name):
 def _others(start, run, trained):
     """The stages of the model --rest that are not trained; UserError unless they read the text as
     the run's do."""
-    from cascade.text.t5 import locate
-    from cascade.text.t5_folder import read_config
+    from cascade.text.t5 import locate, read_config
 
     rest = start.model
     others = [stage for stage in start.stages() if stage.name not in trained]
@@ -197,7 +197,7 @@ def _others(start, run, trained):
 def _reconstructed(workdir, stage, last, sigma_rel):
     """(step, weights): the average of this width after the newest snapshot, of all of them."""
     from cascade.stage import Stage
-    from cascade.storage.checkpoint import load_safetensors
+    from cascade.storage.weights import load_safetensors
     from cascade.training import ema
 
     # A run that was set back has snapshots from after its newest checkpoint.

@@ -1,8 +1,8 @@
 """The autoencoder of latent diffusion: pictures to latents of a quarter of their side, and back.
 
-Laid out as its public weights are (diffusers' AutoencoderKL), so that modules carry the tensors'
-names. Both halves are residual blocks, level by level, with one attention over all pixels in the
-middle (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
+It is laid out as its public weights are (diffusers' AutoencoderKL), so that modules carry the
+tensors' names. Both halves are residual blocks, level by level, with one attention over all pixels
+in the middle (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
 app. G; Esser et al. 2021, "Taming Transformers"):
 
     h = conv2(silu(GN(conv1(silu(GN(x))))));   out = x + h
@@ -11,7 +11,6 @@ app. G; Esser et al. 2021, "Taming Transformers"):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -21,26 +20,27 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cascade.models.layers import Conv, GroupNorm, Linear, attend, enlarge
-from cascade.published import fields as published
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """What `vae/config.json` says, see `from_diffusers`.
-
-    widths: of the levels, from full resolution down. blocks: of a level of the encoder; the
-    decoder has one more. groups: of GroupNorm, whose epsilon is 1e-6. scaling: latents as the
-    diffusion has them are the encoder's times this, which gives them variance 1.
-    compute_dtype: of activations; norms, softmax and output are float32. float16 would overflow.
-    """
+    """Sizes of an autoencoder of pictures."""
 
     widths: tuple[int, ...]
+    """Features have this many channels at each level, from full resolution down: multiples of
+    groups, for at least one level. Each level but the first has half the side of the one before."""
     blocks: int
+    """A level of the encoder has this many residual blocks, and one of the decoder one more."""
     channels: int = 3
+    """A picture has this many channels."""
     latent_channels: int = 4
+    """Latents have this many channels."""
     groups: int = 32
+    """GroupNorm, whose epsilon is 1e-6, splits channels into this many groups."""
     scaling: float
+    """The encoder's latents are multiplied by this, to have variance 1 in the diffusion."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Activations have this dtype, norms, softmax and output float32; float16 would overflow."""
 
     def __post_init__(self):
         if not self.widths or any(w < 1 or w % self.groups for w in self.widths):
@@ -50,7 +50,7 @@ class AutoencoderConfig:
             )
 
     def build(self, rngs: nnx.Rngs) -> Autoencoder:
-        """The network, with fresh parameters."""
+        """Make the network, with fresh float32 parameters."""
         return Autoencoder(self, rngs)
 
     @property
@@ -58,40 +58,12 @@ class AutoencoderConfig:
         """How many times smaller the side of latents is than that of the picture."""
         return 2 ** (len(self.widths) - 1)
 
-    @classmethod
-    def from_diffusers(cls, fields: Mapping[str, Any]) -> AutoencoderConfig:
-        """From the contents of a `vae/config.json`; a missing field has AutoencoderKL's default.
-
-        Raises ValueError naming the field that asks for another network.
-        """
-        given = published.read_fields(
-            fields,
-            class_name="AutoencoderKL",
-            defaults=_DEFAULTS,
-            required=_REQUIRED,
-            without_effect={"sample_size", "force_upcast"},
-            network="the autoencoder of latent diffusion",
-        )
-        widths = given["block_out_channels"]
-        for field, kind in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            if list(given[field]) != [kind] * len(widths):
-                raise ValueError(
-                    f"{field} must be {kind} for each of block_out_channels, got {given[field]!r}"
-                )
-        if (channels := given["in_channels"]) != given["out_channels"]:
-            raise ValueError(f"out_channels must be in_channels={channels}")
-        return cls(
-            widths=tuple(widths),
-            blocks=published.integer(given, "layers_per_block"),
-            channels=published.integer(given, "in_channels"),
-            latent_channels=published.integer(given, "latent_channels"),
-            groups=published.integer(given, "norm_num_groups"),
-            scaling=float(given["scaling_factor"]),
-        )
-
 
 class Autoencoder(nnx.Module):
-    """`encode` and `decode`; sides of pictures are multiples of config.factor."""
+    """It has two halves, `encode` and `decode`.
+
+    The sides of pictures, in pixels, must be multiples of config.factor.
+    """
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         self.config = config
@@ -102,7 +74,7 @@ class Autoencoder(nnx.Module):
         self.decoder = _Decoder(config, rngs)
 
     def encode(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """Pictures in [-1, 1] -> latents as the diffusion has them.
+        """Turn pictures in [-1, 1] into latents as the diffusion has them, float32.
 
         They are the mean of the encoder's Gaussian; its variance, the other half of its output, is
         not asked for.
@@ -113,7 +85,7 @@ class Autoencoder(nnx.Module):
         return mean.astype(jnp.float32) * self.config.scaling
 
     def decode(self, latents: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 c"]:
-        """Latents as the diffusion has them -> pictures, nominally in [-1, 1]."""
+        """Turn latents as the diffusion has them into pictures, nominally in [-1, 1], float32."""
         latents = (latents / self.config.scaling).astype(self.config.compute_dtype)
         with self._precision():
             return self.decoder(self.post_quant_conv(latents))
@@ -215,7 +187,7 @@ class _ResBlock(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    """Every pixel attends to all, with one head."""
+    """In it every pixel attends to all, with one head."""
 
     def __init__(self, config: AutoencoderConfig, width: int, rngs: nnx.Rngs):
         self.group_norm = _norm(config, width)
@@ -257,29 +229,6 @@ class _Larger(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         return self.conv(enlarge(x))
-
-
-_DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-
-# Of AutoencoderKL, for fields that a config.json lacks.
-_DEFAULTS: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": [_DOWN],
-    "up_block_types": [_UP],
-    "block_out_channels": [64],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.18215,
-}
-# Fields with one right value, also the default. A field in none of these must be None or False.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
-    "mid_block_add_attention": (True,),
-}
 
 
 def _norm(config: AutoencoderConfig, width: int) -> GroupNorm:

@@ -26,19 +26,27 @@ from cascade.models.layers import Linear, stack
 class CLIPTextConfig:
     """Sizes of a CLIP text encoder, under the names of the Hugging Face config.json.
 
-    hidden_act: gelu or quick_gelu. compute_dtype: of the matrix products (the only field that
-    config.json does not have).
+    config.json has all fields but compute_dtype.
     """
 
     vocab_size: int = 49408
+    """Ids are below this number, at least 1."""
     hidden_size: int = 512
+    """The embedding of a token has this many channels, a multiple of num_attention_heads."""
     intermediate_size: int = 2048
+    """A feed-forward layer has this many channels inside, at least 1."""
     num_hidden_layers: int = 12
+    """There are this many layers, at least 1."""
     num_attention_heads: int = 8
+    """An attention layer has this many heads, at least 1."""
     max_position_embeddings: int = 77
+    """A text has at most this many tokens, at least 1."""
     hidden_act: str = "quick_gelu"
+    """Feed-forward layers are activated by this function: gelu or quick_gelu."""
     layer_norm_eps: float = 1e-5
+    """The norms add this to the variance."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The matrix products have this dtype."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -59,15 +67,15 @@ class CLIPTextConfig:
             )
 
     def build(self, rngs: nnx.Rngs) -> "CLIPTextModel":
-        """The network, with fresh parameters."""
+        """Make the network, with fresh float32 parameters."""
         return CLIPTextModel(self, rngs)
 
     @classmethod
     def from_hf_dict(cls, fields: Mapping[str, Any]) -> "CLIPTextConfig":
-        """From the contents of a Hugging Face config.json; fields that we do not have are ignored,
-        missing ones have CLIPTextConfig's default there, which is also ours.
+        """Read the contents of a Hugging Face config.json.
 
-        Raises ValueError naming what is not of a CLIP text encoder.
+        Fields that we do not have are ignored; missing ones have CLIPTextConfig's default there,
+        which is also ours. Raises ValueError naming what is not of a CLIP text encoder.
         """
         if (kind := fields.get("model_type", "clip_text_model")) != "clip_text_model":
             raise ValueError(
@@ -78,7 +86,7 @@ class CLIPTextConfig:
 
 
 class CLIPTextModel(nnx.Module):
-    """Token ids to contextual embeddings."""
+    """The encoder, which turns token ids into contextual embeddings."""
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
         self.config = config
@@ -89,10 +97,10 @@ class CLIPTextModel(nnx.Module):
         self.final_layer_norm = _layer_norm(config, rngs)
 
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """ids in [0, vocab_size), at most max_position_embeddings of them; padding is read too.
+        """Give the last hidden states, float32, of ids in [0, vocab_size).
 
-        The last hidden states, float32. No mask but the causal one: what stands behind a token
-        never changes it, so padding at the end cannot.
+        A row has at most max_position_embeddings of them; padding is read too. There is no mask but
+        the causal one: what stands behind a token never changes it, so padding at the end cannot.
         """
         config = self.config
         length = ids.shape[1]

@@ -32,28 +32,41 @@ from cascade.models.layers import stack
 class T5Config:
     """Sizes of a T5 v1.1, under the names of the Hugging Face config.json.
 
-    num_heads * d_kv need not equal d_model. num_decoder_layers: None means num_layers.
-    n_positions: the longest input in tokens that is meant; relative positions set no bound.
-    compute_dtype: of the matrix products. int8: the layers' matrices are kept as `quantized`.
-    config.json has neither of these two.
+    config.json has all fields but compute_dtype and int8.
     """
 
     vocab_size: int
+    """Ids are below this number, at least 1."""
     d_model: int
+    """The embedding of a token has this many channels, at least 1."""
     d_ff: int
+    """A feed-forward layer has this many channels inside, at least 1."""
     num_layers: int
+    """The encoder has this many layers, at least 1."""
     num_heads: int
+    """An attention layer has this many heads, at least 1."""
     d_kv: int = 64
+    """A head has this many channels, at least 1; num_heads * d_kv need not equal d_model."""
     num_decoder_layers: int | None = None
+    """The decoder has this many layers; None is num_layers."""
     relative_attention_num_buckets: int = 32
+    """Relative positions fall into this many buckets, a multiple of 4."""
     relative_attention_max_distance: int = 128
+    """Positions that are this many tokens apart, or more, share the last bucket of their side."""
     layer_norm_epsilon: float = 1e-6
+    """The norms add this to the mean square."""
     feed_forward_proj: str = "gated-gelu"
+    """The kind of feed-forward layer; "gated-gelu", that of v1.1, is the only one here."""
     pad_token_id: int = 0
+    """Padding has this id."""
     eos_token_id: int = 1
+    """The end of sequence has this id."""
     n_positions: int = 512
+    """The longest input that is meant has this many tokens; relative positions set no bound."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The matrix products have this dtype."""
     int8: bool = False
+    """Whether the layers' matrices are kept as `quantized`."""
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "d_kv"):
@@ -72,7 +85,7 @@ class T5Config:
 
     @classmethod
     def from_hf_dict(cls, fields: Mapping[str, Any]) -> "T5Config":
-        """From the contents of a Hugging Face config.json; fields that we do not have are ignored.
+        """Read the contents of a Hugging Face config.json; fields that we do not have are ignored.
 
         Raises ValueError naming a missing size, or what is not of a T5 v1.1.
         """
@@ -88,7 +101,7 @@ class T5Config:
         return cls(**given)
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """The fields of a Hugging Face config.json for the encoder of this model."""
+        """Give the fields of a Hugging Face config.json for the encoder of this model."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in _OURS}
         if fields["num_decoder_layers"] is None:
             del fields["num_decoder_layers"]
@@ -104,7 +117,7 @@ class T5Config:
 
 
 class T5EncoderModel(nnx.Module):
-    """Token ids to contextual embeddings."""
+    """The encoder, which turns token ids into contextual embeddings."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         self.config = config
@@ -114,10 +127,11 @@ class T5EncoderModel(nnx.Module):
         self.final_norm = _RMSNorm(config)
 
     def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
-        """ids in [0, vocab_size); mask True on tokens (end of sequence included), False on padding.
+        """Embed ids in [0, vocab_size); returns float32.
 
-        Padding is never attended to, so its ids change nothing at unpadded positions. Its own
-        outputs are what T5 computes there (not zeros): DeepFloyd IF attends to them.
+        mask: True on tokens (end of sequence included), False on padding. Padding is never attended
+        to, so its ids change nothing at unpadded positions. Its own outputs are what T5 computes
+        there (not zeros): DeepFloyd IF attends to them.
         """
         table = self.relative_attention_bias[...]
         bias = _position_bias(self.config, table, ids.shape[1], bidirectional=True)
@@ -127,7 +141,7 @@ class T5EncoderModel(nnx.Module):
 
 
 class T5Decoder(nnx.Module):
-    """Causal decoder over an encoder's output: needed to pretrain an encoder, dropped afterwards.
+    """A causal decoder over an encoder's output, which pretraining needs and nothing afterwards.
 
     It has no embedding of its own: T5 shares the encoder's. Its output head is untied, as in v1.1.
     """
@@ -147,7 +161,7 @@ class T5Decoder(nnx.Module):
         encoded: Float[Array, "b l d"],
         encoded_mask: Bool[Array, "b l"],
     ) -> Float[Array, "b m v"]:
-        """inputs: embedded targets, shifted right by one. Returns the logits of the targets."""
+        """Give the logits of the targets, float32. inputs: embedded targets, shifted right by 1."""
         length = inputs.shape[1]
         table = self.relative_attention_bias[...]
         bias = _position_bias(self.config, table, length, bidirectional=False)
@@ -165,9 +179,10 @@ class T5Decoder(nnx.Module):
 def relative_position_bucket(
     distance: Int[np.ndarray, "*d"], *, num_buckets: int, max_distance: int, bidirectional: bool
 ) -> Int[np.ndarray, "*d"]:
-    """Bucket of key position - query position: exact when near, logarithmic up to max_distance.
+    """Give the bucket of each distance, key position - query position.
 
-    Bidirectional buckets spend half of num_buckets on each sign; the others see only the past.
+    Buckets are exact when near, logarithmic up to max_distance. Bidirectional ones spend half of
+    num_buckets on each sign; the others see only the past.
     """
     offset = np.zeros_like(distance)
     if bidirectional:
@@ -185,15 +200,15 @@ def relative_position_bucket(
 
 
 GROUP = 64
-"""Inputs that share an int8 scale. A random T5-v1.1 of XL's or XXL's size then embeds its worst
-token in bfloat16 at a cosine of .9994 to what float32 says; at .9989 with one scale for each
+"""This many inputs share an int8 scale. A random T5-v1.1 of XL's or XXL's size then embeds its
+worst token in bfloat16 at a cosine of .9994 to what float32 says; at .9989 with one scale for each
 output, and .9999 with weights that are not rounded. The scales take a sixteenth of the weights."""
 
 
 def quantized(
     kernel: Float[np.ndarray, "*l i o"],
 ) -> tuple[Int8[np.ndarray, "*l i o"], Float[np.ndarray, "*l g o"]]:
-    """(int8 kernel, float32 scales), whose product is the kernel up to rounding.
+    """Round a kernel to (int8 kernel, float32 scales), whose product it is up to rounding.
 
     Every output has a scale for each GROUP of its inputs (or their greatest common divisor, where
     GROUP does not divide them), whose largest weight becomes 127: what is large elsewhere costs a
@@ -210,7 +225,7 @@ def quantized(
 def dequantized(
     kernel: Int8[Array, "i o"], scale: Float[Array, "g o"], dtype: Any
 ) -> Float[Array, "i o"]:
-    """The matrix that `quantized` made these of, up to its rounding and that of dtype."""
+    """Give the matrix that `quantized` made these of, up to its rounding and that of dtype."""
     groups = kernel.reshape(*_groups(kernel.shape[0]), kernel.shape[1])
     return (groups * scale[:, None]).astype(dtype).reshape(kernel.shape)
 
@@ -261,7 +276,10 @@ class _Attention(nnx.Module):
         self.o = _linear(config, inner, width, inner**-0.5, rngs)
 
     def __call__(self, x: Array, memory: Array, bias: Array) -> Array:
-        """bias: [b or 1, heads or 1, queries, keys], f32, _MASKED where a key may not be seen."""
+        """Attend from x to memory.
+
+        bias: [b or 1, heads or 1, queries, keys] float32, _MASKED where a key may not be seen.
+        """
         q, k, v = (
             y.reshape(*y.shape[:2], self.config.num_heads, self.config.d_kv)
             for y in (self.q(x), self.k(memory), self.v(memory))
@@ -302,7 +320,7 @@ class _Linear(nnx.Linear):
 
 
 class _Int8Linear(nnx.Module):
-    """A _Linear whose kernel is `quantized`, and one matrix of floats only while it multiplies."""
+    """A _Linear whose kernel is `quantized`, and a matrix of floats only while it multiplies."""
 
     def __init__(self, config: T5Config, inputs: int, outputs: int):
         self.config = config
@@ -316,7 +334,7 @@ class _Int8Linear(nnx.Module):
 
 
 def _groups(inputs: int) -> tuple[int, int]:
-    """How many groups share a scale each, and of how many inputs."""
+    """Say how many groups share a scale each, and how many inputs a group has."""
     size = math.gcd(inputs, GROUP)
     return inputs // size, size
 
@@ -347,7 +365,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
 
 
 def _neighbourly_table(config: T5Config) -> Float[Array, "buckets heads"]:
-    """The encoder's table to begin with: half of the heads look ahead, the others back.
+    """Make the encoder's table to begin with: half of the heads look ahead, the others back.
 
     Slopes halve every two heads, in the manner of ALiBi (Press et al. 2022). T5's own random table
     begins by averaging the whole text, and a short training hardly gets away from that; nor does
@@ -362,7 +380,7 @@ def _neighbourly_table(config: T5Config) -> Float[Array, "buckets heads"]:
 
 
 def _position_bias(config: T5Config, table: Array, length: int, *, bidirectional: bool) -> Array:
-    """[1, heads, queries, keys] f32."""
+    """Give the bias of every pair of positions: [1, heads, queries, keys] float32."""
     positions = np.arange(length)
     buckets = relative_position_bucket(
         positions[None, :] - positions[:, None],

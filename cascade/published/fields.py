@@ -1,5 +1,7 @@
-"""Fields of a published config.json: those it lacks have the reference implementation's defaults,
-those that ask for another network are refused by name.
+"""Fields of a published config.json.
+
+A field that it lacks has the reference implementation's default, and one that asks for another
+network is refused by name.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,11 +17,13 @@ def read_fields(
     without_effect: Collection[str],
     network: str,
 ) -> dict[str, Any]:
-    """All fields that a network is made of, checked where few values are right.
+    """Give all fields that a network is made of, checked where few values are right.
 
-    defaults: of every field that is read or required and may be missing. required: the values
-    that a field may have. A field in none of the three must be None or False: it asks for what
-    the network lacks. network: what errors call it. Raises ValueError naming the field.
+    class_name: what the field _class_name must be, if it is there. defaults: the value of every
+    field that is read or required and may be missing. required: the values that a field may have.
+    without_effect: names of fields that may have any value. A field in none of the three must be
+    None or False: it asks for what the network lacks. network: what errors call the network.
+    Raises ValueError naming the field.
     """
     if (name := fields.get("_class_name", class_name)) != class_name:
         raise ValueError(f"_class_name must be {class_name!r}, got {name!r}")
@@ -37,7 +41,10 @@ def read_fields(
 
 
 def integer(given: Mapping[str, Any], field: str) -> int:
-    """The field, or the one value of its list: diffusers lets some go by level."""
+    """Read a positive integer, or the one value of a list: diffusers lets some go by level.
+
+    Raises ValueError naming the field.
+    """
     values = set(v) if isinstance(v := given[field], list | tuple) else {v}
     value = values.pop() if len(values) == 1 else None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -46,7 +53,10 @@ def integer(given: Mapping[str, Any], field: str) -> int:
 
 
 def one_each(given: Mapping[str, Any], field: str, kind: type, levels: int) -> list[Any]:
-    """The field's list with a value for each level, or its one value for all of them."""
+    """Read the field's list with a value for each level, or its one value for all of them.
+
+    kind: the type of a value. Raises ValueError naming the field if the list has another length.
+    """
     values = [v] * levels if isinstance(v := given[field], kind) else v
     if not isinstance(values, list | tuple) or len(values) != levels:
         raise ValueError(f"{field} must have {levels} values, as down_block_types has, got {v!r}")
@@ -56,7 +66,11 @@ def one_each(given: Mapping[str, Any], field: str, kind: type, levels: int) -> l
 def levels_with(
     given: Mapping[str, Any], down: Mapping[str, bool], up: Mapping[str, bool]
 ) -> list[bool]:
-    """Which levels, from full resolution down, attend: of {block type: whether it does}."""
+    """Read which levels, from full resolution down, attend.
+
+    down, up: {block type: whether it attends}, of all that the network knows. Raises ValueError
+    naming the field for other block types, or if the way up does not mirror the way down.
+    """
     downs, ups = given["down_block_types"], given["up_block_types"]
     for field, names, known in (("down_block_types", downs, down), ("up_block_types", ups, up)):
         if not isinstance(names, list | tuple) or not set(names) <= known.keys():

@@ -16,14 +16,19 @@ class Scheduler:
     """What a scheduler comes to here."""
 
     schedule: process.Discrete
+    """The table of betas that the network was trained on."""
     prediction: process.Prediction
+    """What the network's output is: eps, v or x0."""
     sampler: samplers.Ancestral | samplers.DDIM
+    """The rule of one step."""
     threshold: denoise.Threshold
+    """What is done to estimates of the picture that leave [-1, 1]."""
     grid: grids.OnTable
+    """Which entries of the table a number of steps visits."""
 
 
 def read_scheduler(file: Path) -> Scheduler:
-    """Of a DDPMScheduler or a DDIMScheduler, with their defaults for fields that the file lacks.
+    """Read a DDPMScheduler or a DDIMScheduler, with their defaults for fields that the file lacks.
 
     Raises UserError naming the file and the field that has no counterpart here.
     """
@@ -96,7 +101,7 @@ def read_scheduler(file: Path) -> Scheduler:
         raise UserError(f"{file}: {e}") from None
 
 
-# Of both, for fields that a scheduler_config.json lacks.
+# What both have for fields that a scheduler_config.json lacks.
 _DEFAULTS = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,

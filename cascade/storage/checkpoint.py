@@ -1,24 +1,20 @@
-"""Checkpoints of a training run (Orbax), and the folders of weights that sampling reads.
+"""Checkpoints of a training run, which Orbax writes and reads.
 
 A run's folder holds `checkpoints/STEP/{train,ema,config,data}`: what the optimizer owns, the
 averaged weights, the config as JSON, and where the data stood. Each can be restored alone and on
-any mesh. An exported folder holds `config.json` and `model.safetensors`; reading one runs no code.
+any mesh.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
-import json
 import logging
 import os
 import pathlib
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,21 +22,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from cascade.errors import UserError
 from cascade.storage import paths
-from cascade.storage.paths import Path
-
-PARTIAL = ".partial-"
 
 
 class Checkpoints:
     """The checkpoints of one run. Saving is asynchronous: `close` (or the next save) waits."""
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = 3):
-        """keep: how many of the newest stay on disk; None keeps all."""
+        """workdir: the run's folder, here or in object storage, which is made if it is missing.
+        keep: how many of the newest checkpoints stay there; None keeps all.
+        """
         folder = paths.path(workdir)
         if isinstance(folder, pathlib.Path):
             folder = folder.absolute()  # for Orbax
@@ -52,13 +45,14 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first."""
+        """List the steps that have a complete checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, *, train: Any, ema: Any, config: Any, data: Any) -> None:
-        """train, ema: pytrees of arrays. config, data: JSON values. Complete or not there.
+        """Begin to write the checkpoint of a step; it appears complete or not at all.
 
-        UserError when this one, or the one before, which was still being written, cannot be
+        train, ema: pytrees of arrays. config, data: JSON values.
+        Raises UserError when this one, or the one before, which was still being written, cannot be
         written; those before stay.
         """
         args = ocp.args.Composite(
@@ -71,11 +65,12 @@ class Checkpoints:
             self._manager.save(step, args=args)
 
     def restore(self, *, train: Any, ema: Any) -> tuple[int, Any, Any, Any]:
-        """(step, train, ema, data) of the newest checkpoint that can be read.
+        """Read the newest checkpoint that can be read: (step, train, ema, data).
 
-        train, ema: pytrees of ShapeDtypeStructs with the shardings to restore onto. A damaged
-        checkpoint is passed over with a warning, and renamed to STEP.damaged1, so that the run can
-        save that step again; UserError when none is left.
+        train, ema: pytrees of ShapeDtypeStructs with the shardings to restore onto; those returned
+        are such pytrees of arrays. A damaged checkpoint is passed over with a warning, and renamed
+        to STEP.damaged1, so that the run can save that step again.
+        Raises UserError when none is left.
         """
         step, found = self._newest(
             ocp.args.Composite(
@@ -93,9 +88,10 @@ class Checkpoints:
         return step, found["train"], found["ema"], found["data"]
 
     def restore_ema(self) -> tuple[int, dict[str, Any], Any]:
-        """(step, EMA weights as NumPy arrays, config) of the newest readable checkpoint.
+        """Read (step, EMA weights as NumPy arrays, config) of the newest readable checkpoint.
 
-        By one process alone, whatever devices and processes have saved it.
+        One process can do it alone, whatever devices and processes have saved it.
+        Raises UserError when no checkpoint can be read.
         """
         host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         step, found = self._newest(
@@ -108,11 +104,11 @@ class Checkpoints:
         return step, jax.tree.map(np.asarray, found["ema"]), found["config"]
 
     def read_config(self) -> Any:
-        """The config (JSON values) of the newest checkpoint."""
+        """Read the config (JSON values) of the newest readable checkpoint; UserError if none is."""
         return self._newest(ocp.args.Composite(config=ocp.args.JsonRestore()))[1]["config"]
 
     def close(self) -> None:
-        """Waits for the last save; UserError when it could not be written."""
+        """Wait for the last save; UserError when it could not be written."""
         with self._unwritten_is_told():
             self._manager.wait_until_finished()
         self._manager.close()
@@ -136,7 +132,10 @@ class Checkpoints:
         (self.directory / str(step)).rename(next(p for p in names if not p.exists()))
 
     def _newest(self, args: ocp.args.Composite) -> tuple[int, Any]:
-        """That all processes can read, each its own part: they go on to the one before together."""
+        """Find the newest that all processes can read, each its own part, and read this part.
+
+        Processes go on to the checkpoint before together.
+        """
         reasons = []
         for step in reversed(self.steps()):
             found, reason = None, "another process cannot read it"
@@ -159,7 +158,7 @@ class Checkpoints:
 
 
 def _own_reader() -> ocp.Checkpointer:
-    """One that waits for no other process, which may have failed."""
+    """Make a reader that waits for no other process, which may have failed."""
     own = jax.process_index()
     return ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(),
@@ -173,131 +172,11 @@ def _all_processes(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(ok)).all())
 
 
-def save_safetensors(
-    path: Path,
-    params: Mapping[str, Any],
-    *,
-    dtype: str = "float32",
-    metadata: Mapping[str, str] = {},
-) -> None:
-    """Nested dicts of arrays -> one file with keys such as `levels.0.conv.kernel`.
-
-    dtype: what floating arrays are stored as. The file appears whole or not at all.
-    """
-    flat = {
-        ".".join(str(k.key) for k in keys): np.asarray(leaf).astype(dtype)
-        for keys, leaf in jax.tree.leaves_with_path(dict(params))
-    }
-    with paths.writing(path) as file:
-        save_file(flat, file, metadata=dict(metadata))
-        file.chmod(0o644)  # safetensors makes files that only their owner may read
-
-
-def load_safetensors(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `save_safetensors`, as float32, checked against the expected shapes.
-
-    abstract: nested dicts of ShapeDtypeStructs. Raises UserError that lists what is missing, left
-    over or of another shape.
-    """
-    try:
-        with paths.reading(path) as file:
-            flat = load_file(file)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; is this a folder that `cascade export` wrote?"
-        ) from None
-    except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{path}: damaged or not a safetensors file ({e}); copy it again") from None
-    names = [
-        (".".join(str(k.key) for k in keys), leaf.shape)
-        for keys, leaf in jax.tree.leaves_with_path(dict(abstract))
-    ]
-    expected = dict(names)
-    problems = [f"missing {name}" for name in expected if name not in flat]
-    problems += [f"left over {name}" for name in flat if name not in expected]
-    problems += [
-        f"{name} has shape {flat[name].shape}, expected {shape}"
-        for name, shape in names
-        if name in flat and flat[name].shape != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{path} does not fit the network's config: {'; '.join(problems[:3])}{more}"
-        )
-    leaves = [flat[name].astype(np.float32) for name, _ in names]
-    return jax.tree.unflatten(jax.tree.structure(dict(abstract)), leaves)
-
-
-class WholeFolder:
-    """Context manager: fill a hidden folder that becomes `path` if all goes well.
-
-    Its neighbour, or where `path` is an empty folder already, which may be a mount, a link or `.`,
-    a folder in it, whose content moves up at the end, config.json last. In object storage, a
-    temporary folder here, which is copied there, its config.json last.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = paths.path(path)
-
-    def __enter__(self) -> pathlib.Path:
-        if self.path.exists() and not self._is_empty():
-            raise UserError(f"{self.path} exists already; name a new or empty folder")
-        if not isinstance(self.path, pathlib.Path):
-            self._partial = pathlib.Path(tempfile.mkdtemp(prefix="cascade-"))
-            return self._partial
-        try:
-            self._inside = self.path.is_dir()
-            if self._inside:
-                where, prefix = self.path.absolute(), PARTIAL
-            else:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                where, prefix = self.path.parent, f".{self.path.name}."
-            self._partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=where))
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot be written there ({e.strerror})") from None
-        return self._partial
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            try:
-                self._publish()
-            except Exception as e:  # clients of object storage raise many kinds
-                raise UserError(
-                    f"{self.path}: what was made could not be moved there ({_reason(e)}); it is "
-                    f"left in {self._partial}: move it from there"
-                ) from e
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _publish(self) -> None:
-        if not isinstance(self.path, pathlib.Path):
-            paths.copy_folder(self._partial, self.path)
-        elif self._inside:
-            if not self._is_empty():
-                raise FileExistsError(errno.ENOTEMPTY, "it is not empty any more")
-            made = sorted(self._partial.iterdir(), key=lambda p: p.name == "config.json")
-            for entry in made:
-                os.replace(entry, self._partial.parent / entry.name)
-        else:
-            self._partial.chmod(0o755)
-            os.replace(self._partial, self.path)
-
-    def _is_empty(self) -> bool:
-        """But for what other writers, or killed ones, have begun in it."""
-        return self.path.is_dir() and all(p.name.startswith(PARTIAL) for p in self.path.iterdir())
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def _of_the_system(error: BaseException | None) -> str | None:
-    """What the operating system said, if it caused this: TensorStore has it in its own text,
-    `[OS error 28: ...]` or `[os_error_code='28']` by its version."""
+    """Find what the operating system said, if it caused this error, else None.
+
+    TensorStore has it in its own text, `[OS error 28: ...]` or `[os_error_code='28']` by version.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror

@@ -1,4 +1,4 @@
-"""A network as diffusers and transformers publish it: a folder of config.json and safetensors.
+"""Networks as diffusers and transformers publish them: folders of config.json and safetensors.
 
 Our modules carry the published names, so a parameter's path is the tensor's name but for its last
 part: `conv1.kernel` is `conv1.weight` with its axes in another order, `norm1.scale` is
@@ -23,13 +23,14 @@ from cascade.storage.weights import Origin
 
 Config = TypeVar("Config")
 Shapes = Mapping[str, Sequence[int]]
-"""Of tensors, by name."""
+"""The shapes of tensors, by name."""
 
 
 def read_config(folder: Path, parse: Callable[[Mapping[str, Any]], Config], model: str) -> Config:
-    """parse(folder/config.json). Raises UserError naming the file and the field.
+    """Read folder/config.json as `parse` does; UserError naming the file and the field.
 
-    model: the class whose fields they are.
+    parse: the fields -> a config; it raises ValueError naming a field that does not fit.
+    model: the class whose fields they are, such as "diffusers.AutoencoderKL".
     """
     file = folder / "config.json"
     fields = read_json(file)
@@ -42,35 +43,40 @@ def read_config(folder: Path, parse: Callable[[Mapping[str, Any]], Config], mode
 
 
 def by_name(target: Any, shapes: Shapes | None = None) -> dict[str, Origin]:
-    """Where in the files each parameter is, of a network whose modules have the published names."""
+    """Say where in the files each parameter of a network with the published names is.
+
+    target: the parameters' shapes, as nested dicts. shapes: the tensors', which do not matter.
+    """
     return {path: _origin(path, len(leaf.shape)) for path, leaf in weights.leaves(target)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One network on disk.
-
-    config: ours, as `read_config` reads it. given: what its `build` takes besides. what: how errors
-    call the network. stem: of the names
-    of its files. model: its class, such as "diffusers.AutoencoderKL", for the error that refuses
-    pickles. origins: (parameters' shapes, tensors' shapes) -> where each parameter is.
-    ignored: a regular expression of tensors that may be left over.
-    """
+    """One published network on disk."""
 
     folder: Path
+    """The folder of its config.json and safetensors."""
     config: Any
+    """Our config of it, as `read_config` reads it."""
     given: tuple[Any, ...] = ()
+    """What the config's `build` takes besides."""
     what: str
+    """How errors call the network."""
     model: str
+    """Its class, such as "diffusers.AutoencoderKL", for the error that refuses pickles."""
     stem: str = "diffusion_pytorch_model"
+    """What the names of its files begin with."""
     origins: Callable[[Any, Shapes], dict[str, Origin]] = by_name
+    """A function: (parameters' shapes, tensors' shapes) -> where each parameter is."""
     ignored: str | None = None
+    """A regular expression of tensors that may be left over; None allows none."""
 
     def read(self, dtype: str, shardings: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        """The parameters, each read straight onto its devices; dtype: theirs.
+        """Read the parameters, each straight onto its devices, as nested dicts of arrays.
 
-        shardings: parameters as ShapeDtypeStructs -> the placement of each, as
-        `partial(cascade.devices.sharding.shardings, mesh=mesh)`; None is the default device.
+        dtype: what they are, whatever the files hold. shardings: parameters as ShapeDtypeStructs ->
+        the placement of each, as `partial(cascade.devices.sharding.shardings, mesh=mesh)`; None is
+        the default device.
         Raises UserError for anything missing, damaged, misshapen or left over.
         """
         with self.opened() as (opened, origins):
@@ -79,7 +85,8 @@ class Published:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[weights.Weights, dict[str, Origin]]]:
-        """The open files, checked to be all of the network, and where each parameter is in them."""
+        """Open the files; gives them, checked to be all of the network, and where in them each
+        parameter is. Raises UserError as `read` does."""
         library, name = self.model.split(".")
         convert = (
             f'python -c "from {library} import {name} as M; '
@@ -89,27 +96,31 @@ class Published:
             yield opened, self.fit(opened.name, opened.shapes)
 
     def fit(self, name: str, shapes: Shapes) -> dict[str, Origin]:
-        """The origins, if tensors of these shapes are this network; UserError if they are not."""
+        """Give the origins, if tensors of these shapes are this network; UserError if not.
+
+        name: what the error calls the weights.
+        """
         target = self.abstract()
         origins = self.origins(target, shapes)
         weights.fit(name, shapes, origins, target, ignored=self.ignored)
         return origins
 
     def abstract(self) -> dict[str, Any]:
-        """The parameters' shapes."""
+        """Give the parameters' shapes, as nested dicts of ShapeDtypeStructs."""
         return Network(self.config, *self.given).abstract()
 
     @property
     def files(self) -> list[Path]:
-        """The weights."""
+        """The paths of all its safetensors."""
         return sorted(self.folder.glob("*.safetensors"))
 
 
 def write(path: Path, networks: Mapping[str, Published], dtype: str | None = None) -> None:
-    """Published weights as one safetensors file of ours, tensor by tensor.
+    """Write published weights as one safetensors file of ours, tensor by tensor.
 
-    networks: by what their parameters' paths begin with, "" or such as "autoencoder/". dtype: in
-    safetensors' spelling; None is that of each tensor.
+    networks: by what their parameters' paths begin with, "" or such as "autoencoder/". dtype: what
+    they are stored as, in safetensors' spelling; None keeps that of each tensor.
+    Raises UserError for weights that are missing, damaged, misshapen or left over.
     """
     with contextlib.ExitStack() as stack:
         sources, tensors = {}, []

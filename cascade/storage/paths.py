@@ -3,14 +3,16 @@
 A local path is a pathlib.Path; one in object storage is an etils.epath.Path, which has the same
 methods as far as storage can do them (no appending, no renaming that is whole). Orbax and
 TensorStore write arrays to both. Libraries that only know local files are given one here, which is
-copied: `writing`, `reading`, `local_copy`, `copy_folder`.
+copied: `writing`, `reading`, `local_copy`, `copy_folder`, `WholeFolder`.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
+import json
 import os
 import pathlib
 import re
@@ -24,14 +26,19 @@ from etils import epath
 from cascade.errors import UserError
 
 Path = pathlib.Path | epath.Path
+"""A file or folder here, or one in object storage."""
 CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}
+"""The package that fsspec needs for each scheme."""
+PARTIAL = ".partial-"
+"""How the names of folders begin that a `WholeFolder` inside an existing folder fills."""
 
 
 def path(name: str | os.PathLike[str]) -> Path:
-    """What a person calls a file or folder. UserError for storage that is not understood, or whose
-    client is not installed.
+    """Parse what a person calls a file or folder; nothing need be there.
 
     A pathlib.Path of gs://b/x, which has folded the slashes into one, is understood too.
+    Raises UserError for a scheme other than gs:// and s3://, a missing client, or a bucket that
+    cannot be reached.
     """
     found = re.fullmatch(r"(gs|s3):/+(.+)", os.fspath(name))
     if found is None:
@@ -44,11 +51,12 @@ def path(name: str | os.PathLike[str]) -> Path:
 
 
 def is_remote(path: Path) -> bool:
+    """Whether the path is in object storage."""
     return not isinstance(path, pathlib.Path)
 
 
 def make_folder(folder: Path) -> None:
-    """With its parents, unless it is there. UserError where it cannot be."""
+    """Make the folder and its parents, unless they are there; UserError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -57,7 +65,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[pathlib.Path]:
-    """A local file to write, which becomes `path`, whole, if all goes well."""
+    """Give a local file to write, which becomes `path`, whole, if the block raises nothing."""
     if isinstance(path, pathlib.Path):
         partial = path.with_name(f".{path.name}.partial")
         try:
@@ -74,7 +82,10 @@ def writing(path: Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[pathlib.Path]:
-    """The file, or a local copy of it. FileNotFoundError if there is none."""
+    """Give the file, or a local copy of it while the block runs.
+
+    Raises FileNotFoundError for a remote file that is missing; a local path is not looked at.
+    """
     if isinstance(path, pathlib.Path):
         yield path
     else:
@@ -85,7 +96,7 @@ def reading(path: Path) -> Iterator[pathlib.Path]:
 
 
 def local_copy(folder: Path) -> pathlib.Path:
-    """The folder, or a local copy of all in it, which is removed when the process ends."""
+    """Give the folder, or a local copy of all in it, which is removed when the process ends."""
     if isinstance(folder, pathlib.Path):
         return folder
     copy = pathlib.Path(tempfile.mkdtemp(prefix="cascade-"))
@@ -95,10 +106,10 @@ def local_copy(folder: Path) -> pathlib.Path:
 
 
 def copy_folder(source: pathlib.Path, target: Path) -> None:
-    """All files under a local folder into `target`; of each folder those that describe it (.json)
-    after the rest, config.json last of all.
+    """Copy all files under a local folder into `target`, over files of the same names.
 
-    So a folder whose description (config.json, dataset_info.json) is there is whole.
+    In each folder the files that describe it (.json) come after the rest, and config.json comes
+    last, so a folder whose description (config.json, dataset_info.json) is there is whole.
     """
 
     def order(file: pathlib.Path) -> tuple[Any, ...]:
@@ -107,6 +118,72 @@ def copy_folder(source: pathlib.Path, target: Path) -> None:
     files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
     for file in sorted(files, key=order):
         _copy(source / file, target / file.as_posix())
+
+
+class WholeFolder:
+    """A context manager: its block fills a hidden folder, which becomes `path` if nothing raises.
+
+    The hidden folder is a neighbour of `path`. Where `path` is an empty folder already, which may
+    be a mount, a link or `.`, it is a folder inside, whose content moves up at the end, config.json
+    last. Where `path` is in object storage, it is a temporary folder here, which is copied there,
+    config.json last.
+    Raises UserError where `path` holds files, cannot be written, or (naming the hidden folder,
+    which is then kept) when what was made cannot be moved there.
+    """
+
+    def __init__(self, name: str | os.PathLike[str]):
+        self.path = path(name)
+
+    def __enter__(self) -> pathlib.Path:
+        if self.path.exists() and not self._is_empty():
+            raise UserError(f"{self.path} exists already; name a new or empty folder")
+        if not isinstance(self.path, pathlib.Path):
+            self._partial = pathlib.Path(tempfile.mkdtemp(prefix="cascade-"))
+            return self._partial
+        try:
+            self._inside = self.path.is_dir()
+            if self._inside:
+                where, prefix = self.path.absolute(), PARTIAL
+            else:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                where, prefix = self.path.parent, f".{self.path.name}."
+            self._partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=where))
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be written there ({e.strerror})") from None
+        return self._partial
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            try:
+                self._publish()
+            except Exception as e:  # clients of object storage raise many kinds
+                raise UserError(
+                    f"{self.path}: what was made could not be moved there ({_reason(e)}); it is "
+                    f"left in {self._partial}: move it from there"
+                ) from e
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _publish(self) -> None:
+        if not isinstance(self.path, pathlib.Path):
+            copy_folder(self._partial, self.path)
+        elif self._inside:
+            if not self._is_empty():
+                raise FileExistsError(errno.ENOTEMPTY, "it is not empty any more")
+            made = sorted(self._partial.iterdir(), key=lambda p: p.name == "config.json")
+            for entry in made:
+                os.replace(entry, self._partial.parent / entry.name)
+        else:
+            self._partial.chmod(0o755)
+            os.replace(self._partial, self.path)
+
+    def _is_empty(self) -> bool:
+        """Whether nothing is in it but what other writers, or killed ones, have begun."""
+        return self.path.is_dir() and all(p.name.startswith(PARTIAL) for p in self.path.iterdir())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON values as an indented text file, replacing what is there."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @functools.cache  # once a process
@@ -121,6 +198,10 @@ def _check_bucket(scheme: str, name: str) -> None:
     except Exception as e:  # clients let several libraries' errors through
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{bucket}: cannot be reached ({type(e).__name__}: {reason})") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
 
 
 def _copy(source: pathlib.Path, target: Path) -> None:

@@ -1,14 +1,20 @@
-"""Foreign weights: safetensors files, read tensor by tensor onto the devices that want them.
+"""Weights in safetensors files, ours and foreign ones; no other module reads or writes them.
 
-A folder in Hugging Face's layout holds `STEM.safetensors`, or shards and an index that lists them,
-plain or as a variant (fp16) in one of two spellings. Pickles (.bin, .pt) are never read.
+Our own are one file, whose tensors are called as the parameters are, here or in object storage:
+
+    save_safetensors(path, params, dtype="bfloat16")
+    params = load_safetensors(path, abstract)  # total, or an error that lists what does not fit
+
+Foreign weights are a folder in Hugging Face's layout. It holds `STEM.safetensors`, or shards and an
+index that lists them, plain or as a variant (fp16) in one of two spellings. Pickles (.bin, .pt) are
+never read.
 
     with opened(folder, "model", ...) as weights:
         fit(weights.name, weights.shapes, origins, target)  # total, or an error listing what is not
         params = read(weights, origins, target)
 
-A tensor is in host memory once, and only while it is on its way; of a sharded parameter a host
-reads the part that its own devices hold.
+`opened`, `read` and `write` go tensor by tensor: each is in host memory once, and only while it is
+on its way; of a sharded parameter a host reads the part that its own devices hold.
 """
 
 from __future__ import annotations
@@ -23,32 +29,102 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import safetensors
 
 from cascade.errors import UserError
+from cascade.storage import paths
 
 Index = tuple[slice, ...]
+"""A part of a tensor or parameter: one slice for each axis."""
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jax.numpy.bfloat16),
+}
+"""The dtypes that weights may be stored as, by safetensors' spelling of them."""
+
+
+def spelling(dtype: Any) -> str:
+    """Spell a dtype (or its NumPy name) as safetensors does; ValueError unless DTYPES has it."""
+    for spelled, known in DTYPES.items():
+        if known == np.dtype(dtype):
+            return spelled
+    raise ValueError(f"weights cannot be stored as {dtype}, only as {', '.join(DTYPES)}")
+
+
+def save_safetensors(
+    path: paths.Path,
+    params: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    metadata: Mapping[str, str] = {},
+) -> None:
+    """Write nested dicts of arrays to one file, with keys such as `levels.0.conv.kernel`.
+
+    dtype: the name of the dtype that all arrays are stored as: float32, float16 or bfloat16.
+    metadata: what the file's header says beside the tensors.
+    The file appears whole or not at all; one of this name is replaced.
+    """
+    arrays = {name.replace("/", "."): leaf for name, leaf in leaves(dict(params))}
+    spelled = spelling(dtype)
+    tensors = [(name, np.shape(arrays[name]), spelled) for name in sorted(arrays)]
+    write(path, tensors, lambda name: np.asarray(arrays[name]), metadata=metadata)
+
+
+def load_safetensors(path: paths.Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what `save_safetensors` wrote, as nested dicts of float32 NumPy arrays.
+
+    abstract: nested dicts of ShapeDtypeStructs, whose shapes the arrays must have.
+    Raises UserError when the file is missing, damaged or stored in a dtype that DTYPES lacks, and
+    when tensors are missing, left over or of another shape, which it then lists.
+    """
+    target = as_target(dict(abstract), lambda _: np.float32)
+    origins = own_origins(target)
+    try:
+        with paths.reading(path) as file, _open(file) as tensors:
+            weights = Weights(str(path), {file.name: tensors})
+            found = _misfits(weights.shapes, origins, target)
+            problems = [f"missing {tensor}" for tensor in found.missing]
+            problems += [f"left over {tensor}" for tensor in found.extra]
+            problems += [
+                f"{tensor} has shape {shape}, expected {wanted}"
+                for tensor, shape, wanted in found.misshapen
+            ]
+            if problems:
+                more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+                raise UserError(
+                    f"{path} does not fit the network's config: {'; '.join(problems[:3])}{more}"
+                )
+            return jax.tree.map_with_path(
+                lambda at, leaf: weights.whole(origins[_name(at)], leaf.shape, leaf.dtype), target
+            )
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; is this a folder that `cascade export` wrote?"
+        ) from None
+    except _DAMAGE as e:
+        raise UserError(f"{path}: damaged or not a safetensors file ({e}); copy it again") from None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a parameter comes from.
-
-    names: the tensor's; several, if our parameter holds the same one of each layer along a new
-        leading axis. axes: which axis of the tensor is the first of ours (after that of the
-        layers), the second, ...; None is the same order, and an axis left out must be 1 long.
-    """
+    """Where a parameter is in the files: in which tensors, and in which order of their axes."""
 
     names: tuple[str, ...]
+    """The name of the tensor; or of several, one for each layer, if `stacked`."""
     axes: tuple[int, ...] | None = None
+    """Which axis of the tensor is the parameter's first (after that of the layers), second, ...;
+    None is the same order, and an axis that is left out must be 1 long."""
     stacked: bool = False
+    """Whether the parameter holds one tensor of each layer along a leading axis."""
 
     def shape_on_disk(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """Of each tensor of that rank, for a parameter of this shape."""
+        """Give the shape that each tensor of that rank must have for a parameter of this shape."""
         shape = shape[1:] if self.stacked else shape
         if self.axes is None:
             return shape
@@ -59,10 +135,13 @@ class Origin:
 
 
 class Weights:
-    """The tensors of some open files. name: of the folder in errors. shapes: by tensor."""
+    """The tensors of some open files. name: what errors call them. shapes: by tensor.
+
+    Raises UserError for a tensor that is in two of the files.
+    """
 
     def __init__(self, name: str, files: Mapping[str, Any]):
-        """files: name of a file -> what safetensors opened."""
+        """files: what safetensors opened, by the file's name."""
         self.name = name
         self._file: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -77,17 +156,19 @@ class Weights:
                 self.shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
 
     def __getitem__(self, key: tuple[str, Index]) -> np.ndarray:
-        """weights[name, (slice, ...)]: that part of the tensor, in its own dtype."""
+        """weights[name, (slice, ...)] is that part of the tensor, in its own dtype."""
         tensor, index = key
+        if all(part == slice(None) for part in index):
+            return self._file[tensor].get_tensor(tensor)  # slices may not be of axes 0 long
         return self._file[tensor].get_slice(tensor)[index]
 
-    def whole(self, origin: Origin, shape: tuple[int, ...]) -> np.ndarray:
-        """The parameter of that shape, in the dtype of its first tensor."""
-        dtype = DTYPES[self.dtype(origin.names[0])]
-        return _part(self, origin, dtype, (slice(None),) * len(shape))
+    def whole(self, origin: Origin, shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
+        """Read the parameter of that shape; dtype None is the dtype of its first tensor."""
+        stored = [DTYPES[self.dtype(name)] for name in origin.names]
+        return _part(self, origin, dtype or stored[0], (slice(None),) * len(shape))
 
     def dtype(self, tensor: str) -> str:
-        """In safetensors' spelling: one of DTYPES, or UserError."""
+        """Give the dtype in safetensors' spelling; UserError unless it is one of DTYPES."""
         dtype = self._file[tensor].get_slice(tensor).get_dtype()
         if dtype not in DTYPES:
             raise UserError(
@@ -98,20 +179,19 @@ class Weights:
 
 @contextlib.contextmanager
 def opened(folder: Path, stem: str, *, what: str, convert: str) -> Iterator[Weights]:
-    """The weights of a folder: the plain file, else the plain index, else a variant of either.
+    """Open the weights of a folder: the plain file, else the plain index, else a variant of either.
 
-    what: how errors call the folder ("text encoder"). convert: Python that writes what is pickled
-    as safetensors, for the error that refuses pickles. Raises UserError for what is missing,
-    damaged or pickled.
+    stem: what the names of the files begin with. what: how errors call the folder ("text encoder").
+    convert: Python that writes what is pickled as safetensors, for the error that refuses pickles.
+    Raises UserError for what is missing, damaged or pickled.
     """
     name = f"{what} {folder}"
     with contextlib.ExitStack() as stack:
         files = {}
         for file in _files(folder, stem, name, convert):
             try:
-                opened_file = safetensors.safe_open(os.fspath(file), framework="np")
-                files[file.name] = stack.enter_context(opened_file)
-            except (safetensors.SafetensorError, OSError) as e:
+                files[file.name] = stack.enter_context(_open(file))
+            except _DAMAGE as e:
                 raise UserError(
                     f"{what} {file}: damaged or cut short ({e}); copy or download it again"
                 ) from None
@@ -128,27 +208,18 @@ def fit(
 ) -> None:
     """Check that tensors of these shapes fill every parameter, each used once and none left over.
 
-    origins: by path of the parameter, "a/0/b". target: nested dicts of ShapeDtypeStructs.
-    ignored: a regular expression; what it matches from the start may be left over. Needs no
-    weights, so that it can be asked of any size. Raises UserError listing what is missing, of
-    another shape, or left over.
+    name: what the error calls the weights. shapes: of the tensors, by name. origins: by path of the
+    parameter, "a/0/b". target: nested dicts of ShapeDtypeStructs. ignored: a regular expression;
+    what it matches from the start may be left over. No weights are needed, so it can be asked of
+    any size. Raises UserError that lists what is missing, of another shape, or left over.
     """
-    missing, misshapen, used = [], [], set()
-    for path, leaf in leaves(target):
-        origin = origins[path]
-        for tensor in origin.names:
-            used.add(tensor)
-            if tensor not in shapes:
-                missing.append(f"{tensor} is missing")
-                continue
-            found = tuple(shapes[tensor])
-            if found != (wanted := origin.shape_on_disk(leaf.shape, len(found))):
-                misshapen.append(f"{tensor} is {list(found)}, config.json asks for {list(wanted)}")
-    extra = [
-        f"{tensor} is left over"
-        for tensor in shapes
-        if tensor not in used and not (ignored and re.match(ignored, tensor))
+    found = _misfits(shapes, origins, target, ignored)
+    misshapen = [
+        f"{tensor} is {list(shape)}, config.json asks for {list(wanted)}"
+        for tensor, shape, wanted in found.misshapen
     ]
+    missing = [f"{tensor} is missing" for tensor in found.missing]
+    extra = [f"{tensor} is left over" for tensor in found.extra]
     problems = [_listed(p) for p in (missing, misshapen, extra) if p]
     if problems:
         raise UserError(
@@ -158,10 +229,11 @@ def fit(
 
 
 def read(weights: Weights, origins: Mapping[str, Origin], target: Any) -> Any:
-    """target, nested dicts of ShapeDtypeStructs -> the same of arrays, of its dtypes.
+    """Read the parameters: target, nested dicts of ShapeDtypeStructs -> the same of jax arrays.
 
-    Where a struct has a sharding the array has it, otherwise it is on the default device. Call
-    `fit` first. Raises UserError for tensors that are not floats.
+    Arrays have the structs' shapes, dtypes and, where a struct has one, sharding; the others are on
+    the default device. Call `fit` first. Raises UserError for tensors that are not floats, and for
+    files that turn out to be damaged.
     """
     for name in itertools.chain.from_iterable(origin.names for origin in origins.values()):
         weights.dtype(name)
@@ -174,38 +246,53 @@ def read(weights: Weights, origins: Mapping[str, Origin], target: Any) -> Any:
 
     try:
         return jax.tree.map_with_path(place, target)
-    except safetensors.SafetensorError as e:
+    except _DAMAGE as e:
         raise UserError(f"{weights.name}: damaged or cut short ({e}); copy it again") from None
 
 
 def write(
-    path: Path,
+    path: paths.Path,
     tensors: Iterable[tuple[str, tuple[int, ...], str]],
     read: Callable[[str], np.ndarray],
+    *,
+    metadata: Mapping[str, str] = {"format": "pt"},
 ) -> None:
-    """Write one safetensors file, tensor by tensor.
+    """Write one safetensors file, here or in object storage, tensor by tensor.
 
-    tensors: (name, shape, dtype in safetensors' spelling). read: name -> the array of that shape,
-    cast here. The file appears whole or not at all.
+    tensors: (name, shape, dtype in safetensors' spelling), in the order of the file. read: name ->
+    the array of that shape, which is cast to that dtype here. metadata: of the header; transformers
+    wants its default. The file appears whole or not at all, and anyone may read it.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape, dtype in tensors:
         start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    # As the library spells it, so that a file does not depend on who has written it.
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with paths.writing(path) as partial:
         with open(partial, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, entry in header.items():
                 if name != "__metadata__":
                     value = np.ascontiguousarray(read(name), DTYPES[entry["dtype"]])
-                    value.reshape(-1).view(np.uint8).tofile(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+                    file.write(value.reshape(-1).view(np.uint8).data)
+        partial.chmod(0o644)
+
+
+def copy(
+    weights: Weights, names: Iterable[str], path: paths.Path, dtype: str | None = None
+) -> None:
+    """Write these tensors, with their names, as one safetensors file, tensor by tensor.
+
+    dtype: what they are stored as there, in safetensors' spelling; None keeps that of each.
+    """
+    write(
+        path,
+        [(name, weights.shapes[name], dtype or weights.dtype(name)) for name in names],
+        lambda name: weights[name, (slice(None),) * len(weights.shapes[name])],
+    )
 
 
 def as_target(
@@ -213,10 +300,11 @@ def as_target(
     dtype: Callable[[jax.ShapeDtypeStruct], Any],
     shardings: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The shapes of a network, to be filled: what `read` takes.
+    """Give the shapes of a network dtypes and places: the target that `read` fills.
 
-    dtype: of each leaf. shardings: abstract -> the placement of each leaf, as a tree like it;
-    None is the default device.
+    abstract: nested dicts of ShapeDtypeStructs. dtype: leaf -> the dtype that it is to have.
+    shardings: such a tree -> the placement of each leaf, as a tree like it; None is the default
+    device.
     """
     made = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype(a)), abstract)
     if shardings is None:
@@ -227,7 +315,7 @@ def as_target(
 
 
 def own_origins(target: Any, renamed: Callable[[str], str] = str) -> dict[str, Origin]:
-    """Where parameters are in the files that we write: `a/0/b` is called `a.0.b`.
+    """Say where each parameter is in the files that we write: `a/0/b` is the tensor `a.0.b`.
 
     renamed: a parameter's path -> its path there, in files of earlier versions.
     """
@@ -235,15 +323,51 @@ def own_origins(target: Any, renamed: Callable[[str], str] = str) -> dict[str, O
 
 
 def leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of nested dicts by their paths, as "a/0/b"."""
+    """List the leaves of nested dicts as (path, leaf), with paths such as "a/0/b"."""
     return [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
 
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jax.numpy.bfloat16),
-}
+_DAMAGE = (safetensors.SafetensorError, OSError)
+"""What safetensors raises for a file that is not whole, or that the system cannot read."""
+
+
+def _open(file: Path) -> contextlib.AbstractContextManager[Any]:
+    """Open one safetensors file; raises _DAMAGE, of which FileNotFoundError is one."""
+    return safetensors.safe_open(os.fspath(file), framework="np")
+
+
+class _Misfits(NamedTuple):
+    """How tensors fail to be the parameters of a network."""
+
+    missing: list[str]
+    misshapen: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    """Of each (its name, its shape, the shape that the network asks for)."""
+    extra: list[str]
+
+
+def _misfits(
+    shapes: Mapping[str, Sequence[int]],
+    origins: Mapping[str, Origin],
+    target: Any,
+    ignored: str | None = None,
+) -> _Misfits:
+    missing, misshapen, used = [], [], set()
+    for path, leaf in leaves(target):
+        origin = origins[path]
+        for tensor in origin.names:
+            used.add(tensor)
+            if tensor not in shapes:
+                missing.append(tensor)
+                continue
+            found = tuple(shapes[tensor])
+            if found != (wanted := origin.shape_on_disk(leaf.shape, len(found))):
+                misshapen.append((tensor, found, wanted))
+    extra = [
+        tensor
+        for tensor in shapes
+        if tensor not in used and not (ignored and re.match(ignored, tensor))
+    ]
+    return _Misfits(missing, misshapen, extra)
 
 
 def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
@@ -284,7 +408,7 @@ def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
 
 
 def _part(weights: Weights, origin: Origin, dtype: Any, index: Index) -> np.ndarray:
-    """That part of a parameter, from the tensors that hold it."""
+    """Read that part of a parameter from the tensors that hold it."""
     if not origin.stacked:
         return _oriented(weights, origin.names[0], origin.axes, index).astype(dtype, copy=False)
     names = origin.names[index[0]]

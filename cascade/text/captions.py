@@ -16,13 +16,14 @@ import warnings
 from typing import Literal
 
 Captions = Literal["verbatim", "lower", "clean"]
-"""verbatim: as typed. lower: lower case, without spaces around. clean: by `clean`, twice."""
+"""What is done to a text: nothing (verbatim), lower case without spaces around (lower), or `clean`
+twice (clean)."""
 
 
 def prepared(text: str, captions: Captions) -> str:
-    """The text that is tokenized. "clean" without the packages it needs is "lower" and a warning.
+    """Prepare a text for the tokenizer; "clean" without its packages is "lower" and a warning.
 
-    That is also what the reference does; the packages are those of the extra [captions].
+    The reference does that too; the packages are those of the extra [captions].
     """
     if captions == "verbatim":
         return text
@@ -32,9 +33,9 @@ def prepared(text: str, captions: Captions) -> str:
 
 
 def clean(text: str) -> str:
-    """One pass of IF's rules: no addresses, markup, CJK or identifiers, few kinds of punctuation.
+    """Apply IF's rules once: no addresses, markup, CJK or identifiers, few kinds of punctuation.
 
-    Needs ftfy and bs4. The order of the rules matters, and some undo each other's purpose; they
+    It needs ftfy and bs4. The order of the rules matters, and some undo each other's purpose; they
     are here to be the same, not to be good.
     """
     bs4, ftfy = (importlib.import_module(name) for name in NEEDED)
@@ -52,6 +53,7 @@ def clean(text: str) -> str:
 
 
 NEEDED = ("bs4", "ftfy")
+"""The packages that `clean` imports."""
 
 Rules = tuple[tuple[str, str], ...]
 """(regular expression, what replaces each match), in order."""

@@ -21,18 +21,19 @@ from cascade.models import CLIPTextConfig, Network
 from cascade.storage import weights
 from cascade.storage.network import Published, Shapes, read_config
 from cascade.storage.weights import Origin
-from cascade.text.t5 import TextEmbedding
+from cascade.text.embedding import TextEmbedding
 from cascade.text.tokenizer import Tokens
 
 
 class CLIPTextEncoder:
-    """CLIP's text encoder: texts in, an embedding for each of their tokens and of padding out.
+    """CLIP's text encoder: texts in, an embedding of each of their tokens and of padding out.
 
-    Frozen: no training mode; its parameters belong in no optimizer and no checkpoint.
+    It is frozen: it has no training mode, and its parameters belong in no optimizer and no
+    checkpoint.
     """
 
     def __init__(self, config: CLIPTextConfig, params: dict, tokenizer: Any):
-        """params: nested dict of CLIPTextModel's arrays. tokenizer: transformers' CLIPTokenizer."""
+        """params: CLIPTextModel's arrays, as nested dicts. tokenizer: a CLIPTokenizer."""
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
@@ -43,8 +44,9 @@ class CLIPTextEncoder:
     def load(
         cls, folder: Path, *, compute_dtype: Literal["float32", "bfloat16"] = "float32"
     ) -> CLIPTextEncoder:
-        """Of a folder with text_encoder/ and tokenizer/. compute_dtype: of the parameters too.
+        """Read the encoder from a folder with text_encoder/ and tokenizer/.
 
+        compute_dtype: what it computes in, and the dtype of its parameters.
         Raises UserError saying what is missing, damaged, or of another model.
         """
         network = text_encoder(folder)
@@ -53,17 +55,20 @@ class CLIPTextEncoder:
 
     @property
     def width(self) -> int:
+        """How many channels an embedding has."""
         return self.config.hidden_size
 
     @property
     def max_tokens(self) -> int:
+        """How many tokens every text is padded or cut to."""
         return self.config.max_position_embeddings
 
     def __call__(self, texts: Sequence[str]) -> TextEmbedding:
+        """Embed texts: values [texts, max_tokens, width], mask [texts, max_tokens]."""
         return self.embed(self.tokenize(texts))
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Rows of beginning, pieces, end, padding: max_tokens in all.
+        """Turn texts into rows of beginning, pieces, end, padding: max_tokens in all.
 
         A text that is too long keeps its beginning and the end of sequence, and is marked in
         `truncated`.
@@ -80,13 +85,19 @@ class CLIPTextEncoder:
         return Tokens(ids=ids, mask=np.arange(length) < lengths[:, None], truncated=truncated)
 
     def embed(self, tokens: Tokens) -> TextEmbedding:
-        """Jitted: one compilation per batch size. The mask changes no value."""
+        """Embed tokens on the device, by a jitted program that is compiled once per batch size.
+
+        The mask changes no value.
+        """
         values = self._jitted(self.params, tokens.ids)
         return TextEmbedding(values=values, mask=jax.numpy.asarray(tokens.mask))
 
 
 def text_encoder(folder: Path) -> Published:
-    """The network of `folder/text_encoder`. Raises UserError naming the file and the field."""
+    """Read the config of `folder/text_encoder`, and say where its weights are.
+
+    Raises UserError naming the file and the field that is not of a CLIP text encoder.
+    """
     folder, model = folder / "text_encoder", "transformers.CLIPTextModel"
     return Published(
         folder=folder,
@@ -100,7 +111,11 @@ def text_encoder(folder: Path) -> Published:
 
 
 def origins(target: Any, shapes: Shapes) -> dict[str, Origin]:
-    """Where in the files each parameter is. transformers 5 has dropped a prefix of all names."""
+    """Say where in the files each parameter is.
+
+    target: the parameters' shapes, as nested dicts. shapes: the tensors', by name; transformers 5
+    has dropped a prefix of all names.
+    """
     prefix = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
 
     def origin(path: str, leaf: jax.ShapeDtypeStruct) -> Origin:
@@ -120,7 +135,7 @@ def origins(target: Any, shapes: Shapes) -> dict[str, Origin]:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """transformers' CLIPTokenizer of `folder/tokenizer`."""
+    """Read transformers' CLIPTokenizer of `folder/tokenizer`; UserError if that fails."""
     folder = folder / "tokenizer"
     whole = (folder / "tokenizer.json").is_file()
     for name in () if whole else ("vocab.json", "merges.txt"):
@@ -139,9 +154,10 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
-    """text_encoder/ and tokenizer/ of `source`, tensor by tensor, as folders of `folder`.
+    """Copy text_encoder/ and tokenizer/ of `source` into `folder`, tensor by tensor.
 
-    dtype: of the tensors there, in safetensors' spelling; None is that of each.
+    dtype: what the tensors are stored as there, in safetensors' spelling; None keeps that of each.
+    Raises UserError for what is missing, damaged, or of another model.
     """
     network = text_encoder(source)
     read_tokenizer(source)
@@ -150,11 +166,7 @@ def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
         names = [name for origin in found.values() for name in origin.names]
         where.mkdir(parents=True)
         shutil.copy(network.folder / "config.json", where)
-        weights.write(
-            where / "model.safetensors",
-            [(name, opened.shapes[name], dtype or opened.dtype(name)) for name in names],
-            lambda name: opened[name, (slice(None),) * len(opened.shapes[name])],
-        )
+        weights.copy(opened, names, where / "model.safetensors", dtype)
     (folder / "tokenizer").mkdir()
     for file in sorted((source / "tokenizer").iterdir()):
         if file.suffix in (".json", ".txt"):

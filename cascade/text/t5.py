@@ -1,73 +1,59 @@
-"""A frozen T5 encoder with its tokenizer: prompts in, one contextual embedding per token out."""
+"""A frozen T5 encoder with its tokenizer: prompts in, one contextual embedding per token out.
+
+It is kept as a Hugging Face folder: config.json, spiece.model, model.safetensors. Linear weights
+are [out, in] on disk and [in, out] here, and the layers of the file are the leading axis of our
+stacked parameters. Tensors of a decoder, which full T5 checkpoints have, are ignored.
+"""
 
 import dataclasses
 import functools
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from cascade.errors import UserError
-from cascade.models.t5 import T5Config, T5EncoderModel
-from cascade.storage import paths
+from cascade.models.t5 import T5Config, T5EncoderModel, quantized
+from cascade.storage import paths, weights
+from cascade.storage.weights import Origin
 from cascade.text.captions import Captions
-from cascade.text.t5_folder import read_folder, write_folder
+from cascade.text.embedding import TextEmbedding
 from cascade.text.tokenizer import DEFAULT_MAX_TOKENS, Tokenizer, Tokens
 
 SHIPPED = {"scenes": Path(__file__).parents[1] / "pretrained" / "scenes" / "text_encoder"}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextEmbedding:
-    """values: one embedding per token. mask: True on tokens, the end of sequence included.
-
-    Values where the mask is False are whatever the encoder computes on padding, not zeros.
-    """
-
-    values: Float[Array, "b l d"]
-    mask: Bool[Array, "b l"]
-
-    @property
-    def width(self) -> int:
-        return self.values.shape[-1]
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """What a cascade asks of its text encoder."""
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def max_tokens(self) -> int: ...
-
-    def tokenize(self, texts: Sequence[str]) -> Tokens: ...
-
-    def embed(self, tokens: Tokens) -> TextEmbedding: ...
-
-    def __call__(self, texts: Sequence[str]) -> TextEmbedding: ...
+"""The folders of encoders that come with the package, by the names that `T5Encoder.load` takes."""
+EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight")
+"""The two names of one tensor, which T5 ties: a file has either or both."""
+IGNORED = r"decoder\.|lm_head\.|shared\.weight$|encoder\.embed_tokens\.weight$"
+"""A regular expression of the tensors that a file may have and an encoder does not need."""
+CONVERT = (
+    'python -c "from transformers import T5EncoderModel as T; '
+    "T.from_pretrained('SOURCE').save_pretrained('DIR')\", copy spiece.model to DIR, and give DIR"
+)
+"""How errors say that pickled weights are made safetensors."""
 
 
 class T5Encoder:
-    """T5 v1.1's encoder, usable alone: texts in, an embedding for each of their tokens out.
+    """T5 v1.1's encoder, which is of use alone: texts in, an embedding of each of their tokens out.
 
     >>> encoder = T5Encoder.load("scenes")  # or a folder, or "google/t5-v1_1-xl"
     >>> embedding = encoder(["a red circle", "two stars"])
     >>> embedding.values.shape, embedding.mask.sum(1)  # [b, max_tokens, width]; tokens + 1
     ((2, 64, 128), Array([4, 3], dtype=int32))
 
-    Frozen: no training mode; its parameters belong in no optimizer and no checkpoint.
+    It is frozen: it has no training mode, and its parameters belong in no optimizer and no
+    checkpoint.
     """
 
     def __init__(self, config: T5Config, params: dict, tokenizer: Tokenizer):
-        """params: nested dict of T5EncoderModel's arrays."""
+        """params: T5EncoderModel's arrays, as nested dicts."""
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
@@ -84,19 +70,20 @@ class T5Encoder:
         int8: bool = False,
         shardings: Callable[[Any], Any] | None = None,
     ) -> "T5Encoder":
-        """The shipped encoder ("scenes"), a local folder, or a Hugging Face name, in this order.
+        """Read the shipped encoder ("scenes"), a local folder, or a name on the Hugging Face hub,
+        whichever of them, in this order, is there.
 
-        A folder is that of any google/t5-v1_1-* (the decoder of a full checkpoint is not read), or
-        a DeepFloyd IF pipeline, or the text_encoder/ of one. Weights in safetensors, whole, in
-        shards or as a variant (fp16); parameters are float32, or with compute_dtype bfloat16 the
+        A folder holds any google/t5-v1_1-* (the decoder of a full checkpoint is not read), or it is
+        a DeepFloyd IF pipeline, or the text_encoder/ of one. Its weights are safetensors: one file,
+        shards or a variant (fp16).
+
+        max_tokens: the length in tokens that prompts are padded or cut to, or the config's
+        n_positions if that is less. captions: what is done to a prompt first; DeepFloyd IF takes
+        max_tokens=77, captions="clean". compute_dtype: parameters are float32, or with bfloat16 the
         matrices of the layers are bfloat16. int8: these matrices take one byte a weight, rounded as
         they are read, with scales for groups of inputs (`cascade.models.t5.quantized`); one layer's
-        at a time are floats.
-
-        max_tokens: the length that prompts are padded or cut to, or the config's n_positions if
-        that is less. captions: what is done to a prompt first; DeepFloyd IF takes max_tokens=77,
-        captions="clean". shardings: parameters as ShapeDtypeStructs -> where each is put, such as
-        `partial(cascade.devices.sharding.shardings, mesh=mesh)`; None is the default device.
+        at a time are floats. shardings: parameters as ShapeDtypeStructs -> where each is put, such
+        as `partial(cascade.devices.sharding.shardings, mesh=mesh)`; None is the default device.
         Raises UserError saying what is missing and what to do.
         """
         config, params, spiece = read_folder(
@@ -106,40 +93,52 @@ class T5Encoder:
         return cls(config, params, Tokenizer(spiece, max_tokens, captions))
 
     def save(self, folder: Path) -> None:
-        """Write the encoder as a folder that `load` reads, in float16. ValueError for an int8 one,
-        whose weights are rounded already."""
+        """Write the encoder as a folder that `load` reads, in float16.
+
+        Raises ValueError for an int8 one, whose weights are rounded already, and for a weight that
+        float16 cannot hold.
+        """
         if self.config.int8:
             raise ValueError("T5Encoder.save: load it without int8 to keep its weights")
         write_folder(folder, self.config, self.params, self.tokenizer.model)
 
     @property
     def width(self) -> int:
+        """How many channels an embedding has."""
         return self.config.d_model
 
     @property
     def max_tokens(self) -> int:
+        """How many tokens every text is padded or cut to."""
         return self.tokenizer.max_tokens
 
     def __call__(self, texts: Sequence[str]) -> TextEmbedding:
+        """Embed texts: values [texts, max_tokens, width], mask [texts, max_tokens]."""
         return self.embed(self.tokenize(texts))
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """On the host, in numpy; `self.tokenizer` alone is what a data worker needs."""
+        """Turn texts into ids and mask [texts, max_tokens], on the host, in NumPy.
+
+        A data worker needs `self.tokenizer` alone.
+        """
         return self.tokenizer(texts)
 
     def embed(self, tokens: Tokens) -> TextEmbedding:
-        """Jitted: one compilation per batch size."""
+        """Embed tokens on the device, by a jitted program that is compiled once per batch size."""
         return self._jitted(self.params, tokens.ids, tokens.mask)
 
     def apply(
         self, params: dict, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
     ) -> TextEmbedding:
-        """`embed` as a pure function of the parameters, for use within another jitted program."""
+        """Embed tokens as a pure function of the parameters, for use within a jitted program."""
         values = nnx.merge(self._graphdef, params)(ids, mask)
         return TextEmbedding(values=values, mask=mask)
 
     def null(self, b: int) -> TextEmbedding:
-        """b embeddings of no text at all: zeros, nothing unmasked. Not the embedding of ""."""
+        """Make b embeddings of no text at all: zeros, with nothing unmasked.
+
+        They are not the embedding of "".
+        """
         return TextEmbedding(
             values=jnp.zeros((b, self.max_tokens, self.width)),
             mask=jnp.zeros((b, self.max_tokens), bool),
@@ -151,14 +150,17 @@ class T5Encoder:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `T5Encoder.load(name)` would ask the Hugging Face hub."""
+    """Tell whether `T5Encoder.load(name)` would ask the Hugging Face hub."""
     if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", name) is None:
         return False
     return name not in SHIPPED and not Path(name).is_dir()
 
 
 def locate(name_or_dir: str | Path) -> Path:
-    """The folder that `T5Encoder.load` reads, downloaded from the hub if it has to be."""
+    """Find the folder that `T5Encoder.load` reads, and download it if it is on the hub.
+
+    Raises UserError for a folder that is not there and a name that the hub does not give.
+    """
     name = str(name_or_dir)
     if name in SHIPPED:
         return SHIPPED[name]
@@ -168,6 +170,138 @@ def locate(name_or_dir: str | Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"text encoder {name}: no such folder")
     return paths.local_copy(folder)
+
+
+def read_folder(
+    folder: Path,
+    *,
+    compute_dtype: str = "float32",
+    int8: bool = False,
+    shardings: Callable[[Any], Any] | None = None,
+) -> tuple[T5Config, dict, bytes]:
+    """Read (config, parameters as nested dicts for T5EncoderModel, bytes of the spiece.model).
+
+    folder: one that holds a T5, or a diffusers pipeline, or the text_encoder/ of one, beside which
+    a pipeline keeps spiece.model in tokenizer/.
+    compute_dtype, int8: parameters are float32 whatever the file holds; with bfloat16 the matrices
+    of the layers are bfloat16 (half the memory; they would be cast at each use anyway), and with
+    int8 they are `quantized` (a quarter) as they are read. Each goes from disk to its device before
+    the next.
+    shardings: parameters as ShapeDtypeStructs -> the placement of each; None is the default device.
+    Raises UserError when a file or tensor is missing, damaged, left over or of another shape.
+    """
+    folder, config_file, vocabulary = _places(folder)
+    config = dataclasses.replace(_read_config(config_file), compute_dtype=compute_dtype, int8=int8)
+    return config, _read_parameters(folder, config, shardings), vocabulary.read_bytes()
+
+
+def read_config(folder: Path) -> T5Config:
+    """Read the config.json of a folder that `read_folder` takes; no other file need be there.
+
+    Raises UserError naming the file that is missing, or the field that is not of a T5 v1.1.
+    """
+    return _read_config(_weights_folder(folder) / "config.json")
+
+
+def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
+    """Copy what `read_folder` reads of `source` to a T5 folder of its own, tensor by tensor.
+
+    dtype: what the tensors are stored as there, in safetensors' spelling; None keeps that of each.
+    Raises UserError as `read_folder` does.
+    """
+    source, config_file, vocabulary = _places(source)
+    config = _read_config(config_file)
+    with weights.opened(source, "model", what="text encoder", convert=CONVERT) as opened:
+        names = [n for o in check(opened.name, opened.shapes, config).values() for n in o.names]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "spiece.model").write_bytes(vocabulary.read_bytes())
+        paths.write_json(folder / "config.json", config.to_hf_dict())
+        weights.copy(opened, names, folder / "model.safetensors", dtype)
+
+
+def write_folder(
+    folder: Path, config: T5Config, params: dict, spiece: bytes, *, dtype: Any = np.float16
+) -> None:
+    """Write a folder that `read_folder` and transformers read.
+
+    params: T5EncoderModel's arrays, as nested dicts. spiece: the bytes of the spiece.model.
+    dtype: what the tensors are stored as. Raises ValueError when a parameter does not fit in it.
+    """
+    found = {}
+    for path, origin in origins(config).items():
+        value = _leaf(params, path)
+        for i, name in enumerate(origin.names):
+            found[name] = (value[i] if origin.stacked else value, origin.axes is not None)
+
+    def read(name: str) -> np.ndarray:
+        value, transposed = found[name]
+        with np.errstate(over="ignore"):
+            stored = np.asarray(value, np.float32).astype(dtype)
+        if not np.isfinite(stored).all():
+            raise ValueError(f"{name} has values that {np.dtype(dtype)} cannot hold: write float32")
+        return stored.T if transposed else stored
+
+    spelled = weights.spelling(dtype)
+    tensors = [(n, v.shape[::-1] if t else v.shape, spelled) for n, (v, t) in found.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(spiece)
+    paths.write_json(folder / "config.json", config.to_hf_dict())
+    weights.write(folder / "model.safetensors", tensors, read)
+
+
+def origins(config: T5Config, embedding: str = EMBEDDING[0]) -> dict[str, Origin]:
+    """Say where in the file each parameter is. embedding: what the file calls the embedding."""
+    attention, dense = "layer.0.SelfAttention", "layer.1.DenseReluDense"
+    layer = {
+        **{f"attention/{n}/kernel": (f"{attention}.{n}", (1, 0)) for n in "qkvo"},
+        **{f"feed_forward/{n}/kernel": (f"{dense}.{n}", (1, 0)) for n in ("wi_0", "wi_1", "wo")},
+        "attention_norm/scale": ("layer.0.layer_norm", None),
+        "feed_forward_norm/scale": ("layer.1.layer_norm", None),
+    }
+    blocks = range(config.num_layers)
+    return {
+        "shared": Origin((embedding,)),
+        "relative_attention_bias": Origin(
+            (f"encoder.block.0.{attention}.relative_attention_bias.weight",)
+        ),
+        "final_norm/scale": Origin(("encoder.final_layer_norm.weight",)),
+        **{
+            f"layers/{path}": Origin(
+                tuple(f"encoder.block.{i}.{name}.weight" for i in blocks), axes, stacked=True
+            )
+            for path, (name, axes) in layer.items()
+        },
+    }
+
+
+def target(config: T5Config, shardings: Callable[[Any], Any] | None = None) -> Any:
+    """Give the parameters as ShapeDtypeStructs, with their dtypes and placement.
+
+    shardings: parameters as ShapeDtypeStructs -> the placement of each; None is the default device.
+    """
+    model = nnx.eval_shape(lambda: T5EncoderModel(config, nnx.Rngs(0)))
+    abstract = nnx.to_pure_dict(nnx.state(model))
+
+    def dtype(leaf: jax.ShapeDtypeStruct) -> Any:
+        if leaf.dtype == jnp.int8:
+            return leaf.dtype
+        # In int8 the layers have no matrices of floats, only scales.
+        matrix = len(leaf.shape) == 3 and not config.int8
+        return jnp.dtype(config.compute_dtype if matrix else "float32")
+
+    return weights.as_target(abstract, dtype, shardings)
+
+
+def check(name: str, shapes: Mapping[str, Sequence[int]], config: T5Config) -> dict[str, Origin]:
+    """Give the origins, if tensors of these shapes are an encoder of this config.
+
+    name: what the error calls the weights. shapes: of the tensors, by name. Raises UserError that
+    lists what is missing, left over or of another shape.
+    """
+    either = EMBEDDING[0] if EMBEDDING[0] in shapes else EMBEDDING[1]
+    found = origins(config, either)
+    weights.fit(name, shapes, found, target(config), ignored=IGNORED)
+    return found
 
 
 def _downloaded(name: str) -> Path:
@@ -184,3 +318,85 @@ def _downloaded(name: str) -> Path:
             f"give it ({type(e).__name__}); check the name and the network, or give a local folder "
             "with config.json, spiece.model and model.safetensors, or 'scenes', which ships"
         ) from None
+
+
+def _places(folder: Path) -> tuple[Path, Path, Path]:
+    """Find the folder of the weights, its config.json, and the spiece.model."""
+    folder = _weights_folder(folder)
+    config_file, vocabulary = folder / "config.json", folder / "spiece.model"
+    if not vocabulary.is_file():
+        beside = folder.parent / "tokenizer" / vocabulary.name
+        vocabulary = beside if beside.is_file() else vocabulary
+    for file in (config_file, vocabulary):
+        if not file.is_file():
+            raise UserError(
+                f"text encoder {folder}: {file.name} is missing; a T5 folder holds config.json, "
+                "spiece.model and model.safetensors"
+            )
+    return folder, config_file, vocabulary
+
+
+def _weights_folder(folder: Path) -> Path:
+    """Find the folder of the weights: this one, or the text_encoder/ in that of a pipeline."""
+    if not folder.is_dir():
+        raise UserError(f"text encoder {folder}: no such folder")
+    if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
+        return folder / "text_encoder"
+    return folder
+
+
+def _read_config(file: Path) -> T5Config:
+    try:
+        return T5Config.from_hf_dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"text encoder {file}: no such file") from None
+    except (AttributeError, TypeError, ValueError) as e:
+        raise UserError(f"text encoder {file}: {e}") from None
+
+
+def _read_parameters(
+    folder: Path, config: T5Config, shardings: Callable[[Any], Any] | None
+) -> dict:
+    with weights.opened(folder, "model", what="text encoder", convert=CONVERT) as opened:
+        found = check(opened.name, opened.shapes, dataclasses.replace(config, int8=False))
+        wanted = target(config, shardings)
+        return (
+            _read_int8(opened, found, wanted)
+            if config.int8
+            else weights.read(opened, found, wanted)
+        )
+
+
+def _read_int8(opened: weights.Weights, found: Mapping[str, Origin], wanted: Any) -> dict:
+    """Do what `weights.read` does, and round the file's floats to int8 kernels layer by layer."""
+    leaves = dict(weights.leaves(wanted))
+    kernels = [path for path, leaf in leaves.items() if leaf.dtype == jnp.int8]
+    made = {}
+    for path in kernels:
+        scale_path = path.removesuffix("kernel") + "scale"
+        kernel, scale = leaves.pop(path), leaves.pop(scale_path)
+        filled = np.empty(kernel.shape, np.int8), np.empty(scale.shape, np.float32)
+        for i, name in enumerate(found[path].names):
+            layer = opened.whole(Origin((name,), found[path].axes), kernel.shape[1:])
+            filled[0][i], filled[1][i] = quantized(layer)
+        for name, leaf, value in zip((path, scale_path), (kernel, scale), filled, strict=True):
+            made[name] = jax.device_put(value, leaf.sharding)
+    made |= weights.leaves(weights.read(opened, found, _nested(leaves)))
+    return _nested(made)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def _leaf(tree: Any, path: str) -> Any:
+    for part in path.split("/"):
+        tree = tree[part]
+    return tree

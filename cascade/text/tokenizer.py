@@ -15,32 +15,35 @@ from jaxtyping import Bool, Int
 from cascade.text.captions import Captions, prepared
 
 PAD_ID = 0
+"""The id of padding."""
 EOS_ID = 1
+"""The id of the end of sequence."""
 DEFAULT_MAX_TOKENS = 128
+"""How many tokens a prompt is padded or cut to where nothing else is said."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """ids: PAD_ID on padding. mask: True on tokens, the end of sequence included.
-
-    truncated: True where the prompt was longer than max_tokens and lost its end; None if unknown.
-    """
+    """The tokens of a batch of texts, in rows of the same length."""
 
     ids: Int[Any, "b l"]
+    """The ids in the vocabulary, PAD_ID on padding."""
     mask: Bool[Any, "b l"]
+    """True on tokens, the end of sequence included."""
     truncated: Bool[Any, " b"] | None = None
+    """True where the prompt was longer than max_tokens and lost its end; None if unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """model: bytes of a spiece.model. max_tokens: length of every row, end of sequence included.
-
-    captions: what is done to a text first; DeepFloyd IF was trained on "clean" ones of 77 tokens.
-    """
+    """T5's tokenizer, for rows of one length."""
 
     model: bytes = dataclasses.field(repr=False)
+    """The bytes of a spiece.model."""
     max_tokens: int
+    """How many tokens every row has, the end of sequence included; at least 1."""
     captions: Captions = "verbatim"
+    """What is done to a text first; DeepFloyd IF was trained on "clean" ones of 77 tokens."""
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -50,10 +53,11 @@ class Tokenizer:
             )
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Rows of exactly max_tokens. Whitespace of any kind and number counts as one space.
+        """Turn texts into rows of exactly max_tokens.
 
-        The empty prompt is [EOS_ID, PAD_ID, ...]. A prompt that is too long keeps its beginning and
-        the end of sequence, and is marked in `truncated`.
+        Whitespace of any kind and number counts as one space. The empty prompt is
+        [EOS_ID, PAD_ID, ...]. A prompt that is too long keeps its beginning and the end of
+        sequence, and is marked in `truncated`.
         """
         ids = np.full((len(texts), self.max_tokens), PAD_ID, np.int32)
         lengths = np.zeros(len(texts), np.int64)
@@ -68,7 +72,7 @@ class Tokenizer:
         return Tokens(ids=ids, mask=mask, truncated=truncated)
 
     def pieces(self, text: str) -> list[int]:
-        """Ids of one text: all of them, without end of sequence."""
+        """Give all ids of one text, without the end of sequence."""
         return self._processor.encode(" ".join(prepared(text, self.captions).split()))
 
     @functools.cached_property

@@ -8,14 +8,14 @@ from cascade.errors import UserError
 from cascade.models import Network
 from cascade.published.deepfloyd import bench as bench_unet
 from cascade.published.deepfloyd.bench import FIELDS, UNetOptions
-from cascade.published.deepfloyd.unet import IFUNetConfig
+from cascade.published.deepfloyd.reader import unet_config
 
 
 @pytest.mark.parametrize(
     "size,millions", [("S", 8.88), ("M", 82.76), ("IF-I-M", 371.61), ("SR-S", 33.05)]
 )
 def test_the_networks_that_are_timed_have_the_sizes_announced(size, millions):
-    shapes = Network(IFUNetConfig.from_diffusers(FIELDS[size])).abstract()
+    shapes = Network(unet_config(FIELDS[size])).abstract()
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert round(count / 1e6, 2) == millions
 

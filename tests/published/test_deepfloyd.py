@@ -26,13 +26,13 @@ from cascade.errors import UserError
 from cascade.models import Conditioning, Network
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd import reader as deepfloyd
-from cascade.published.deepfloyd.stage import pipelines, stage_config
-from cascade.published.deepfloyd.unet import IFUNetConfig
+from cascade.published.deepfloyd.stage import stage_config
+from cascade.published.pipelines import pipelines
 from cascade.runner.cascade import Cascade, with_options
 from cascade.stage import Stage
 from cascade.storage import network as published
 from cascade.storage import weights
-from cascade.text import t5_folder
+from cascade.text import t5
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 UNETS = json.loads((FIXTURES / "deepfloyd" / "unets.json").read_text())
@@ -95,7 +95,7 @@ def test_the_unet_equals_the_reference_implementation(name, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith("IF")])
 def test_every_tensor_of_a_published_unet_has_one_place(name):
-    config = IFUNetConfig.from_diffusers(PUBLISHED[name]["config"])
+    config = deepfloyd.unet_config(PUBLISHED[name]["config"])
     shapes, target = PUBLISHED[name]["shapes"], Network(config).abstract()
     origins = published.by_name(target)
     weights.fit(name, shapes, origins, target)
@@ -106,17 +106,17 @@ def test_every_tensor_of_a_published_unet_has_one_place(name):
 def test_every_tensor_of_a_published_t5_has_one_place(name):
     config = T5Config.from_hf_dict(PUBLISHED[name]["config"])
     shapes = PUBLISHED[name]["shapes"]
-    tied, encoder = t5_folder.EMBEDDING[1], dict(shapes)
+    tied, encoder = t5.EMBEDDING[1], dict(shapes)
     del encoder[tied]
-    used = [n for o in t5_folder.check(name, shapes, config).values() for n in o.names]
+    used = [n for o in t5.check(name, shapes, config).values() for n in o.names]
     assert sorted(used) == sorted(encoder)
     # A full checkpoint; and either name of the embedding alone.
     decoder = {f"decoder.{n.removeprefix('encoder.')}": s for n, s in encoder.items()}
-    t5_folder.check(name, shapes | decoder | {"lm_head.weight": shapes[tied]}, config)
+    t5.check(name, shapes | decoder | {"lm_head.weight": shapes[tied]}, config)
     del shapes["shared.weight"]
-    t5_folder.check(name, shapes, config)
+    t5.check(name, shapes, config)
     with pytest.raises(UserError, match=r"encoder.block.0.extra is left over"):
-        t5_folder.check(name, shapes | {"encoder.block.0.extra": [1]}, config)
+        t5.check(name, shapes | {"encoder.block.0.extra": [1]}, config)
 
 
 def test_everything_missing_misshapen_or_left_over_is_listed(stage1):
@@ -245,11 +245,11 @@ def test_another_models_config_is_refused_by_file_and_field(tmp_path, changes, m
 def test_what_config_json_leaves_out_has_the_references_default():
     full = UNETS["stage1"]["config"]
     older = {k: v for k, v in full.items() if k != "encoder_hid_dim_type"}
-    assert IFUNetConfig.from_diffusers(older) == IFUNetConfig.from_diffusers(full)
-    config = IFUNetConfig.from_diffusers({k: v for k, v in full.items() if k != "layers_per_block"})
+    assert deepfloyd.unet_config(older) == deepfloyd.unet_config(full)
+    config = deepfloyd.unet_config({k: v for k, v in full.items() if k != "layers_per_block"})
     assert [level.blocks for level in config.levels] == [2, 2]
     with pytest.raises(ValueError, match="mid_block_type must be"):
-        IFUNetConfig.from_diffusers({})
+        deepfloyd.unet_config({})
 
 
 def test_hybrid_attention_goes_by_level():
@@ -258,10 +258,10 @@ def test_hybrid_attention_goes_by_level():
         "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 2,
         "only_cross_attention": [True, False],
     }
-    config = IFUNetConfig.from_diffusers(fields)
+    config = deepfloyd.unet_config(fields)
     assert [level.attention for level in config.levels] == ["text", "text and image"]
     assert config.middle_attention == "text and image"
-    config = IFUNetConfig.from_diffusers(fields | {"mid_block_only_cross_attention": True})
+    config = deepfloyd.unet_config(fields | {"mid_block_only_cross_attention": True})
     assert config.middle_attention == "text"
 
 

@@ -30,10 +30,9 @@ from cascade.models.autoencoder import _Attention
 from cascade.models.layers import attend
 from cascade.planning import sampling
 from cascade.planning.topology import Topology
-from cascade.published.deepfloyd.stage import pipelines, read_converted
+from cascade.published.pipelines import pipelines
 from cascade.published.x4_upscaler import reader as readers
 from cascade.published.x4_upscaler import stage as upscaler
-from cascade.published.x4_upscaler.unet import UpscalerUNetConfig
 from cascade.runner.cascade import Cascade, with_options
 from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
@@ -76,8 +75,8 @@ def folder(tmp_path_factory):
 
 def test_every_tensor_of_the_published_networks_has_one_place(tmp_path):
     networks = {
-        "unet": UpscalerUNetConfig.from_diffusers,
-        "vae": AutoencoderConfig.from_diffusers,
+        "unet": readers.unet_config,
+        "vae": readers.autoencoder_config,
         "text_encoder": CLIPTextConfig.from_hf_dict,
     }
     for name, parse in networks.items():

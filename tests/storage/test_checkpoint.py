@@ -1,5 +1,3 @@
-import errno
-import json
 import os
 import resource
 import shutil
@@ -15,8 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cascade.devices import distributed
 from cascade.devices.sharding import MeshConfig, make_mesh
 from cascade.errors import UserError
-from cascade.storage import checkpoint
-from cascade.storage.checkpoint import Checkpoints, WholeFolder
+from cascade.storage.checkpoint import Checkpoints
 
 
 def abstract(tree, sharding=None):
@@ -156,94 +153,3 @@ def test_no_readable_checkpoint_is_an_error_that_names_the_folder(tmp_path):
     damage(tmp_path / "checkpoints" / "1")
     with pytest.raises(UserError, match="no readable checkpoint"):
         Checkpoints(tmp_path).restore_ema()
-
-
-@pytest.mark.parametrize("dtype,tolerance", [("float32", 0), ("float16", 1e-3), ("bfloat16", 1e-2)])
-def test_safetensors_round_trip(tmp_path, dtype, tolerance):
-    params = {"levels": {"0": {"kernel": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}}}
-    path = tmp_path / "model.safetensors"
-    checkpoint.save_safetensors(path, params, dtype=dtype)
-    back = checkpoint.load_safetensors(path, abstract(params))
-    got = back["levels"]["0"]["kernel"]
-    assert got.dtype == np.float32
-    assert np.abs(got - params["levels"]["0"]["kernel"]).max() <= tolerance
-
-
-@pytest.mark.parametrize(
-    "expected,message",
-    [
-        ({"a": (2,), "b": (1,)}, "missing b"),
-        ({}, "left over a"),
-        ({"a": (3,)}, r"a has shape \(2,\), expected \(3,\)"),
-    ],
-)
-def test_loading_is_total(tmp_path, expected, message):
-    path = tmp_path / "model.safetensors"
-    checkpoint.save_safetensors(path, {"a": np.zeros(2, np.float32)})
-    shapes = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in expected.items()}
-    with pytest.raises(UserError, match=message):
-        checkpoint.load_safetensors(path, shapes)
-
-
-def test_a_truncated_weights_file_is_named(tmp_path):
-    path = tmp_path / "model.safetensors"
-    checkpoint.save_safetensors(path, {"a": np.zeros(200, np.float32)})
-    os.truncate(path, 100)
-    with pytest.raises(UserError, match="damaged or not a safetensors file"):
-        checkpoint.load_safetensors(path, {"a": jax.ShapeDtypeStruct((200,), jnp.float32)})
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), WholeFolder(tmp_path / "out") as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with WholeFolder(tmp_path / "out") as folder:
-        (folder / "all").write_text(json.dumps({}))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["all"]
-    with pytest.raises(UserError, match="exists already"), WholeFolder(tmp_path / "out"):
-        pass
-    shutil.rmtree(tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", ["link", "mount", "."])
-def test_an_empty_folder_that_cannot_be_removed_is_filled(tmp_path, monkeypatch, kind):
-    """With what a killed run has left in it, which does not count."""
-    (tmp_path / "empty" / ".partial-killed").mkdir(parents=True)
-    out = tmp_path / "empty"
-    if kind == "link":
-        out = tmp_path / "link"
-        out.symlink_to(tmp_path / "empty")
-    elif kind == "mount":
-        move = os.replace
-
-        def busy(source, target):
-            if target == out:
-                raise OSError(errno.EBUSY, "Device or resource busy")
-            move(source, target)
-
-        monkeypatch.setattr(os, "replace", busy)
-    else:
-        monkeypatch.chdir(out)
-        out = "."
-    with WholeFolder(out) as folder:
-        (folder / "part").mkdir()
-        (folder / "part" / "weights").write_text("all")
-        (folder / "config.json").write_text("{}")
-        assert not (tmp_path / "empty" / "config.json").exists()
-    made = {p.name for p in (tmp_path / "empty").iterdir()}
-    assert made == {"part", "config.json", ".partial-killed"}
-    assert (tmp_path / "empty" / "part" / "weights").read_text() == "all"
-    with pytest.raises(UserError, match="exists already"), WholeFolder(out):
-        pass
-
-
-def test_what_cannot_be_moved_into_place_is_kept_and_named(tmp_path):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="not empty any more.*left in") as said:
-        with WholeFolder(tmp_path / "out") as folder:
-            (folder / "mine").write_text("x")
-            (tmp_path / "out" / "mine").write_text("of another process")
-    (kept,) = (tmp_path / "out").glob(".partial-*")
-    assert (kept / "mine").read_text() == "x" and str(kept) in str(said.value)
-    assert (tmp_path / "out" / "mine").read_text() == "of another process"

@@ -24,7 +24,8 @@ from cascade.scenes.captions import caption_at
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import TextPretraining, pretrain
 from cascade.storage import paths
-from cascade.storage.checkpoint import WholeFolder, load_safetensors, save_safetensors, write_json
+from cascade.storage.paths import WholeFolder, write_json
+from cascade.storage.weights import load_safetensors, save_safetensors
 from cascade.training import loop as train
 from cascade.training.loop import Optimizer, TrainConfig
 

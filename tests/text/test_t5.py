@@ -11,8 +11,7 @@ from flax import nnx
 
 from cascade.models import t5
 from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel, relative_position_bucket
-from cascade.text.t5 import T5Encoder
-from cascade.text.t5_folder import read_folder
+from cascade.text.t5 import T5Encoder, read_folder
 from cascade.text.tokenizer import Tokenizer, Tokens
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "t5"

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 from cascade.models.t5 import GROUP, T5Config, T5EncoderModel, dequantized, quantized
-from cascade.text.t5 import T5Encoder
-from cascade.text.t5_folder import read_folder, target, write_folder
+from cascade.text.t5 import T5Encoder, read_folder, target, write_folder
 from cascade.text.tokenizer import Tokenizer
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "t5"

@@ -26,8 +26,7 @@ from cascade.scenes.text_pretraining import (
 )
 from cascade.text import T5Encoder, Tokenizer, captions
 from cascade.text.captions import prepared
-from cascade.text.t5 import SHIPPED
-from cascade.text.t5_folder import read_folder, write_folder
+from cascade.text.t5 import SHIPPED, read_folder, write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "t5"

@@ -22,7 +22,9 @@ from cascade.published.deepfloyd.unet import IFLevel, IFUNetConfig
 from cascade.runner.cascade import Cascade
 from cascade.scenes.dataset import ScenesData
 from cascade.stage import Augmentation, Sampling, Stage, StageConfig
-from cascade.storage.checkpoint import Checkpoints, load_safetensors, save_safetensors, write_json
+from cascade.storage.checkpoint import Checkpoints
+from cascade.storage.paths import write_json
+from cascade.storage.weights import load_safetensors, save_safetensors
 from cascade.text import T5Encoder
 from cascade.text.t5 import SHIPPED
 from cascade.training import loop as train

@@ -15,7 +15,7 @@ from cascade.models import Network
 from cascade.planning import sampling
 from cascade.planning.topology import Topology
 from cascade.runner.cascade import Cascade
-from cascade.text.t5_folder import read_config, target
+from cascade.text.t5 import read_config, target
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ from cascade.runner.cascade import Cascade
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import pretrain
 from cascade.stage import Stage
-from cascade.storage.checkpoint import Checkpoints, load_safetensors
+from cascade.storage.checkpoint import Checkpoints
+from cascade.storage.weights import load_safetensors
 from cascade.training import ema as averages
 from cascade.training import loop as train
 from cascade.training.log import TrainingLog

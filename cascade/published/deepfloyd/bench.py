@@ -41,7 +41,11 @@ class UNetOptions:
 
 
 def bench_unet(options: UNetOptions) -> dict[str, Any]:
-    """Seconds of a pass, and PyTorch's divided by ours: above 1 we are the faster."""
+    """Measure the seconds of a pass, and PyTorch's divided by ours: above 1 we are the faster.
+
+    Returns JSON values; without PyTorch and diffusers they lack its times. Raises UserError for
+    fewer than one repeat, and on a device that PyTorch does not have.
+    """
     if options.repeats < 1:
         raise UserError(f"--repeats must be 1 or more, got {options.repeats}")
     cores = _hold(options.cores)  # ahead of the threads that JAX and PyTorch start
@@ -51,14 +55,13 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
 
     from cascade.models import Conditioning, Network
     from cascade.published.deepfloyd import reader as deepfloyd
-    from cascade.published.deepfloyd.unet import IFUNetConfig
 
     device = jax.devices()[0]
     if device.platform not in ("cpu", "gpu"):
         raise UserError(f"cascade bench unet: PyTorch has no {device.platform} to compare with")
     gpu = device.platform == "gpu"
     fields, rng = FIELDS[options.size], np.random.default_rng(0)
-    config = IFUNetConfig.from_diffusers(fields)
+    config = deepfloyd.unet_config(fields)
     if gpu:
         config = dataclasses.replace(config, compute_dtype="bfloat16")
     network, side = Network(config), fields["sample_size"]
@@ -127,7 +130,7 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
 
 
 def _stage_1(width: int, **changes: Any) -> dict[str, Any]:
-    """A `unet/config.json` as published for stage I, of this width."""
+    """Give the fields of a `unet/config.json` as published for stage I, of this width."""
     attends = [False, True, True, True]
     return {
         "sample_size": 64,
@@ -182,11 +185,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         **_SMALL,
     },
 }
-"""`unet/config.json` of each size; IF-I-M is as published."""
+"""The fields of `unet/config.json` for each size; IF-I-M's are as published."""
 
 
 def _hold(cores: int | None) -> int:
-    """Keep this process to so many of its cores; returns how many it has then."""
+    """Keep this process to so many of its cores, and return how many it has then."""
     if not hasattr(os, "sched_setaffinity"):
         if cores is not None:
             raise UserError("--cores: this system has no way to hold a process to some cores")
@@ -203,7 +206,7 @@ def _hold(cores: int | None) -> int:
 def _torch_pass(
     fields, folder, picture, text, time_, level, cores, gpu
 ) -> Callable[[], np.ndarray]:
-    """One pass of diffusers' U-Net, channels last as ours; its weights are written to `folder`."""
+    """Make a pass of diffusers' U-Net, channels last as ours, and write its weights to `folder`."""
     import diffusers  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
 

@@ -1,6 +1,6 @@
 """DeepFloyd IF as stages of a cascade: its published pipelines, in diffusers' layout.
 
-Stage III is stable-diffusion-x4-upscaler (`upscaler.py`).
+A cascade has two of them; stage III is stable-diffusion-x4-upscaler (`x4_upscaler/stage.py`).
 A pipeline's folder holds model_index.json, `unet/`, `scheduler/`, in stage II
 `image_noising_scheduler/`, and in stage I `tokenizer/` and `text_encoder/`, the T5 of all stages.
 What the configs say decides what a stage is; watermarker and safety checker are not read.
@@ -9,49 +9,66 @@ What the configs say decides what a stage is; watermarker and safety checker are
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cascade.config import read_json
+import jax.numpy as jnp
+
+from cascade.config import from_json, read_json, to_json
 from cascade.diffusion import loss
 from cascade.errors import UserError
 from cascade.published.deepfloyd import reader as deepfloyd
 from cascade.published.schedulers import read_scheduler
-from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
-from cascade.published.x4_upscaler import stage as upscaler
 from cascade.published.x4_upscaler.stage import UpscalePipeline
+from cascade.published.x4_upscaler.unet import UpscalerUNetConfig
+from cascade.runner import model_folder as pretrained
+from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
 from cascade.stage import Augmentation, Pixels, Sampling, StageConfig
 from cascade.storage import network as published
+from cascade.storage import weights
+from cascade.storage.paths import write_json
+from cascade.text import DEFAULT_MAX_TOKENS, clip
 from cascade.text.captions import Captions
 
 Dtype = Literal["float32", "bfloat16"]
+KINDS = ("IFPipeline", "IFSuperResolutionPipeline")
+"""The `_class_name` of model_index.json in stage I and in stage II."""
 MAX_TOKENS = 77
+"""How many tokens the text of a prompt is padded or cut to."""
 CAPTIONS: Captions = "clean"
+"""What is done to a prompt first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """One published stage on disk. config: of our stage. folder: with model_index.json."""
+    """One published stage on disk."""
 
     folder: Path
+    """The folder with model_index.json."""
     config: StageConfig
+    """Our config of the stage, as `stage_config` reads it."""
 
     def params(
         self, dtype: Dtype = "float32", shardings: Callable[[Any], Any] | None = None
     ) -> dict[str, Any]:
-        """The stage's parameters, each read straight onto its devices; see `Published.read`."""
+        """Read the stage's parameters, each straight onto its devices."""
         return {"network": self._unet.read(dtype, shardings)}
 
     @property
     def files(self) -> list[Path]:
-        """The weights."""
+        """The paths of the weights."""
         return self._unet.files
 
     def write(self, folder: Path, dtype: str | None = None) -> None:
-        """The weights as our model.safetensors, tensor by tensor; dtype None is that of each."""
+        """Write the weights as our model.safetensors into the folder, tensor by tensor.
+
+        dtype: what they are stored as, in safetensors' spelling; None keeps that of each.
+        Raises UserError for weights that are missing, damaged, misshapen or left over.
+        """
         published.write(folder / "model.safetensors", {"network/": self._unet}, dtype)
 
     @property
@@ -60,60 +77,18 @@ class Pipeline:
         return deepfloyd.unet(self.folder / "unet", network)
 
 
-def is_pipeline(name: str | Path) -> bool:
-    """Whether a model of that name is one of diffusers' pipelines, here or on the hub."""
-    folder = Path(name).expanduser()
-    return (folder / "model_index.json").is_file() or (
-        not folder.exists() and str(name).startswith(("DeepFloyd/", "stabilityai/"))
-    )
-
-
-def pipelines(names: Sequence[str | Path]) -> list[Pipeline | UpscalePipeline]:
-    """The stages of these folders or hub names, which are stage I, II and III or some of them.
-
-    Raises UserError naming the file and the field that is not of DeepFloyd IF or the upscaler.
-    """
-    found: list[Pipeline | UpscalePipeline] = []
-    for name in names:
-        folder = locate(name)
-        lowres = found[-1].config.resolution if found else None
-        if read_json(folder / "model_index.json").get("_class_name") == upscaler.KIND:
-            config = upscaler.stage_config(folder, lowres)
-            found.append(UpscalePipeline(folder=folder, config=config))
-        else:
-            found.append(Pipeline(folder=folder, config=stage_config(folder, lowres)))
-    return found
-
-
-def locate(name: str | Path) -> Path:
-    """The folder of a pipeline: that one, or what the Hugging Face hub has under this name.
-
-    Raises UserError with what to do about a missing folder, network, licence or token.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(
-                f"model {name}: holds no model_index.json; give the folder of a diffusers pipeline"
-            )
-        return folder
-    if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise UserError(f"model {name}: no such folder")
-    return _downloaded(str(name))
-
-
 def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageConfig:
-    """The stage that a pipeline's config files describe; no weights are read.
+    """Read the stage that a pipeline's config files describe; no weights are read.
 
-    lowres_resolution: of the stage before; None is a quarter of a super-resolution stage's own.
+    lowres_resolution: the side in pixels of the pictures that the stage before draws; None is a
+    quarter of a super-resolution stage's own.
     Settings without a place in the files are the pipelines' defaults: 100 steps with guidance 7 in
     stage I, 50 steps with guidance 4 and noise level 250 of 1000 in stage II.
+    Raises UserError naming the file and the field that is not of DeepFloyd IF.
     """
     index = folder / "model_index.json"
-    kinds = ("IFPipeline", "IFSuperResolutionPipeline")
-    if (kind := read_json(index).get("_class_name")) not in kinds:
-        known = " or ".join((*kinds, upscaler.KIND))
-        raise UserError(f"{index}: _class_name must be {known}, got {kind!r}")
+    if (kind := read_json(index).get("_class_name")) not in KINDS:
+        raise UserError(f"{index}: _class_name must be {' or '.join(KINDS)}, got {kind!r}")
     network = deepfloyd.read_unet_config(folder / "unet")
     side = read_json(folder / "unet" / "config.json").get("sample_size")
     if not isinstance(side, int) or side % network.side_multiple:
@@ -121,7 +96,7 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
             f"{folder / 'unet' / 'config.json'}: sample_size must be a multiple of "
             f"{network.side_multiple}, got {side!r}"
         )
-    if network.lowres != (kind == kinds[1]):
+    if network.lowres != (kind == KINDS[1]):
         raise UserError(f"{index}: a {kind} does not go with the U-Net beside it")
     scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
     conditions: tuple[Any, ...] = (PublishedText(width=network.text_width),)
@@ -156,42 +131,3 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
         raise
     except ValueError as e:
         raise UserError(f"{folder}: {e}") from None
-
-
-_WANTED = [
-    *("model_index.json", "*/config.json", "*/scheduler_config.json", "tokenizer/*"),
-    *("unet/*fp16*", "vae/*fp16*", "text_encoder/*fp16*"),
-]
-
-
-def _downloaded(name: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    wanted = (
-        f"a local folder with what https://huggingface.co/{name} holds (model_index.json, unet/, "
-        "scheduler/; text_encoder/ and tokenizer/ in stage I)"
-    )
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=_WANTED, ignore_patterns=["*.bin"]
-            )
-        )
-    except errors.GatedRepoError:
-        raise UserError(
-            f"model {name}: its licence must be accepted first: log in at "
-            f"https://huggingface.co/{name}, accept it, make a token and run `hf auth login` (or "
-            f"set HF_TOKEN); or give {wanted}"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"model {name}: the Hugging Face hub has none of this name, or hides it from those "
-            "without its licence: check the spelling, run `hf auth login` (or set HF_TOKEN); or "
-            f"give {wanted}"
-        ) from None
-    except Exception as e:  # the client lets several libraries' network errors through
-        raise UserError(
-            f"model {name}: no folder of this name here, and the Hugging Face hub cannot be "
-            f"reached ({type(e).__name__}); give {wanted}"
-        ) from None

@@ -1,10 +1,10 @@
 """The U-Net of DeepFloyd IF, stages I and II, laid out as its public weights are.
 
-Imagen's base (`unet.py`) in all but these: the text enters three times, pooled into the time
-embedding, normalised over all tokens at once ahead of each attention, and with its padding, which
-is not masked; attention follows every residual block of its levels; stage II attends to the text
-alone and divides its residual sums by about sqrt(2). The modules are named after the tensors of the
-files in diffusers' layout, so that `pretrained.deepfloyd` only has to rename the leaves:
+It is Imagen's base (`cascade/models/unet.py`) in all but these: the text enters three times, pooled
+into the time embedding, normalised over all tokens at once ahead of each attention, and with its
+padding, which is not masked; attention follows every residual block of its levels; stage II attends
+to the text alone and divides its residual sums by about sqrt(2). The modules are named after the
+tensors of the files in diffusers' layout, so that `reader.py` only has to rename the leaves:
 
     emb = time(t) [+ class(augmentation level)] + pool(text), then activated once
     h   = conv2(act(GN(conv1(resample(act(GN(x))))) (1 + scale) + shift));   out = (x + h) / c
@@ -14,7 +14,7 @@ files in diffusers' layout, so that `pretrained.deepfloyd` only has to rename th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -35,56 +35,64 @@ from cascade.models.layers import (
 )
 from cascade.models.network import NetworkConfig
 from cascade.models.signals import Signals, Widths, check_signals, sinusoids
-from cascade.published import fields as published
 
 Sees = Literal["text", "text and image"]
 """What an attention layer draws its keys and values from."""
+Activation = Literal["gelu", "silu"]
+"""The activation of blocks and embeddings; gelu is the exact one, by the error function."""
+TEXT_GROUPS = 32
+"""The norm of the text has this many groups of channels; no config.json has a say in it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IFLevel:
-    """One resolution: `blocks` residual blocks on the way down, blocks + 1 on the way up.
-
-    attention: what each of them is followed by; None is nothing.
-    """
+    """One resolution of the U-Net, on the way down and on the way up."""
 
     width: int
+    """Features have this many channels, a multiple of IFUNetConfig.groups."""
     blocks: int
+    """There are this many residual blocks on the way down, at least 1, and one more going up."""
     attention: Sees | None = None
+    """Each of these blocks is followed by an attention layer that sees this; None is no layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IFUNetConfig(NetworkConfig):
-    """What `unet/config.json` says, see `from_diffusers`.
-
-    levels: from full resolution down. middle_attention: of the two blocks below them.
-    in_channels, out_channels: of a picture; the first output channels are eps, as many as
-        in_channels, then come those of the learned variance, if any.
-    text_width: of a T5 token. cross_width: of a token ahead of the attention layers' own
-        projections. emb_width: of the time embedding. head_width: channels of an attention head.
-    pool_heads: heads of the attention that pools the text.
-    lowres: Conditioning.lowres is concatenated to x, and its lowres_time embedded (stage II).
-    groups, epsilon: of GroupNorm. residual_scale, middle_scale: multiply the sum of a residual
-        block, 1 in stage I and .7071 in stage II.
-    compute_dtype: of activations; norms, softmax, embedding and output are float32.
-    remat: what each block keeps for its backward pass, as in `NetworkConfig`.
-    """
+    """Sizes of a U-Net of DeepFloyd IF; `reader.unet_config` reads them from `unet/config.json`."""
 
     levels: tuple[IFLevel, ...]
+    """The resolutions from full resolution down, at least one, each of half the side of the one
+    before."""
     middle_attention: Sees = "text and image"
+    """The attention layer between the two blocks below the levels sees this."""
     in_channels: int = 3
+    """A picture has this many channels."""
     out_channels: int = 6
+    """The output has this many channels: in_channels of eps, and as many of the learned variance
+    if it is twice as many."""
     text_width: int = 4096
+    """The embedding of a T5 token has this many channels, a multiple of pool_heads."""
     cross_width: int
+    """A token has this many channels ahead of the attention layers' own projections, a multiple of
+    32."""
     emb_width: int
+    """The time embedding has this many channels."""
     head_width: int = 64
+    """An attention head has this many channels, a divisor of the width of levels that attend."""
     pool_heads: int = 64
+    """The attention that pools the text has this many heads."""
     lowres: bool = False
+    """Whether it is told of a low-resolution picture and of the noise on that (stage II)."""
     groups: int = 32
+    """GroupNorm splits channels into this many groups."""
     epsilon: float = 1e-5
+    """GroupNorm adds this to the variance."""
     residual_scale: float = 1.0
+    """The sum of a residual block is multiplied by this: 1 in stage I, .7071 in stage II."""
     middle_scale: float = 1.0
-    activation: Literal["gelu", "silu"] = "gelu"
+    """The sums of the two blocks below the levels are multiplied by this instead."""
+    activation: Activation = "gelu"
+    """Blocks and embeddings are activated by this function."""
 
     def __post_init__(self):
         if not self.levels:
@@ -113,9 +121,8 @@ class IFUNetConfig(NetworkConfig):
                 f"learned variance, twice as many, got {self.out_channels}"
             )
 
-    def build(self, rngs: nnx.Rngs) -> IFUNet:
-        """The network, with fresh parameters."""
-        return IFUNet(self, rngs)
+    def build(self, widths: Widths, *, rngs: nnx.Rngs) -> IFUNet:
+        return IFUNet(self, widths, rngs)
 
     @property
     def embedding_width(self) -> int:
@@ -123,7 +130,7 @@ class IFUNetConfig(NetworkConfig):
 
     @property
     def widths(self) -> Widths:
-        """What it is told: in stage II a picture, and always T5's tokens."""
+        """What it is told: T5's tokens, and in stage II a picture."""
         return Widths(channels=self.in_channels * self.lowres, tokens=self.text_width)
 
     def check(self, widths: Widths) -> None:
@@ -135,72 +142,23 @@ class IFUNetConfig(NetworkConfig):
 
     @property
     def learned_variance(self) -> bool:
+        """Whether the output has channels for the variance of a step of sampling."""
         return self.out_channels > self.in_channels
 
     @property
     def side_multiple(self) -> int:
-        """What the height and the width of an image must be divisible by."""
+        """What the height and the width of an image, in pixels, must be divisible by."""
         return 2 ** (len(self.levels) - 1)
-
-    @classmethod
-    def from_diffusers(cls, fields: Mapping[str, Any]) -> IFUNetConfig:
-        """From the contents of a `unet/config.json`; a missing field has UNet2DConditionModel's
-        default. Raises ValueError naming the field that asks for another network.
-        """
-        given = published.read_fields(
-            fields,
-            class_name="UNet2DConditionModel",
-            defaults=_DEFAULTS,
-            required=_REQUIRED,
-            without_effect=_WITHOUT_EFFECT,
-            network="a DeepFloyd IF stage I or II",
-        )
-        if given["class_embed_type"] not in (None, "timestep"):
-            raise ValueError(
-                f"class_embed_type must be None (stage I) or 'timestep' (stage II), "
-                f"got {given['class_embed_type']!r}"
-            )
-        lowres = given["class_embed_type"] == "timestep"
-        act = given["act_fn"]
-        # Either the embedding is activated where it is made, or in every block: the same, once.
-        once = given["time_embedding_act_fn"] == (act if given["resnet_skip_time_act"] else None)
-        if act not in _ACTIVATIONS or not once:
-            raise ValueError(
-                f"act_fn must be gelu or silu, and time_embedding_act_fn equal to it exactly with "
-                f"resnet_skip_time_act; got {act!r}, {given['time_embedding_act_fn']!r} and "
-                f"{given['resnet_skip_time_act']!r}"
-            )
-        channels = published.integer(given, "in_channels")
-        if lowres and channels % 2:
-            raise ValueError(f"in_channels must be even in a super-resolution U-Net, {channels=}")
-        levels, middle = _levels(given)
-        widths = [level.width for level in levels]
-        return cls(
-            levels=levels,
-            middle_attention=middle,
-            in_channels=channels // 2 if lowres else channels,
-            out_channels=published.integer(given, "out_channels"),
-            text_width=published.integer(given, "encoder_hid_dim"),
-            cross_width=published.integer(given, "cross_attention_dim"),
-            emb_width=given["time_embedding_dim"] or 4 * widths[0],
-            head_width=published.integer(given, "attention_head_dim"),
-            pool_heads=published.integer(given, "addition_embed_type_num_heads"),
-            lowres=lowres,
-            groups=published.integer(given, "norm_num_groups"),
-            epsilon=float(given["norm_eps"]),
-            residual_scale=1 / given["resnet_out_scale_factor"],
-            middle_scale=1 / given["mid_block_scale_factor"],
-            activation=act,
-        )
 
 
 class IFUNet(nnx.Module):
-    """Call with x [b, h, w, in], time [b] in 0..999, Signals; returns [b, h, w, out] float32.
+    """Call it with x [b, h, w, in], time [b] in 0..999 and Signals; returns [b, h, w, out] float32.
 
-    time: an index into the table of betas that the network was trained on. Signals.tokens: T5's
-    output at every position, padding too, as it is; the mask is not looked at. In stage II
-    Signals.channels is the low-resolution picture, and Signals.vectors its own index [b, 1].
-    h and w: divisible by 2^(levels - 1). key is not used: the public networks have no dropout.
+    time is an index into the table of betas that the network was trained on. Signals.tokens is T5's
+    output at every position, padding too; the mask is not looked at. In stage II Signals.channels
+    is the low-resolution picture, and Signals.vectors its own index [b, 1]. h and w must be
+    divisible by 2^(levels - 1). key is not used: the public networks have no dropout. Raises
+    ValueError for sides and signals that do not fit the config.
     """
 
     def __init__(self, config: IFUNetConfig, widths: Widths, rngs: nnx.Rngs):
@@ -254,7 +212,7 @@ class IFUNet(nnx.Module):
             return self.conv_out(h)
 
     def _inputs(self, x: Array, signals: Signals) -> tuple[Array, Array]:
-        """x, with the low-resolution picture behind it in stage II, and the float32 text."""
+        """Give x, with the low-resolution picture behind it in stage II, and the float32 text."""
         config = self.config
         if x.shape[1] % config.side_multiple or x.shape[2] % config.side_multiple:
             raise ValueError(
@@ -281,7 +239,7 @@ class _Down(nnx.Module):
         )
 
     def __call__(self, h: Array, emb: Array, text: Array) -> tuple[Array, list[Array]]:
-        """Also returns the skips: the output of every block, in order."""
+        """Return h and the skips: the output of every block, in order."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             h = run(resnet, self.remat, h, emb)
@@ -310,9 +268,10 @@ class _Middle(nnx.Module):
 
 
 class _Up(nnx.Module):
-    """As many blocks as the way down left skips at this resolution, then an upsampling one.
+    """It has as many blocks as the way down left skips at this resolution, then an upsampling one.
 
-    The last of them takes what entered the level on the way down, of the outer level's width.
+    The last block of that resolution takes what entered the level on the way down, which has the
+    outer level's width.
     """
 
     def __init__(
@@ -337,7 +296,7 @@ class _Up(nnx.Module):
         )
 
     def __call__(self, h: Array, emb: Array, text: Array, skips: list[Array]) -> Array:
-        """Takes its skips off the end of the list."""
+        """Return h; this takes its skips off the end of the list."""
         for i, resnet in enumerate(self.resnets):
             h = run(resnet, self.remat, jnp.concatenate([h, skips.pop()], axis=-1), emb)
             h = run(self.attentions[i], self.remat, h, text) if self.attentions else h
@@ -347,7 +306,7 @@ class _Up(nnx.Module):
 
 
 class _ResBlock(nnx.Module):
-    """layers.ResBlock under the published names, with the published groups and activation."""
+    """It is layers.ResBlock under the published names, with the published groups and activation."""
 
     def __init__(
         self,
@@ -422,7 +381,7 @@ class _TimeEmbedding(nnx.Module):
 
 
 class _PooledText(nnx.Module):
-    """One vector of all tokens, between two LayerNorms; it is added to the time embedding."""
+    """It makes one vector of all tokens, between two LayerNorms, to add to the time embedding."""
 
     def __init__(self, config: IFUNetConfig, rngs: nnx.Rngs):
         self.norm1 = _layer_norm(config.text_width, rngs)
@@ -435,7 +394,7 @@ class _PooledText(nnx.Module):
 
 
 class _AttentionPool(nnx.Module):
-    """The mean token asks; itself and all tokens, padding among them, answer."""
+    """In it the mean token asks; itself and all tokens, padding among them, answer."""
 
     def __init__(self, config: IFUNetConfig, rngs: nnx.Rngs):
         width = config.text_width
@@ -454,84 +413,11 @@ class _AttentionPool(nnx.Module):
         return attend(self.q_proj(mean), k, v, None, self.head_width)[:, 0]
 
 
-TEXT_GROUPS = 32
-"""Groups of the norm of the text; no config.json has a say in it."""
-
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # Exact, by the error function; T5's is the tanh approximation.
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "silu": jax.nn.silu,
 }
-
-_SEES: dict[bool, Sees] = {True: "text", False: "text and image"}
-_DOWN = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
-_UP = {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}
-
-# Of UNet2DConditionModel, for fields that a config.json lacks; each is read or checked above.
-_DEFAULTS: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
-    "mid_block_only_cross_attention": None,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "cross_attention_dim": 1280,
-    "encoder_hid_dim": None,
-    "attention_head_dim": 8,
-    "class_embed_type": None,
-    "addition_embed_type": None,
-    "addition_embed_type_num_heads": 64,
-    "resnet_time_scale_shift": "default",
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_dim": None,
-    "time_embedding_act_fn": None,
-    "cross_attention_norm": None,
-}
-
-# Fields with one right value. A field that is in none of these tables must be None or False.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",),
-    "addition_embed_type": ("text",),
-    "cross_attention_norm": ("group_norm",),
-    "resnet_time_scale_shift": ("scale_shift",),
-    "encoder_hid_dim_type": (None, "text_proj"),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "time_embedding_type": ("positional",),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "attention_type": ("default",),
-}
-# They speak of training, of the pipeline, or of blocks that IF does not have.
-_WITHOUT_EFFECT = {
-    *("sample_size", "dropout", "downsample_padding", "upcast_attention", "use_linear_projection"),
-    "transformer_layers_per_block",
-}
-
-
-def _levels(given: Mapping[str, Any]) -> tuple[tuple[IFLevel, ...], Sees]:
-    """The levels, and what the middle attends to."""
-    attends = published.levels_with(given, _DOWN, _UP)
-    count = len(attends)
-    only, middle = given["only_cross_attention"], given["mid_block_only_cross_attention"]
-    if middle is None:
-        middle = only is True
-    widths = published.one_each(given, "block_out_channels", int, count)
-    blocks = published.one_each(given, "layers_per_block", int, count)
-    only = published.one_each(given, "only_cross_attention", bool, count)
-    levels = tuple(
-        IFLevel(width=width, blocks=b, attention=_SEES[o] if a else None)
-        for width, b, o, a in zip(widths, blocks, only, attends, strict=True)
-    )
-    return levels, _SEES[middle]
 
 
 def _attentions(config: IFUNetConfig, level: IFLevel, count: int, rngs: nnx.Rngs) -> Any:

@@ -25,33 +25,41 @@ from cascade.storage.network import Published
 from cascade.text import clip
 
 KIND = "StableDiffusionUpscalePipeline"
+"""The `_class_name` of model_index.json."""
 SCALING = 0.08333
-"""Of latents, which the pipeline imposes on whatever vae/config.json says."""
+"""The scaling of latents, which the pipeline imposes whatever vae/config.json says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpscalePipeline:
-    """The published stage on disk. config: of our stage. folder: with model_index.json."""
+    """The published stage on disk."""
 
     folder: Path
+    """The folder with model_index.json."""
     config: StageConfig
+    """Our config of the stage, as `stage_config` reads it."""
 
     def params(
         self, dtype: str = "float32", shardings: Callable[[Any], Any] | None = None
     ) -> dict[str, Any]:
-        """Those of the U-Net and the autoencoder, each read straight onto its devices."""
+        """Read the parameters of the U-Net and the autoencoder, each straight onto its devices.
+
+        dtype, shardings: as in `Published.read`; the parameters are nested dicts.
+        """
         return {name: part.read(dtype, shardings) for name, part in self._networks.items()}
 
     @property
     def files(self) -> list[Path]:
-        """The weights."""
+        """The paths of the weights, the text encoder's among them."""
         text = clip.text_encoder(self.folder)
         return [file for part in (*self._networks.values(), text) for file in part.files]
 
     def write(self, folder: Path, dtype: str | None = None) -> None:
-        """The weights as our model.safetensors, tensor by tensor; dtype None is that of each.
+        """Write the weights as our model.safetensors into the folder, tensor by tensor.
 
-        Beside it text_encoder/ and tokenizer/, which the other stages do not share.
+        Beside it come text_encoder/ and tokenizer/, which the other stages do not share.
+        dtype: what weights are stored as, in safetensors' spelling; None keeps that of each.
+        Raises UserError for weights that are missing, damaged, misshapen or left over.
         """
         networks = {f"{name}/": part for name, part in self._networks.items()}
         published.write(folder / "model.safetensors", networks, dtype)
@@ -59,7 +67,7 @@ class UpscalePipeline:
 
     @property
     def _networks(self) -> dict[str, Published]:
-        """As the stage's parameters are called."""
+        """The networks, by the names of the stage's parameters."""
         return {
             "network": upscaler.unet(self.folder / "unet"),
             "space": upscaler.autoencoder(self.folder / "vae"),
@@ -67,11 +75,13 @@ class UpscalePipeline:
 
 
 def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageConfig:
-    """The stage that the pipeline's config files describe; no weights are read.
+    """Read the stage that the pipeline's config files describe; no weights are read.
 
-    lowres_resolution: of the stage before; None is 256, what DeepFloyd IF's second one draws.
+    lowres_resolution: the side in pixels of the pictures that the stage before draws; None is 256,
+    what DeepFloyd IF's second one draws.
     Settings without a place in the files are the pipeline's defaults, 75 steps with guidance 9 and
     noise level 20 of 1000; behind another stage the level is 100, as in DeepFloyd IF's README.
+    Raises UserError naming the file and the field that is not of the upscaler.
     """
     index = folder / "model_index.json"
     low = lowres_resolution or 256
@@ -91,7 +101,7 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
     noising = read_scheduler(folder / "low_res_scheduler" / "scheduler_config.json").schedule
 
     def level(entry: int) -> float:
-        """The time of that entry of the table."""
+        """Give the time, in 0..1, of that entry of the table."""
         return (entry + 1) / noising.steps
 
     try:

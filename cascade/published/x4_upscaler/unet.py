@@ -1,12 +1,12 @@
 """The U-Net of stable-diffusion-x4-upscaler, laid out as its public weights are.
 
-It denoises latents of an autoencoder (`autoencoder.py`) beside the low-resolution picture, whose
-pixels lie one on one with them. Like `if_unet.py` its modules are named after the tensors of the
-files in diffusers' layout. What is unlike it: the level of the picture's noise is looked up in a
-table, the embedding is added rather than scaling, resampling is a convolution, and attention is a
-transformer block (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion
-Models", app. E.2.1), whose first attention sees the text instead of the pixels in all levels but
-the innermost:
+It denoises latents of an autoencoder (`cascade/models/autoencoder.py`) beside the low-resolution
+picture, whose pixels lie one on one with them. Like those of DeepFloyd IF's U-Net its modules are
+named after the tensors of the files in diffusers' layout. What is unlike it: the level of the
+picture's noise is looked up in a table, the embedding is added rather than scaling, resampling is a
+convolution, and attention is a transformer block (Rombach et al. 2022, "High-Resolution Image
+Synthesis with Latent Diffusion Models", app. E.2.1), whose first attention sees the text instead of
+the pixels in all levels but the innermost:
 
     emb = time(t) + table[noise level]
     h   = conv2(act(GN(conv1(act(GN(x))) + proj(act(emb)))));   out = x + h
@@ -16,7 +16,6 @@ the innermost:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -27,7 +26,6 @@ from jaxtyping import Array, Float, Key
 from cascade.models.layers import Conv, GroupNorm, Linear, Remat, attend, enlarge, run
 from cascade.models.network import NetworkConfig
 from cascade.models.signals import Signals, Widths, check_signals, sinusoids
-from cascade.published import fields as published
 
 FirstSees = Literal["text", "image"]
 """What the first attention of a transformer block draws its keys and values from."""
@@ -35,36 +33,40 @@ FirstSees = Literal["text", "image"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpscalerLevel:
-    """One resolution: `blocks` residual blocks on the way down, blocks + 1 on the way up.
-
-    attention: what the transformer block after each of them sees first; None is no such block.
-    """
+    """One resolution of the U-Net, on the way down and on the way up."""
 
     width: int
+    """Features have this many channels, a multiple of UpscalerUNetConfig.groups."""
     blocks: int
+    """There are this many residual blocks on the way down, at least 1, and one more going up."""
     attention: FirstSees | None = None
+    """Each of these blocks is followed by a transformer block whose first attention sees this; None
+    is no such block."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpscalerUNetConfig(NetworkConfig):
-    """What `unet/config.json` says, see `from_diffusers`.
-
-    levels: from full resolution down; the two blocks below them see the image first.
-    in_channels, out_channels: of latents. lowres_channels: of Conditioning.lowres, concatenated.
-    noise_levels: of the low-resolution picture, rows of their table. text_width: of a token.
-    heads: of every attention layer. groups, epsilon: of the residual blocks' GroupNorm.
-    compute_dtype: of activations; norms, softmax, embedding and output are float32.
-    """
+    """Sizes of the upscaler's U-Net; `reader.unet_config` reads them from `unet/config.json`."""
 
     levels: tuple[UpscalerLevel, ...]
+    """The resolutions from full resolution down, at least one, each of half the side of the one
+    before; the two blocks below them have a transformer block that sees the image first."""
     in_channels: int = 4
+    """Noisy latents have this many channels."""
     out_channels: int = 4
+    """The output has this many channels."""
     lowres_channels: int = 3
+    """The picture to enlarge, which is concatenated to the latents, has this many channels."""
     noise_levels: int = 1000
+    """The table of the low-resolution picture's noise levels has this many rows."""
     text_width: int = 1024
+    """The embedding of a token has this many channels."""
     heads: int = 8
+    """Every attention layer has this many heads, a divisor of the width of levels that attend."""
     groups: int = 32
+    """GroupNorm splits channels into this many groups."""
     epsilon: float = 1e-5
+    """GroupNorm adds this to the variance in residual blocks; it is 1e-6 in transformer blocks."""
 
     def __post_init__(self):
         if not self.levels:
@@ -87,9 +89,8 @@ class UpscalerUNetConfig(NetworkConfig):
                 f"unet/config.json less out_channels, got {self.lowres_channels}"
             )
 
-    def build(self, rngs: nnx.Rngs) -> UpscalerUNet:
-        """The network, with fresh parameters."""
-        return UpscalerUNet(self, rngs)
+    def build(self, widths: Widths, *, rngs: nnx.Rngs) -> UpscalerUNet:
+        return UpscalerUNet(self, widths, rngs)
 
     @property
     def embedding_width(self) -> int:
@@ -111,53 +112,15 @@ class UpscalerUNetConfig(NetworkConfig):
         """What the height and the width of latents must be divisible by."""
         return 2 ** (len(self.levels) - 1)
 
-    @classmethod
-    def from_diffusers(cls, fields: Mapping[str, Any]) -> UpscalerUNetConfig:
-        """From the contents of a `unet/config.json`; a missing field has UNet2DConditionModel's
-        default. Raises ValueError naming the field that asks for another network.
-        """
-        given = published.read_fields(
-            fields,
-            class_name="UNet2DConditionModel",
-            defaults=_DEFAULTS,
-            required=_REQUIRED,
-            without_effect=_WITHOUT_EFFECT,
-            network="a stable-diffusion-x4-upscaler",
-        )
-        attends = published.levels_with(given, _DOWN, _UP)
-        count = len(attends)
-        latent = published.integer(given, "out_channels")
-        return cls(
-            levels=tuple(
-                UpscalerLevel(
-                    width=width, blocks=blocks, attention=_FIRST_SEES[only] if a else None
-                )
-                for width, blocks, only, a in zip(
-                    published.one_each(given, "block_out_channels", int, count),
-                    published.one_each(given, "layers_per_block", int, count),
-                    published.one_each(given, "only_cross_attention", bool, count),
-                    attends,
-                    strict=True,
-                )
-            ),
-            in_channels=latent,
-            out_channels=latent,
-            lowres_channels=published.integer(given, "in_channels") - latent,
-            noise_levels=published.integer(given, "num_class_embeds"),
-            text_width=published.integer(given, "cross_attention_dim"),
-            heads=published.integer(given, "attention_head_dim"),
-            groups=published.integer(given, "norm_num_groups"),
-            epsilon=float(given["norm_eps"]),
-        )
-
 
 class UpscalerUNet(nnx.Module):
-    """Call with x [b, h, w, in], time [b] in 0..999, Signals; returns [b, h, w, out] float32.
+    """Call it with x [b, h, w, in], time [b] in 0..999 and Signals; returns [b, h, w, out] float32.
 
-    time: an index into the table of betas that the network was trained on. Signals.channels: the
-    picture [b, h, w, 3]. Signals.vectors: the row [b, 1] of the noise levels' table.
-    Signals.tokens: CLIP's output at every position; the mask is not looked at. h and w: divisible
-    by 2^(levels - 1). key is not used: there is no dropout.
+    time is an index into the table of betas that the network was trained on. Signals.channels is
+    the picture [b, h, w, lowres_channels], Signals.vectors the row [b, 1] of the noise levels'
+    table. Signals.tokens is CLIP's output at every position; the mask is not looked at. h and w
+    must be divisible by 2^(levels - 1). key is not used: there is no dropout. Raises ValueError for
+    sides and signals that do not fit the config.
     """
 
     def __init__(self, config: UpscalerUNetConfig, widths: Widths, rngs: nnx.Rngs):
@@ -231,7 +194,7 @@ class _Down(nnx.Module):
         self.downsamplers = nnx.List([_Smaller(level.width, rngs)] if down else [])
 
     def __call__(self, h: Array, emb: Array, text: Array) -> tuple[Array, list[Array]]:
-        """Also returns the skips: the output of every block, in order."""
+        """Return h and the skips: the output of every block, in order."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             h = run(resnet, self.remat, h, emb)
@@ -258,9 +221,10 @@ class _Middle(nnx.Module):
 
 
 class _Up(nnx.Module):
-    """As many blocks as the way down left skips at this resolution, then an enlarging one.
+    """It has as many blocks as the way down left skips at this resolution, then an enlarging one.
 
-    The last of them takes what entered the level on the way down, of the outer level's width.
+    The last block of that resolution takes what entered the level on the way down, which has the
+    outer level's width.
     """
 
     def __init__(
@@ -283,7 +247,7 @@ class _Up(nnx.Module):
         self.upsamplers = nnx.List([_Larger(width, rngs)] if up else [])
 
     def __call__(self, h: Array, emb: Array, text: Array, skips: list[Array]) -> Array:
-        """Takes its skips off the end of the list."""
+        """Return h; this takes its skips off the end of the list."""
         for i, resnet in enumerate(self.resnets):
             h = run(resnet, self.remat, jnp.concatenate([h, skips.pop()], axis=-1), emb)
             h = run(self.attentions[i], self.remat, h, text) if self.attentions else h
@@ -383,7 +347,7 @@ class _Attention(nnx.Module):
 
 
 class _FeedForward(nnx.Module):
-    """Four times as wide inside, a half of the projection times the gelu of the other (GEGLU)."""
+    """It is four times as wide inside: half a projection times the other half's gelu (GEGLU)."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         # The published list has a dropout at 1.
@@ -405,7 +369,7 @@ class _Gated(nnx.Module):
 
 
 class _Projection(nnx.Module):
-    """Linear without a bias."""
+    """It is Linear without a bias."""
 
     def __init__(self, width_in: int, width: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width_in, width)))
@@ -430,50 +394,6 @@ class _Table(nnx.Module):
 
     def __call__(self, row: Float[Array, " b"]) -> Float[Array, "b e"]:
         return self.embedding[...][jnp.rint(row).astype(jnp.int32)]
-
-
-_FIRST_SEES: dict[bool, FirstSees] = {True: "text", False: "image"}
-_DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
-_UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
-
-# Of UNet2DConditionModel, for fields that a config.json lacks.
-_DEFAULTS: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "only_cross_attention": False,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "cross_attention_dim": 1280,
-    "attention_head_dim": 8,
-    "num_class_embeds": None,
-}
-
-# Fields with one right value, also the default. A field in none of these must be None or False.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "act_fn": ("silu",),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "resnet_out_scale_factor": (1,),
-    "resnet_time_scale_shift": ("default",),
-    "transformer_layers_per_block": (1,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "time_embedding_type": ("positional",),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "attention_type": ("default",),
-}
-# They speak of training, of the pipeline, of what float32 logits make up for, of a 1x1 convolution
-# that is a linear layer, or of blocks that the upscaler does not have.
-_WITHOUT_EFFECT = {
-    *("sample_size", "dropout", "upcast_attention", "use_linear_projection"),
-    *("mid_block_only_cross_attention", "addition_embed_type_num_heads"),
-}
 
 
 def _transformers(
