@@ -15,7 +15,7 @@ import numpy as np
 
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, Network, UNetConfig
 from cascade.runner.cascade import Cascade
-from cascade.stage import Sampling, Stage, StageConfig
+from cascade.stage import LowRes, Pixels, Sampling, Stage, StageConfig, Text
 from cascade.text import TextEmbedding, Tokens
 
 
@@ -47,20 +47,27 @@ def base_stage(text_width: int = 8) -> StageConfig:
     network = UNetConfig(
         levels=(Level(width=8, blocks=1), Level(width=16, blocks=1, attention=True)),
         head_width=8,
-        text_width=text_width,
     )
     return StageConfig(
-        name="base8", resolution=8, network=network, sampling=Sampling(steps=3, guidance=2.0)
+        name="base8",
+        space=Pixels(resolution=8),
+        conditions=_text(text_width),
+        network=network,
+        sampling=Sampling(steps=3, guidance=2.0),
     )
 
 
 def smallest_stage(text_width: int = 8) -> StageConfig:
     """Text -> 8 px by one block down and one up, for what traces or compiles a stage often."""
     network = EfficientUNetConfig(
-        levels=(EfficientLevel(width=16, blocks=1, stride=1),), head_width=8, text_width=text_width
+        levels=(EfficientLevel(width=16, blocks=1, stride=1),), head_width=8
     )
     return StageConfig(
-        name="base8", resolution=8, network=network, sampling=Sampling(steps=2, guidance=1.0)
+        name="base8",
+        space=Pixels(resolution=8),
+        conditions=_text(text_width),
+        network=network,
+        sampling=Sampling(steps=2, guidance=1.0),
     )
 
 
@@ -69,19 +76,21 @@ def super_resolution_stage(lowres: int = 8, text_width: int = 8) -> StageConfig:
     network = EfficientUNetConfig(
         levels=(
             EfficientLevel(width=8, blocks=1, stride=1),
-            EfficientLevel(width=16, blocks=1, text_attention=True),
+            EfficientLevel(width=16, blocks=1, text_attention=text_width > 0),
         ),
         head_width=8,
-        text_width=text_width,
-        lowres=True,
     )
     return StageConfig(
         name=f"sr{2 * lowres}",
-        resolution=2 * lowres,
-        lowres_resolution=lowres,
+        space=Pixels(resolution=2 * lowres),
+        conditions=(LowRes(resolution=lowres), *_text(text_width)),
         network=network,
         sampling=Sampling(steps=2, guidance=1.0, aug_level=0.1),
     )
+
+
+def _text(width: int) -> tuple[Text, ...]:
+    return (Text(width=width, head_width=8),) if width else ()
 
 
 def lively(of: Stage | Network, seed: int = 0) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def lively(of: Stage | Network, seed: int = 0) -> dict[str, Any]:
 
 
 def stage_configs() -> list[StageConfig]:
-    """Of `cascade`, smallest first."""
+    """The stages of `cascade`, smallest first."""
     return [base_stage(), super_resolution_stage(8), super_resolution_stage(16)]
 
 

@@ -20,7 +20,7 @@ from cascade.devices import xla_flags
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
-    from cascade.training.loop import TrainConfig
+    from cascade.training.job import Job
 
 PROMPT = "a small red circle above a big blue square on gray"
 
@@ -95,36 +95,36 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"cascade bench {argv[0]}: must be sample, train, compile or unet")
 
 
-def bench_train(settings: TrainConfig, options: TrainOptions) -> dict[str, Any]:
+def bench_train(job: Job, options: TrainOptions) -> dict[str, Any]:
     """Images a second and what follows from it, of the present machine."""
     import jax
 
     from cascade.devices import sharding
     from cascade.devices.chips import chip_of
-    from cascade.stage import Stage
-    from cascade.training import loop as train
+    from cascade.training.loop import check_batch
+    from cascade.training.step import begin, make_train_step, step_flops
 
     if options.steps < 1:
         raise UserError(f"--steps must be 1 or more, got {options.steps}")
-    b = settings.batch_size
-    mesh = sharding.make_mesh(settings.mesh)
-    train.check_batch(settings, mesh)
-    stage, optimizer = Stage(settings.stage), train.make_optimizer(settings)
+    b = job.batch_size
+    mesh = sharding.make_mesh(job.mesh)
+    check_batch(job, mesh)
+    optimizer = job.transformation()
     key = jax.random.key(0, impl="rbg")
 
     def init(key):
-        return train.begin(settings, optimizer, stage.init(key))
+        return begin(job, optimizer, job.fresh(key))
 
     placement = sharding.shardings(jax.eval_shape(init, key), mesh)
     state = jax.jit(init, out_shardings=placement)(key)
-    batch = sharding.shard_batch(_random_batch(settings, options.tokens), mesh)
+    batch = sharding.shard_batch(_random_batch(job, options.tokens), mesh)
     step = jax.jit(
-        train.make_train_step(settings, stage, optimizer, mesh),
+        make_train_step(job, optimizer, mesh),
         in_shardings=(placement, sharding.batch_sharding(mesh)),
         out_shardings=(placement, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    work = train.step_flops(settings, step, state, batch)
+    work = step_flops(job, step, state, batch)
     parameters = sum(x.size for x in jax.tree.leaves(state["train"]["params"]))
     start = time.perf_counter()
     print("compiling ...", file=sys.stderr)
@@ -138,7 +138,7 @@ def bench_train(settings: TrainConfig, options: TrainOptions) -> dict[str, Any]:
     device = jax.devices()[0]
     chip, rate = chip_of(device.device_kind), work / seconds / jax.device_count()
     return {
-        "stage": settings.stage.name,
+        "stage": job.name,
         "parameters": parameters,
         "batch_size": b,
         "device": device.device_kind,
@@ -152,7 +152,7 @@ def bench_train(settings: TrainConfig, options: TrainOptions) -> dict[str, Any]:
     }
 
 
-def bench_compile(settings: TrainConfig, options: CompileOptions) -> dict[str, Any]:
+def bench_compile(job: Job, options: CompileOptions) -> dict[str, Any]:
     """Seconds to lower and to compile forward and backward, and the size of what is compiled.
 
     cpu_seconds: of both together, over all cores, which other work on the machine does not stretch.
@@ -160,25 +160,21 @@ def bench_compile(settings: TrainConfig, options: CompileOptions) -> dict[str, A
     """
     import jax
 
-    from cascade.planning.training import batch_of
-    from cascade.stage import Stage
-
     if options.tokens < 1:
         raise UserError(f"--tokens must be 1 or more, got {options.tokens}")
-    stage = Stage(settings.stage)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params, batch = stage.abstract(), batch_of(settings, options.tokens)
+    params, batch = jax.eval_shape(job.fresh, key), job.batch_shapes(options.tokens)
     start, worked = time.perf_counter(), time.process_time()
     print("lowering ...", file=sys.stderr)
-    lowered = jax.jit(jax.value_and_grad(stage.loss, has_aux=True)).lower(params, batch, key)
+    lowered = jax.jit(jax.value_and_grad(job.loss, has_aux=True)).lower(params, batch, key)
     compiling = time.perf_counter()
     print("compiling ...", file=sys.stderr)
     program = lowered.compile()
     done, worked = time.perf_counter(), time.process_time() - worked
     return {
-        "stage": settings.stage.name,
+        "stage": job.name,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "batch_size": settings.batch_size,
+        "batch_size": job.batch_size,
         "device": jax.devices()[0].device_kind,
         "lower_seconds": round(compiling - start, 2),
         "compile_seconds": round(done - compiling, 2),
@@ -195,7 +191,7 @@ def _rounded(value: float) -> float:
 
 def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
     """`cascade bench VERB --config FILE ...`, printed."""
-    from cascade.training.loop import TrainConfig
+    from cascade.training.job import Job
 
     prog = f"cascade bench {argv[0]} --config FILE"
     path, rest = config.take(argv[1:], "--config")
@@ -209,27 +205,25 @@ def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
         own += [] if value is None else [f"--{field.name}", value]
     options = config.parse(kind, own, prog=prog)
     default, rest = config.load_with(path, rest)
-    if not isinstance(default, TrainConfig):
-        raise UserError(f"config {path}: config() must return a TrainConfig")
-    settings = config.parse(TrainConfig, rest, default=default, prog=prog)
+    if not isinstance(default, Job):
+        raise UserError(f"config {path}: config() must return a job, such as a StageTraining")
+    settings = config.parse(type(default), rest, default=default, prog=prog)
     print(json.dumps(bench(settings, options), indent=2))
 
 
-def _random_batch(settings: TrainConfig, tokens: int) -> dict[str, Any]:
+def _random_batch(job: Job, tokens: int) -> dict[str, Any]:
     import numpy as np
-
-    from cascade.planning.training import batch_of
 
     rng = np.random.default_rng(0)
 
     def filled(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         if dtype == np.bool_:
             return np.ones(shape, bool)
-        if dtype == np.uint8:
-            return rng.integers(0, 256, shape, np.uint8)
+        if np.issubdtype(dtype, np.integer):
+            return rng.integers(0, 256, shape, dtype)
         return rng.standard_normal(shape, dtype)
 
-    return {name: filled(x.shape, x.dtype) for name, x in batch_of(settings, tokens).items()}
+    return {name: filled(x.shape, x.dtype) for name, x in job.batch_shapes(tokens).items()}
 
 
 def bench_sample(options: SampleOptions) -> dict[str, Any]:

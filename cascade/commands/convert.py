@@ -54,9 +54,8 @@ def main(argv: Sequence[str]) -> None:
 
 def convert_deepfloyd(options: DeepFloydOptions) -> dict:
     """Write the model folder; returns its config.json. It appears whole or not at all."""
-    from cascade.published import pipelines as published
-    from cascade.published.deepfloyd import stage as deepfloyd
-    from cascade.storage import weights
+    from cascade.published.pipelines import Pipelines
+    from cascade.runner.model_folder import VERSION
     from cascade.storage.paths import WholeFolder, write_json
     from cascade.text import t5
 
@@ -64,20 +63,21 @@ def convert_deepfloyd(options: DeepFloydOptions) -> dict:
     names = [name for name in given if name is not None]
     if not names:
         raise UserError(f"nothing to convert: {USAGE}")
-    pipelines = published.pipelines(names)
-    spelled = None if options.dtype is None else weights.spelling(options.dtype)
-    shared = any(isinstance(p, deepfloyd.Pipeline) for p in pipelines)
-    encoder = t5.locate(options.text_encoder or pipelines[0].folder) if shared else None
+    model = Pipelines(names)
+    spelled = {None: None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[options.dtype]
+    stages = [stage.name for stage in model.stages]
+    shared = any(model.own_text_encoder(stage) is None for stage in stages)
+    encoder = t5.locate(options.text_encoder or model.text_encoder) if shared else None
     report = {
         "format": "cascade",
-        "version": 1,
-        "stages": [p.config.name for p in pipelines],
-        "max_tokens": deepfloyd.MAX_TOKENS,
-        "captions": deepfloyd.CAPTIONS,
+        "version": VERSION,
+        "stages": stages,
+        "max_tokens": model.max_tokens,
+        "captions": model.captions,
     }
     with WholeFolder(options.out) as folder:
-        for pipeline in pipelines:
-            deepfloyd.write_stage(pipeline, folder / pipeline.config.name, spelled)
+        for stage in stages:
+            model.copy_stage(stage, folder / stage, spelled)
         if encoder is not None:
             t5.copy_folder(encoder, folder / "text_encoder", spelled)
         write_json(folder / "config.json", report)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from cascade import config
 from cascade.errors import UserError
 from cascade.storage import paths
+
+if TYPE_CHECKING:
+    from cascade.stage import StageConfig
+    from cascade.training.stage_training import Reading, StageJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,97 +69,119 @@ def export(
     Raises UserError when a workdir is no run, or the stages do not make one cascade. `out` appears
     whole or not at all.
     """
-    import numpy as np
-
-    from cascade.data import known_words
-    from cascade.published.deepfloyd.stage import Start
-    from cascade.storage.checkpoint import Checkpoints
+    from cascade.runner.cascade import check_chain
+    from cascade.runner.model_folder import VERSION, open_model
     from cascade.storage.paths import WholeFolder, write_json
     from cascade.storage.weights import save_safetensors
-    from cascade.text.t5 import copy_folder, is_hub_name
-    from cascade.training import lora
-    from cascade.training.loop import TrainConfig, init_params
+    from cascade.text import t5
 
-    runs = []
-    for workdir in map(paths.path, workdirs):
-        if not (workdir / "checkpoints").is_dir():
-            raise UserError(
-                f"{workdir}: holds no checkpoints; give the --workdir of a `cascade train` run"
-            )
-        checkpoints = Checkpoints(workdir)
-        step, weights, saved = checkpoints.restore_ema()
-        checkpoints.close()
-        run = config.from_json(TrainConfig, saved, str(workdir))
-        if ema is not None:
-            step, weights = _reconstructed(workdir, run.stage, step, ema)
-        if run.lora_rank:
-            weights = lora.merged(init_params(run), weights)
-        runs.append((run, step, weights))
-    runs.sort(key=lambda run: run[0].stage.resolution)
-    encoders = {run.text_encoder for run, _, _ in runs}
-    if len(encoders) > 1:
-        raise UserError(
-            f"the stages were trained on different text encoders: {', '.join(encoders)}"
-        )
-    encoder = encoders.pop()
-    # Without a slash a name is rather a folder that is not here than one of the hub.
-    named = is_hub_name(encoder) and "/" in encoder
-    own_encoder = None if named else _text_encoder(encoder)
-    tokens = {run.text_tokens for run, _, _ in runs}
-    if len(tokens) > 1:
-        raise UserError(f"the stages were trained on captions of {sorted(tokens)} tokens")
-    captions = {run.captions for run, _, _ in runs}
-    if len(captions) > 1:
-        raise UserError(f"the stages were trained on captions {' and '.join(sorted(captions))}")
-    trained = [run.stage for run, _, _ in runs]
-    start = None if rest is None else Start(model=str(rest))
-    others = [] if start is None else _others(start, runs[0][0], [stage.name for stage in trained])
-    stages = sorted([*trained, *others], key=lambda stage: stage.resolution)
-    bases = [stage.name for stage in stages if stage.lowres_resolution is None]
-    if len(bases) > 1:
-        raise UserError(
-            f"stages {' and '.join(bases)} draw from text alone: a cascade has one such; leave out "
-            "the others"
-        )
-    for below, above in itertools.pairwise(stages):
-        if above.lowres_resolution != below.resolution:
-            raise UserError(
-                f"stage {above.name} enlarges {above.lowres_resolution} px, but {below.name} draws "
-                f"{below.resolution} px: they make no cascade"
-            )
-    report = {
+    runs = sorted((_run(paths.path(w), ema) for w in workdirs), key=lambda r: r.stage.resolution)
+    trained = [run.stage.name for run in runs]
+    start = None if rest is None else open_model(rest)
+    reading = _reading(runs)
+    others = [] if start is None else _others(start, reading, trained)
+    stages = sorted([*(run.stage for run in runs), *others], key=lambda stage: stage.resolution)
+    check_chain(stages)
+    report: dict[str, Any] = {
         "format": "cascade",
-        "version": 1,
+        "version": VERSION,
         "stages": [stage.name for stage in stages],
-        "max_tokens": tokens.pop(),
-        "captions": captions.pop(),
-        "trained": {},
+    }
+    encoder = None
+    if reading is not None:
+        report |= {"max_tokens": reading.max_tokens, "captions": reading.captions}
+        # Without a slash a name is rather a folder that is not here than one of the hub.
+        if t5.is_hub_name(reading.text_encoder) and "/" in reading.text_encoder:
+            report["text_encoder"] = reading.text_encoder
+        else:
+            encoder = _text_encoder(reading.text_encoder)
+    report["trained"] = {
+        run.stage.name: {
+            "images": run.step * run.job.batch_size,
+            "parameters": _count(run.weights),
+            "seed": run.job.seed,
+            **({} if ema is None else {"ema_sigma_rel": ema}),
+        }
+        for run in runs
     }
     # What the other stages had read is not known.
-    if not others and (words := known_words([run.data for run, _, _ in runs])):
-        report["known_words"] = words
+    if not others and all(run.job.vocabulary for run in runs):
+        report["known_words"] = sorted({word for run in runs for word in run.job.vocabulary})
     with WholeFolder(out) as folder:
-        for run, step, weights in runs:
+        for run in runs:
             where = folder / run.stage.name
             where.mkdir()
             write_json(where / "config.json", config.to_json(run.stage))
-            save_safetensors(where / "model.safetensors", weights, dtype=dtype)
-            count = sum(int(np.prod(x.shape)) for x in _leaves(weights))
-            report["trained"][run.stage.name] = {
-                "images": step * run.batch_size,
-                "parameters": count,
-                "seed": run.seed,
-                **({} if ema is None else {"ema_sigma_rel": ema}),
-            }
+            save_safetensors(where / "model.safetensors", run.weights, dtype=dtype)
         if start is not None:
             for stage in others:
                 start.copy_stage(stage.name, folder / stage.name)
-        if own_encoder is None:
-            report["text_encoder"] = encoder
-        else:
-            copy_folder(own_encoder, folder / "text_encoder")
+        if encoder is not None:
+            t5.copy_folder(encoder, folder / "text_encoder")
         write_json(folder / "config.json", report)
     return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that is exported. weights: all of the stage's, averaged after `step` steps."""
+
+    job: StageJob
+    step: int
+    weights: Any
+
+    @property
+    def stage(self) -> StageConfig:
+        return self.job.stage
+
+
+def _run(workdir: paths.Path, sigma_rel: float | None) -> _Run:
+    """Read a run's averages. UserError unless the folder holds the run of a stage."""
+    from cascade.storage.checkpoint import Checkpoints
+    from cascade.training.loop import frozen, saved_job, saved_weights
+    from cascade.training.stage_training import StageJob
+
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(
+            f"{workdir}: holds no checkpoints; give the --workdir of a `cascade train` run"
+        )
+    checkpoints = Checkpoints(workdir)
+    step, weights, saved = checkpoints.restore_ema()
+    checkpoints.close()
+    job = saved_job(saved, str(workdir))
+    if not isinstance(job, StageJob):
+        raise UserError(
+            f"{workdir}: holds a run of {job.name}, and a model is made of stages; of a text "
+            "encoder's run, WORKDIR/text_encoder is what it made"
+        )
+    if sigma_rel is None:
+        weights = saved_weights(job, saved, weights)
+    else:
+        step, weights = _reconstructed(workdir, job, step, sigma_rel)
+    return _Run(job, step, job.trainable.whole(weights, frozen(job)))
+
+
+def _reading(runs: Sequence[_Run]) -> Reading | None:
+    """How all the runs read texts. UserError where they do it in several ways."""
+    told = [
+        ("different text encoders", "text_encoder", ", ".join),
+        ("captions of {} tokens", "max_tokens", lambda values: str([int(v) for v in values])),
+        ("captions {}", "captions", " and ".join),
+    ]
+    found = [run.job.reading for run in runs if run.job.reading is not None]
+    for what, field, join in told:
+        values = sorted({str(getattr(reading, field)) for reading in found})
+        if len(values) > 1:
+            said = what.format(join(values)) if "{" in what else f"{what}: {join(values)}"
+            raise UserError(f"the stages were trained on {said}")
+    return found[0] if found else None
+
+
+def _count(weights: Any) -> int:
+    import jax
+    import numpy as np
+
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(weights))
 
 
 def _text_encoder(name):
@@ -171,31 +196,32 @@ def _text_encoder(name):
     )
 
 
-def _others(start, run, trained):
+def _others(start: Any, reading: Reading | None, trained: Sequence[str]) -> list[StageConfig]:
     """The stages of the model --rest that are not trained; UserError unless they read the text as
-    the run's do."""
+    the runs do."""
     from cascade.text.t5 import locate, read_config
 
-    rest = start.model
-    others = [stage for stage in start.stages() if stage.name not in trained]
+    rest = start.name
+    others = [stage for stage in start.stages if stage.name not in trained]
     if not others:
         raise UserError(f"--rest {rest}: has no stage but those trained, {', '.join(trained)}")
-    if all(start.own_text_encoder(stage) for stage in others):
+    if reading is None or all(start.own_text_encoder(stage.name) for stage in others):
         return others
     for what, theirs, ours in (
-        ("captions of so many tokens", start.max_tokens(), run.text_tokens),
-        ("captions prepared", start.captions(), run.captions),
+        ("captions of so many tokens", start.max_tokens, reading.max_tokens),
+        ("captions prepared", start.captions, reading.captions),
     ):
         if theirs != ours:
             raise UserError(f"--rest {rest}: reads {what}: {theirs}, the runs {ours}")
-    theirs, ours = start.text_encoder(), run.text_encoder
+    theirs, ours = start.text_encoder, reading.text_encoder
     if theirs != ours and read_config(locate(theirs)) != read_config(locate(ours)):
         raise UserError(f"--rest {rest}: its text encoder {theirs} is not the runs' {ours}")
     return others
 
 
-def _reconstructed(workdir, stage, last, sigma_rel):
+def _reconstructed(workdir, job, last, sigma_rel):
     """(step, weights): the average of this width after the newest snapshot, of all of them."""
+    from cascade.published import landed
     from cascade.stage import Stage
     from cascade.storage.weights import load_safetensors
     from cascade.training import ema
@@ -218,11 +244,6 @@ def _reconstructed(workdir, stage, last, sigma_rel):
         raise UserError(f"--ema: {e}") from None
     gammas = [ema.gamma_from_sigma_rel(width) for width in widths]
     shares = ema.posthoc_weights(steps, gammas, max(steps), wanted)
-    abstract = Stage(stage).abstract()
-    return max(steps), ema.combine(shares, (load_safetensors(p, abstract) for p in files))
-
-
-def _leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
+    abstract, renamed = Stage(job.stage).abstract(), landed.old_path_of(job)
+    trees = (load_safetensors(path, abstract, renamed) for path in files)
+    return max(steps), ema.combine(shares, trees)

@@ -85,13 +85,16 @@ def _plan_config(path: str, options: argparse.Namespace, rest: list[str]) -> dic
     from cascade.planning.topology import open_topology
     from cascade.planning.training import plan_training
     from cascade.text.tokenizer import DEFAULT_MAX_TOKENS
-    from cascade.training.loop import TrainConfig
+    from cascade.training.job import Job
+    from cascade.training.stage_training import StageTraining
 
     tokens = options.tokens or DEFAULT_MAX_TOKENS
     default, rest = config.load_with(path, rest)
-    if not isinstance(default, TrainConfig):
-        raise UserError(f"config {path}: config() must return a TrainConfig")
-    settings = config.parse(TrainConfig, rest, default=default, prog=f"cascade plan {path}")
+    if not isinstance(default, Job):
+        raise UserError(f"config {path}: config() must return a job, such as a StageTraining")
+    settings: Any = config.parse(type(default), rest, default=default, prog=f"cascade plan {path}")
+    if options.sample and not isinstance(settings, StageTraining):
+        raise UserError(f"config {path}: --sample draws pictures, which only a stage can")
     jax.config.update("jax_platforms", "cpu")  # nothing runs; other platforms take long to start
     topology = open_topology(options.topology)
     if options.suggest:

@@ -20,7 +20,7 @@ Train one stage of a cascade, or a text encoder, as the config file says.
   --workdir DIR  the run's folder: checkpoints, metrics.jsonl, tensorboard/, previews/, loss.png.
                  If it holds a checkpoint, the run continues from there. Here, or in object storage:
                  gs://BUCKET/NAME, s3://BUCKET/NAME (pip install 'cascade-diffusion[storage]').
-  --until N      stop, with a checkpoint, after N images (of a text encoder: examples) in all
+  --until N      stop, with a checkpoint, after N images (of a text encoder: captions) in all
   --FIELD VALUE  override a field of the config; or an argument of its function config(), such as
                  the --init MODEL of configs/if/finetune_base64.py
 
@@ -46,21 +46,18 @@ def main(argv: Sequence[str]) -> None:
     until, rest = config.take(rest, "--until")
     defaults, rest = config.load_with(path, rest)
     xla_flags.apply(xla_flags.expected_backend(), os.environ)
-    from cascade.scenes.text_pretraining import TextPretraining, pretrain
-    from cascade.training.loop import TrainConfig, train
+    from cascade.training.job import Job
+    from cascade.training.loop import fit
 
-    if not isinstance(defaults, (TrainConfig, TextPretraining)):
-        raise UserError(f"config {path}: config() must return a TrainConfig or a TextPretraining")
-    settings = config.parse(type(defaults), rest, default=defaults, prog=f"cascade train {path}")
+    if not isinstance(defaults, Job):
+        raise UserError(f"config {path}: config() must return a job, such as a StageTraining")
+    job = config.parse(type(defaults), rest, default=defaults, prog=f"cascade train {path}")
     folder, images = _workdir(workdir), _images(until)
-    if isinstance(settings, TextPretraining):
-        pretrain(settings, folder, until=images and -(-images // settings.batch_size))
-    else:
-        with distributed.processes():
-            ended = train(settings, folder, until=images)
-        if not ended:
-            print(f"stopped: {folder}; the same command goes on", file=sys.stderr)
-            sys.exit(STOPPED)
+    with distributed.processes():
+        ended = fit(job, folder, until=images)
+    if not ended:
+        print(f"stopped: {folder}; the same command goes on", file=sys.stderr)
+        sys.exit(STOPPED)
     print(f"done: {folder}", file=sys.stderr)
 
 

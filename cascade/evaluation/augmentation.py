@@ -22,14 +22,15 @@ from cascade.diffusion import process
 from cascade.diffusion.loss import Loss
 from cascade.evaluation import quality
 from cascade.evaluation.claims import Property, above
-from cascade.models import Conditioning, EfficientLevel, EfficientUNetConfig
+from cascade.models import EfficientLevel, EfficientUNetConfig
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.render import render
 from cascade.scenes.spec import scene_at
-from cascade.stage import Augmentation, Sampling, Stage, StageConfig
+from cascade.stage import Augmentation, LowRes, Pixels, Sampling, Stage, StageConfig
 from cascade.storage.checkpoint import Checkpoints
-from cascade.training import loop as train
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.training import loop
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 LEVEL = 0.2  # of the noise on the small pictures
 IMAGES = 4_000  # that each stage is trained on
@@ -38,16 +39,17 @@ Trained = tuple[Stage, Any]
 """A stage and its parameters."""
 
 
-def pair_of_configs(seed: int, count: int = IMAGES) -> tuple[TrainConfig, TrainConfig]:
+def pair_of_configs(seed: int, count: int = IMAGES) -> tuple[StageTraining, StageTraining]:
     """To train 16 -> 64 px on `count` pictures of scenes: with augmentation, and without."""
-    augmented = TrainConfig(
+    augmented = StageTraining(
         stage=StageConfig(
             name="sr64",
-            resolution=64,
-            lowres_resolution=16,
+            space=Pixels(resolution=64),
+            conditions=(
+                LowRes(resolution=16, augmentation=Augmentation(max_level=0.3), residual=True),
+            ),
             network=EfficientUNetConfig(
                 patch=4,
-                lowres=True,
                 levels=(
                     EfficientLevel(width=64, blocks=1, stride=1),
                     EfficientLevel(width=64, blocks=1),
@@ -59,9 +61,7 @@ def pair_of_configs(seed: int, count: int = IMAGES) -> tuple[TrainConfig, TrainC
                 logsnr_max=3.0, shift=process.resolution_shift(64, reference=16)
             ),
             prediction="x0",
-            residual=True,
             loss=Loss(space="v"),
-            augmentation=Augmentation(max_level=0.3),
             sampling=Sampling(steps=4, guidance=1.0),
         ),
         data=ScenesData(split="train", seed=seed),
@@ -75,13 +75,14 @@ def pair_of_configs(seed: int, count: int = IMAGES) -> tuple[TrainConfig, TrainC
         save_every_images=count,
         preview_every_images=0,
     )
-    plain = dataclasses.replace(augmented.stage, augmentation=Augmentation(max_level=0.0))
+    alone = LowRes(resolution=16, augmentation=Augmentation(max_level=0.0), residual=True)
+    plain = dataclasses.replace(augmented.stage, conditions=(alone,))
     return augmented, dataclasses.replace(augmented, stage=plain)
 
 
-def trained(config: TrainConfig, folder: Path) -> Trained:
+def trained(config: StageTraining, folder: Path) -> Trained:
     """As `cascade train` does it, in `folder`; the averaged weights."""
-    if not train.train(config, folder):
+    if not loop.fit(config, folder):
         raise KeyboardInterrupt
     checkpoints = Checkpoints(folder)
     params = checkpoints.restore_ema()[1]
@@ -121,7 +122,8 @@ def survival(
         small = np.stack([block_means(truth, factor) for truth in truths])
         clean = images.to_float(jnp.asarray(small))
         k_noise, k_draw = jax.random.split(jax.random.key(seed))
-        logsnr = augmented.config.augmentation.schedule.logsnr(jnp.float32(LEVEL))
+        lowres: Any = augmented.config.lowres
+        logsnr = lowres.augmentation.schedule.logsnr(jnp.float32(LEVEL))
         noisy = clean + jnp.exp(-logsnr / 2) * jax.random.normal(k_noise, clean.shape)
         keys = jax.random.split(k_draw, pictures)
         drawn = {
@@ -163,6 +165,4 @@ def _enlarged(
     stage: Stage, params: Any, lowres: Float[Array, "b h w 3"], keys: Array, level: float
 ) -> UInt8[np.ndarray, "b s s 3"]:
     settings = dataclasses.replace(stage.config.sampling, aug_level=level)
-    return images.to_uint8(
-        stage.sample(params, Conditioning(), keys, settings=settings, lowres=lowres)
-    )
+    return images.to_uint8(stage.sample(params, {"lowres": (lowres,)}, keys, settings=settings))

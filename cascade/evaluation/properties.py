@@ -24,12 +24,13 @@ from cascade.data.transforms import block_means
 from cascade.diffusion.denoise import Threshold
 from cascade.evaluation.claims import Measured, Property, above, alike
 from cascade.evaluation.drawing import Drawing
-from cascade.models import Conditioning, EfficientUNetConfig
+from cascade.models import EfficientUNetConfig
 from cascade.scenes.captions import Caption, caption_at
 from cascade.scenes.judge import verdicts
 from cascade.scenes.reading import Reading, read
 from cascade.scenes.render import render
 from cascade.scenes.spec import Scene
+from cascade.stage import TextInput
 
 SEEDS = 3
 PLAIN_GUIDANCE = 4.0  # for a base stage whose own settings have none
@@ -184,10 +185,11 @@ def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: N
     little, so the response need not rise at once: up to the mean of the levels it may not fall, and
     at the highest it must be above that of both others.
     """
-    stage = next(s.config for s, _ in drawing.cascade.stages if s.config.lowres_resolution)
+    stage = next(s.config for s, _ in drawing.cascade.stages if s.config.lowres is not None)
+    lowres: Any = stage.lowres
     side, factor = stage.resolution, stage.resolution // (stage.lowres_resolution or 1)
     changes = {}
-    for level in (share * stage.augmentation.max_level for share in LEVELS):
+    for level in (share * lowres.augmentation.max_level for share in LEVELS):
         draw = drawing.replaced([stage.name], aug_level=level)
 
         def change(prompt: Prompt, other: Prompt, draw=draw) -> float:
@@ -237,15 +239,18 @@ def larger_pictures(
     inner = crop // 2
 
     def enlarged(prompt: Prompt, lowres: np.ndarray, number: int) -> np.ndarray:
-        text = drawing.cascade.encoder([prompt.said.text])
+        encoder: Any = drawing.cascade.encoder
+        text = encoder([prompt.said.text])
         key = jax.random.fold_in(jax.random.key(prompt.seed), number)
         drawn = stage.sample(
             params,
-            Conditioning(text=text.values, text_mask=text.mask),
+            {
+                "text": TextInput(text.values, text.mask),
+                "lowres": (images.to_float(lowres)[None],),
+            },
             key[None],
             settings=settings,
-            lowres=images.to_float(lowres)[None],
-            size=factor * len(lowres),
+            sides=(factor * len(lowres),) * 2,
         )
         advance()
         return images.to_uint8(drawn)[0]

@@ -16,56 +16,55 @@ import jax.numpy as jnp
 
 from cascade.devices import flops, sharding
 from cascade.errors import UserError
-from cascade.models import Conditioning, Network
+from cascade.models import Network
 from cascade.planning.compiled import compiled
 from cascade.planning.figures import Figures, figures, gib, tree_bytes
 from cascade.planning.topology import Topology, run_mesh
-from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.runner.cascade import by_rows
+from cascade.runner.model_folder import open_model
 from cascade.stage import Stage
 from cascade.storage.network import Published
-from cascade.text.t5 import T5Encoder, locate
-from cascade.text.t5_folder import read_config, target
+from cascade.text.t5 import T5Encoder, locate, read_config, target
 from cascade.text.tokenizer import Tokenizer
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 
 def plan_sampling(
-    config: TrainConfig,
+    job: StageTraining,
     topology: Topology,
     *,
     tokens: int,
     batch_size: int | None = None,
     split_rows: int = 1,
 ) -> Figures:
-    """Returns the figures of drawing one batch with the config's sampling settings, all its steps.
+    """Returns the figures of drawing one batch with the job's sampling settings, all its steps.
 
     tokens: length of each text. batch_size: pictures; None is one for each part of the batch.
     split_rows: so many chips, the others left out, share each picture of a super-resolution stage
-    and have its weights whole, as in `Cascade.draw`; else the config's mesh splits both. Raises
+    and have its weights whole, as in `Cascade.draw`; else the job's mesh splits both. Raises
     UserError for GPUs, which have no compiler here, and where the mesh or split_rows does not fit.
     """
     if topology.devices is None:
         raise UserError("--sample needs a compiler, and GPUs have none for absent machines")
-    stage, params = Stage(config.stage), Stage(config.stage).abstract()
-    place = by_rows(config.stage, split_rows, topology.devices)
+    stage, params = Stage(job.stage), Stage(job.stage).abstract()
+    place = by_rows(job.stage, split_rows, topology.devices)
     if place is not None:
         mesh = place.mesh
         topology = dataclasses.replace(topology, count=split_rows)
         weights = pictures = sharding.replicated(mesh)
         drawn, b = None, batch_size or 1
     elif split_rows == 1:
-        mesh = run_mesh(config, topology)
+        mesh = run_mesh(job, topology)
         weights, pictures = sharding.shardings(params, mesh), sharding.batch_sharding(mesh)
         drawn, b = pictures, batch_size or sharding.batch_parts(mesh)
     else:
-        raise UserError(f"--split-rows {split_rows}: {stage.config.name} draws from text alone")
+        raise UserError(f"--split-rows {split_rows}: {job.stage.name} draws from text alone")
     draw, inputs = drawing(stage, tokens, b, place)
     work = flops.count(draw, params, inputs)
     jitted = jax.jit(draw, in_shardings=(weights, pictures), out_shardings=drawn)
     measured = compiled(jitted, (params, inputs), topology)
     return figures(
-        config.stage.name,
+        job.stage.name,
         topology,
         mesh,
         params,
@@ -85,30 +84,19 @@ def drawing(
     tokens: length of each text. place: as in `Stage.sample`.
     """
     config = stage.config
-    text = {
-        "text": jax.ShapeDtypeStruct((b, tokens, config.network.text_width or 1), jnp.float32),
-        "text_mask": jax.ShapeDtypeStruct((b, tokens), jnp.bool_),
-    }
+    examples = config.batch_shapes(b, tokens)
+    given = jax.eval_shape(
+        lambda batch: {c.name: c.of_examples(batch) for c in config.conditions}, examples
+    )
+    text = config.text
     inputs: dict[str, Any] = {
-        "cond": text,
+        "given": given,
+        "negative": {} if text is None or text.null_prompt is None else {"text": given["text"]},
         "keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
     }
-    if config.network.null_prompt is not None:
-        inputs["negative"] = text
-    if (low := config.lowres_resolution) is not None:
-        inputs["lowres"] = jax.ShapeDtypeStruct((b, low, low, 3), jnp.float32)
 
     def draw(params, inputs):
-        negative = inputs.get("negative")
-        return stage.sample(
-            params,
-            Conditioning(**inputs["cond"]),
-            inputs["keys"],
-            settings=config.sampling,
-            lowres=inputs.get("lowres"),
-            negative=None if negative is None else Conditioning(**negative),
-            place=place,
-        )
+        return stage.sample(params, **inputs, settings=config.sampling, place=place)
 
     return draw, inputs
 
@@ -131,14 +119,15 @@ def plan_model(
     the topology temporaries are unknown, and what is said of fitting is of weights alone. Each part
     is also told on stderr when it is known. Raises UserError for a model that cannot be read.
     """
-    start = deepfloyd.Start(model=model)
-    tokens = tokens or start.max_tokens()
-    stages = [(config, start.own_text_encoder(config)) for config in start.stages()]
+    opened = open_model(model)
+    tokens = tokens or opened.max_tokens
+    stages = [(config, opened.own_text_encoder(config.name)) for config in opened.stages]
     devices = topology.devices
     one = None if devices is None else jax.sharding.SingleDeviceSharding(devices[0])
     programs: dict[str, Any] = {}
-    if any(own is None for _, own in stages):
-        programs["text encoder"] = (*_text_encoder(start, tokens, batch_size, dtype, int8), one)
+    if any(own is None and config.text is not None for config, own in stages):
+        shared = opened.text_encoder
+        programs["text encoder"] = (*_text_encoder(shared, tokens, batch_size, dtype, int8), one)
     for config, own in stages:
         if own is not None:
             programs[f"{config.name} text encoder"] = (
@@ -146,10 +135,8 @@ def plan_model(
                 one,
             )
     for config, own in stages:
-        kind = jnp.dtype("float32")
-        if config.published:
-            config, kind = deepfloyd.computing_in(config, dtype), jnp.dtype(dtype)
-        stage = Stage(config)
+        config = config.computing_in(dtype)
+        stage, kind = Stage(config), jnp.dtype(config.weights_dtype)
         place = None if devices is None else by_rows(config, split_rows, devices)
         length = tokens if own is None else own.config.max_position_embeddings
         draw, inputs = drawing(stage, length, batch_size, place)
@@ -181,10 +168,10 @@ def plan_model(
 
 
 def _text_encoder(
-    start: deepfloyd.Start, tokens: int, b: int, dtype: Any, int8: bool
+    name: str, tokens: int, b: int, dtype: Any, int8: bool
 ) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
     """Returns (program, shapes of its parameters, of its inputs) of the T5 that stages share."""
-    config = read_config(locate(start.text_encoder()))
+    config = read_config(locate(name))
     config = dataclasses.replace(config, compute_dtype=dtype, int8=int8)
     encoder = T5Encoder(config, {}, Tokenizer(b"", tokens))  # tokenizes nothing
     ids, mask = (jax.ShapeDtypeStruct((b, tokens), kind) for kind in (jnp.int32, jnp.bool_))

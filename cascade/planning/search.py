@@ -8,19 +8,19 @@ import json
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from cascade.devices import sharding
 from cascade.errors import UserError
+from cascade.models.layers import Remat
 from cascade.planning.figures import Figures
 from cascade.planning.topology import Topology, run_mesh
-from cascade.planning.training import from_shapes, plan_training, with_remat
-from cascade.training.loop import TrainConfig
+from cascade.planning.training import from_shapes, plan_training
+from cascade.training.job import Job
 
 SUGGESTIONS = 6
 
 
-def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
+def suggest(job: Job, topology: Topology, *, tokens: int) -> Figures:
     """Returns the figures of the fastest of some settings that fit, with all that were tried.
 
     It tries meshes with fsdp over 1, some or all chips and, for TPUs, tensor over 2 or 4 (what that
@@ -30,19 +30,18 @@ def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
     with a tensor axis. tokens: length of each text. Raises UserError where none fits, and for a
     batch that the chips do not divide.
     """
-    if config.batch_size % topology.count:
+    if job.batch_size % topology.count:
         raise UserError(
-            f"--suggest: batch_size={config.batch_size} must be a multiple of the "
+            f"--suggest: batch_size={job.batch_size} must be a multiple of the "
             f"{topology.count} chips of {topology.name}; change one of them"
         )
     tried: list[Figures] = []
     best: Figures | None = None
-    for candidate in _suggestions(config, topology, tokens):
-        network: Any = candidate.stage.network
+    for candidate, policy in _suggestions(job, topology, tokens):
         settings = {
             "mesh.fsdp": candidate.mesh.fsdp,
             "mesh.tensor": candidate.mesh.tensor,
-            "remat": network.remat,
+            "remat": policy,
             "microbatches": candidate.microbatches,
         }
         print(f"trying {settings} ...", file=sys.stderr)
@@ -61,27 +60,28 @@ def suggest(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
     return best | {"tried": tried}
 
 
-def _suggestions(config: TrainConfig, topology: Topology, tokens: int) -> list[TrainConfig]:
+def _suggestions(job: Job, topology: Topology, tokens: int) -> list[tuple[Job, Remat]]:
     """Returns the cheapest settings of each kind of mesh, those without a tensor axis first."""
     if topology.devices is None:
-        return list(itertools.islice(_candidates(config, topology, tokens, (1,)), SUGGESTIONS))
-    plain = itertools.islice(_candidates(config, topology, tokens, (1,)), SUGGESTIONS - 2)
-    split = itertools.islice(_candidates(config, topology, tokens, (2, 4)), 2)
+        return list(itertools.islice(_candidates(job, topology, tokens, (1,)), SUGGESTIONS))
+    plain = itertools.islice(_candidates(job, topology, tokens, (1,)), SUGGESTIONS - 2)
+    split = itertools.islice(_candidates(job, topology, tokens, (2, 4)), 2)
     return [*plain, *split]
 
 
 def _candidates(
-    config: TrainConfig, topology: Topology, tokens: int, tensors: Sequence[int]
-) -> Iterator[TrainConfig]:
+    job: Job, topology: Topology, tokens: int, tensors: Sequence[int]
+) -> Iterator[tuple[Job, Remat]]:
     """Yields settings that seem to fit, the cheapest first.
 
     Few microbatches, no remat and little sharding are cheap, in this order. A microbatch has at
     least a picture for each of the devices. tensors: sizes of the tensor axis.
     """
-    hint = typing.get_type_hints(type(config.stage.network))["remat"]
-    policies = typing.get_args(hint)
+    # A job without a choice is itself with any policy.
+    remats = {job.with_remat(policy): policy for policy in reversed(typing.get_args(Remat))}
+    policies = list(remats.values())[::-1]
     count = topology.count
-    splits = [2**i for i in range(10) if not config.batch_size % (2**i * count)]
+    splits = [2**i for i in range(10) if not job.batch_size % (2**i * count)]
     meshes = [
         sharding.MeshConfig(fsdp=fsdp, tensor=tensor)
         for tensor in tensors
@@ -90,7 +90,7 @@ def _candidates(
         if count // tensor % fsdp == 0
     ]
     for n, policy, mesh in itertools.product(splits, policies, meshes):
-        candidate = dataclasses.replace(with_remat(config, policy), microbatches=n, mesh=mesh)
+        candidate = dataclasses.replace(job.with_remat(policy), microbatches=n, mesh=mesh)
         absent = run_mesh(candidate, dataclasses.replace(topology, devices=None))
         if from_shapes(candidate, topology, absent, tokens)["fits"]:
-            yield candidate
+            yield candidate, policy

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from cascade.devices import sharding, xla_flags
 from cascade.devices.chips import CHIPS, Chip, chip_named
 from cascade.errors import UserError
-from cascade.training.loop import TrainConfig, check_batch
+from cascade.training.job import Job
+from cascade.training.loop import check_batch
 
 LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so that several may plan at once
@@ -71,14 +72,14 @@ def open_topology(name: str) -> Topology:
     return Topology(name, chip, len(devices), devices)
 
 
-def run_mesh(config: TrainConfig, topology: Topology) -> Mesh:
-    """Returns the mesh that a run of the config makes of all chips of the topology.
+def run_mesh(job: Job, topology: Topology) -> Mesh:
+    """Returns the mesh that a run of the job makes of all chips of the topology.
 
     Raises UserError unless the mesh takes them all and divides the batch.
     """
     devices = topology.devices or [_AbsentGPU(i) for i in range(topology.count)]
-    mesh = sharding.make_mesh(config.mesh, devices)
-    check_batch(config, mesh)
+    mesh = sharding.make_mesh(job.mesh, devices)
+    check_batch(job, mesh)
     return mesh
 
 

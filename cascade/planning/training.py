@@ -14,49 +14,48 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cascade.devices import flops, sharding
 from cascade.planning.compiled import compiled
 from cascade.planning.figures import Figures, bytes_each, figures, tree_bytes
 from cascade.planning.topology import Topology, run_mesh
-from cascade.stage import Stage, StageConfig
-from cascade.training import loop as train
-from cascade.training.loop import TrainConfig
+from cascade.training.job import Job
+from cascade.training.step import begin, make_train_step
 
 PAPER_STEPS = 2_500_000
 
 
-def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Figures:
+def plan_training(job: Job, topology: Topology, *, tokens: int) -> Figures:
     """Returns the figures of one optimizer step, text embeddings given; `figures` names them.
 
     tokens: length of each text. paper_days and paper_chip_hours are those of PAPER_STEPS such steps
-    at the bound. Raises UserError unless the config's mesh fits the topology and the batch.
+    at the bound. Raises UserError unless the job's mesh fits the topology and the batch.
     """
-    mesh = run_mesh(config, topology)
-    state, batch = _state_of(config), batch_of(config, tokens)
-    executed, model = _step_flops(config, tokens), _step_flops(with_remat(config, False), tokens)
+    mesh = run_mesh(job, topology)
+    state, batch = _state_of(job), job.batch_shapes(tokens)
+    executed = _counted(_alone(job), tokens)
+    model = _counted(_alone(job.with_remat(False)), tokens)
     if topology.devices is None:
-        measured = from_shapes(config, topology, mesh, tokens)
+        measured = from_shapes(job, topology, mesh, tokens)
     else:
         placement = sharding.shardings(state, mesh)
         jitted = jax.jit(
-            train.make_train_step(config, Stage(config.stage), train.make_optimizer(config), mesh),
+            make_train_step(job, job.transformation(), mesh),
             in_shardings=(placement, sharding.batch_sharding(mesh)),
             out_shardings=(placement, sharding.replicated(mesh)),
             donate_argnums=0,
         )
         measured = compiled(jitted, (state, batch), topology)
     step = figures(
-        config.stage.name,
+        job.name,
         topology,
         mesh,
         state["ema"],
         measured,
         model=model,
         executed=executed,
-        images=config.batch_size,
+        images=job.batch_size,
     )
     seconds = PAPER_STEPS * step["bound_seconds"]
     return step | {
@@ -66,7 +65,7 @@ def plan_training(config: TrainConfig, topology: Topology, *, tokens: int) -> Fi
     }
 
 
-def from_shapes(config: TrainConfig, topology: Topology, mesh: Mesh, tokens: int) -> Figures:
+def from_shapes(job: Job, topology: Topology, mesh: Mesh, tokens: int) -> Figures:
     """Returns what shapes alone say of a step, by the names that `compiled` uses.
 
     Memory: state and batch as sharded, gradients like parameters, and what the backward pass of
@@ -75,11 +74,11 @@ def from_shapes(config: TrainConfig, topology: Topology, mesh: Mesh, tokens: int
     microbatch; for the data axis, gradients summed.
     """
     data, fsdp, parts = mesh.shape["data"], mesh.shape["fsdp"], sharding.batch_parts(mesh)
-    state, batch, n = _state_of(config), batch_of(config, tokens), config.microbatches
+    state, batch, n = _state_of(job), job.batch_shapes(tokens), job.microbatches
     held = bytes_each(state, sharding.shardings(state, mesh))
     params = state["train"]["params"]
     gradients = bytes_each(params, sharding.shardings(params, mesh))
-    kept = _kept_bytes(config.stage, batch_of(config, tokens, config.batch_size // n // parts))
+    kept = _kept_bytes(job, job.batch_size // n // parts, tokens)
     arguments = held + tree_bytes(batch) / parts
     whole = tree_bytes(params)
     collectives = {}
@@ -107,66 +106,35 @@ def from_shapes(config: TrainConfig, topology: Topology, mesh: Mesh, tokens: int
     }
 
 
-def batch_of(config: TrainConfig, tokens: int, batch_size: int | None = None) -> dict[str, Any]:
-    """Returns the shapes of a batch, as `Stage.loss` takes it. batch_size: None is the config's.
-
-    image [b, side, side, 3] uint8, text [b, tokens, width] float32, text_mask [b, tokens] bool, and
-    for super-resolution lowres [b, low, low, 3] uint8.
-    """
-    stage, b = config.stage, batch_size or config.batch_size
-    side = config.crop or stage.resolution
-    width = stage.network.text_width or 1
-    batch = {
-        "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
-        "text": jax.ShapeDtypeStruct((b, tokens, width), jnp.float32),
-        "text_mask": jax.ShapeDtypeStruct((b, tokens), jnp.bool_),
-    }
-    if stage.lowres_resolution is not None:
-        low = side * stage.lowres_resolution // stage.resolution
-        batch["lowres"] = jax.ShapeDtypeStruct((b, low, low, 3), jnp.uint8)
-    return batch
-
-
-def with_remat(config: TrainConfig, policy: Any) -> TrainConfig:
-    """Returns the config with another `remat` of its network: False, or what to keep."""
-    network = dataclasses.replace(config.stage.network, remat=policy)
-    return dataclasses.replace(config, stage=dataclasses.replace(config.stage, network=network))
-
-
-def _kept_bytes(config: StageConfig, batch: Any) -> float:
-    """Returns what the forward pass on a batch keeps for the backward pass, parameters left out."""
-    shapes = tuple((name, x.shape, x.dtype) for name, x in batch.items())
-    return _kept_by_shapes(config, shapes)
+def _kept_bytes(job: Job, b: int, tokens: int) -> float:
+    """Returns what the forward pass on b examples keeps for the backward pass, parameters left
+    out."""
+    return _kept(_alone(job), b, tokens)
 
 
 @functools.cache
-def _kept_by_shapes(config: StageConfig, shapes: tuple[Any, ...]) -> float:
-    stage = Stage(config)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
-
+def _kept(job: Job, b: int, tokens: int) -> float:
     def residuals(params, batch, key):
-        return jax.vjp(lambda p: stage.loss(p, batch, key)[0], params)[1]
+        return jax.vjp(lambda p: job.loss(p, batch, key)[0], params)[1]
 
-    params, key = stage.abstract(), jax.eval_shape(lambda: jax.random.key(0))
-    return max(0.0, tree_bytes(jax.eval_shape(residuals, params, batch, key)) - tree_bytes(params))
-
-
-def _step_flops(config: TrainConfig, tokens: int) -> float:
-    # Neither the mesh nor microbatches change them.
-    return _counted(dataclasses.replace(config, mesh=sharding.MeshConfig(), microbatches=1), tokens)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(job.fresh, key)
+    kept = jax.eval_shape(residuals, params, job.batch_shapes(tokens, b), key)
+    return max(0.0, tree_bytes(kept) - tree_bytes(params))
 
 
 @functools.cache
-def _counted(config: TrainConfig, tokens: int) -> float:
-    step = train.make_train_step(config, Stage(config.stage), train.make_optimizer(config))
-    return flops.count(step, _state_of(config), batch_of(config, tokens))
+def _counted(job: Job, tokens: int) -> float:
+    """Returns the FLOPs of a step, which neither the mesh nor microbatches change."""
+    step = make_train_step(job, job.transformation())
+    return flops.count(step, _state_of(job), job.batch_shapes(tokens))
 
 
-def _state_of(config: TrainConfig) -> Any:
+def _alone(job: Job) -> Job:
+    return dataclasses.replace(job, mesh=sharding.MeshConfig(), microbatches=1)
+
+
+def _state_of(job: Job) -> Any:
     """Returns the shapes of a run's state."""
-    stage, optimizer = Stage(config.stage), train.make_optimizer(config)
-
-    def init(key):
-        return train.begin(config, optimizer, stage.init(key))
-
-    return jax.eval_shape(init, jax.random.key(0))
+    optimizer = job.transformation()
+    return jax.eval_shape(lambda key: begin(job, optimizer, job.fresh(key)), jax.random.key(0))

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cascade.storage import paths
-from cascade.storage.weights import leaves, load_file, nested
+from cascade.storage.weights import leaves, load_tensors, nested
 
 MODULES = {
     "cascade.diffusion.denoise": "Constant Interval Oscillating PerStep Threshold",
@@ -78,8 +77,7 @@ def text_run_state(file: Any, state: Any) -> Any:
 
     state: as the run would begin. Its averages begin at the saved weights.
     """
-    with paths.reading(file) as local:
-        saved = load_file(local)
+    saved = load_tensors(file)
     old = {
         "params": state["train"]["params"],
         "optimizer": state["train"]["opt_state"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.config import read_json, to_json
+from cascade.errors import UserError
 from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.published.hub import locate
 from cascade.published.x4_upscaler import stage as upscaler
@@ -46,7 +47,8 @@ class Pipelines:
     def own_text_encoder(self, stage: str) -> Published | None:
         """The text encoder of a stage that does not share the model's."""
         found = self._pipeline(stage)
-        return clip.text_encoder(found.folder) if isinstance(found, UPSCALER) else None
+        own = isinstance(found, upscaler.UpscalePipeline)
+        return clip.text_encoder(found.folder) if own else None
 
     def load_own_text_encoder(self, stage: str, dtype: Any) -> TextEncoder | None:
         """The same, loaded."""
@@ -82,36 +84,42 @@ class Pipelines:
         write_json(folder / "config.json", to_json(pipeline.config))
         pipeline.write(folder, dtype)
 
-    def _pipeline(self, stage: str) -> deepfloyd.Pipeline | upscaler.UpscalePipeline:
+    def _pipeline(self, stage: str) -> PublishedStage:
         return next(p for p in self.pipelines if p.config.name == stage)
 
 
-UPSCALER = upscaler.UpscalePipeline
-
-
 def is_pipeline(name: str | Path) -> bool:
-    """Whether a model of that name is one of diffusers' pipelines, here or on the hub."""
+    """Tell whether a model of that name is one of diffusers' pipelines, here or on the hub."""
     folder = Path(name).expanduser()
     return (folder / "model_index.json").is_file() or (
         not folder.exists() and str(name).startswith(("DeepFloyd/", "stabilityai/"))
     )
 
 
-def pipelines(
-    names: Sequence[str | Path],
-) -> list[deepfloyd.Pipeline | upscaler.UpscalePipeline]:
-    """The stages of these folders or hub names, which are stage I, II and III or some of them.
+PublishedStage = deepfloyd.Pipeline | upscaler.UpscalePipeline
+"""One published stage on disk, of any kind."""
 
-    Raises UserError naming the file and the field that is not of DeepFloyd IF or the upscaler.
+
+def pipelines(names: Sequence[str | Path]) -> list[PublishedStage]:
+    """Read the stages of these folders or hub names, which are stage I, II and III or some of them.
+
+    No weights are read, but those of a hub name are downloaded.
+    Raises UserError naming the file and the field that is not of DeepFloyd IF or the upscaler, and
+    for a name that `hub.locate` does not find.
     """
-    found: list[deepfloyd.Pipeline | upscaler.UpscalePipeline] = []
+    found: list[PublishedStage] = []
     for name in names:
         folder = locate(name)
+        index = folder / "model_index.json"
         lowres = found[-1].config.resolution if found else None
-        if read_json(folder / "model_index.json").get("_class_name") == upscaler.KIND:
+        kind = read_json(index).get("_class_name")
+        if kind in deepfloyd.KINDS:
+            config = deepfloyd.stage_config(folder, lowres)
+            found.append(deepfloyd.Pipeline(folder=folder, config=config))
+        elif kind == upscaler.KIND:
             config = upscaler.stage_config(folder, lowres)
             found.append(upscaler.UpscalePipeline(folder=folder, config=config))
         else:
-            config = deepfloyd.stage_config(folder, lowres)
-            found.append(deepfloyd.Pipeline(folder=folder, config=config))
+            known = " or ".join((*deepfloyd.KINDS, upscaler.KIND))
+            raise UserError(f"{index}: _class_name must be {known}, got {kind!r}")
     return found

@@ -29,6 +29,8 @@ from cascade.text import DEFAULT_MAX_TOKENS, clip
 from cascade.text.captions import Captions
 from cascade.text.embedding import TextEncoder
 
+VERSION = 2
+"""What config.json says of the layout. Version 1 named parameters otherwise; it still opens."""
 SHIPPED = pathlib.Path(__file__).parents[1] / "pretrained"
 
 

@@ -112,6 +112,10 @@ class TextPretraining(Job):
         return "text encoder"
 
     @property
+    def even(self) -> bool:
+        return False
+
+    @property
     def fixed(self) -> dict[str, Any]:
         free = {f.name for f in dataclasses.fields(Job)} - {"images", "seed"}
         own = [f.name for f in dataclasses.fields(self) if f.name not in free]
@@ -187,9 +191,7 @@ class _Running(Running):
 class TextBatches:
     """`batches` without an end, each made in the background while the one before is in use."""
 
-    def __init__(
-        self, job: TextPretraining, tokenizer: Tokenizer, rows: Int[np.ndarray, " rows"]
-    ):
+    def __init__(self, job: TextPretraining, tokenizer: Tokenizer, rows: Int[np.ndarray, " rows"]):
         """rows: of each batch, those that this process is to hold."""
         self._job, self._tokenizer, self._rows = job, tokenizer, rows
         self._step, self._pool = 0, ThreadPoolExecutor(1)

@@ -76,18 +76,23 @@ def save_safetensors(
     write(path, tensors, lambda name: np.asarray(arrays[name]), metadata=metadata)
 
 
-def load_safetensors(path: paths.Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+def load_safetensors(
+    path: paths.Path, abstract: Mapping[str, Any], renamed: Callable[[str], str] = str
+) -> dict[str, Any]:
     """Read what `save_safetensors` wrote, as nested dicts of float32 NumPy arrays.
 
-    abstract: nested dicts of ShapeDtypeStructs, whose shapes the arrays must have.
+    abstract: nested dicts of ShapeDtypeStructs, whose shapes the arrays must have. renamed: a
+    parameter's path -> its path in a file of an earlier version, which has none of today's names.
     Raises UserError when the file is missing, damaged or stored in a dtype that DTYPES lacks, and
     when tensors are missing, left over or of another shape, which it then lists.
     """
     target = as_target(dict(abstract), lambda _: np.float32)
-    origins = own_origins(target)
     try:
         with paths.reading(path) as file, _open(file) as tensors:
             weights = Weights(str(path), {file.name: tensors})
+            origins = own_origins(target)
+            if not any(origin.names[0] in weights.shapes for origin in origins.values()):
+                origins = own_origins(target, renamed)
             found = _misfits(weights.shapes, origins, target)
             problems = [f"missing {tensor}" for tensor in found.missing]
             problems += [f"left over {tensor}" for tensor in found.extra]
@@ -107,6 +112,15 @@ def load_safetensors(path: paths.Path, abstract: Mapping[str, Any]) -> dict[str,
         raise UserError(
             f"{path}: no such file; is this a folder that `cascade export` wrote?"
         ) from None
+    except _DAMAGE as e:
+        raise UserError(f"{path}: damaged or not a safetensors file ({e}); copy it again") from None
+
+
+def load_tensors(path: paths.Path) -> dict[str, np.ndarray]:
+    """Read all tensors of a file as they are. UserError when it is damaged."""
+    try:
+        with paths.reading(path) as file, _open(file) as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except _DAMAGE as e:
         raise UserError(f"{path}: damaged or not a safetensors file ({e}); copy it again") from None
 
@@ -320,6 +334,18 @@ def own_origins(target: Any, renamed: Callable[[str], str] = str) -> dict[str, O
     renamed: a parameter's path -> its path there, in files of earlier versions.
     """
     return {path: Origin((renamed(path).replace("/", "."),)) for path, _ in leaves(target)}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `leaves`: the nested dicts whose leaves have these paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
 
 
 def leaves(tree: Any) -> list[tuple[str, Any]]:

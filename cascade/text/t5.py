@@ -381,19 +381,8 @@ def _read_int8(opened: weights.Weights, found: Mapping[str, Origin], wanted: Any
             filled[0][i], filled[1][i] = quantized(layer)
         for name, leaf, value in zip((path, scale_path), (kernel, scale), filled, strict=True):
             made[name] = jax.device_put(value, leaf.sharding)
-    made |= weights.leaves(weights.read(opened, found, _nested(leaves)))
-    return _nested(made)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
+    made |= weights.leaves(weights.read(opened, found, weights.nested(leaves)))
+    return weights.nested(made)
 
 
 def _leaf(tree: Any, path: str) -> Any:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from cascade.devices import sharding
 from cascade.diffusion.loss import Part
+from cascade.models.layers import Remat
 from cascade.storage.paths import Path
 from cascade.training import ema
 from cascade.training.trainable import Trainable, Weights
@@ -179,10 +180,14 @@ class Job:
         """The update rule, its learning rate included."""
         raise NotImplementedError
 
-    def without_remat(self) -> Job | None:
-        """The job with nothing computed twice, whose FLOPs are progress; None where the FLOPs of a
-        step are no fixed number."""
-        return None
+    def with_remat(self, policy: Remat) -> Job:
+        """The job whose network keeps that for its backward pass; itself if it has no choice."""
+        return self
+
+    @property
+    def even(self) -> bool:
+        """Whether all batches have one shape, so that FLOPs a second are a figure of the run."""
+        return True
 
     def open(self, mesh: Mesh, workdir: Path) -> Running:
         """Load what the run needs. Raises UserError for all that may be wrong with the config, and

@@ -89,7 +89,8 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
             waited = time.perf_counter() - before
             batch = running.prepare(batch, step)
             if log is None:
-                log = _log(job, workdir, step, step_flops(job, train_step, state, batch))
+                work = step_flops(job, train_step, state, batch) if job.even else None
+                log = _log(job, workdir, step, work)
             profile.before_step()
             state, metrics = train_step(state, batch)
             # One step may be under way while the next is prepared; more would only hide progress.
@@ -136,6 +137,16 @@ def saved_weights(job: Job, saved: Any, weights: Any) -> Any:
         return weights
     abstract = jax.eval_shape(lambda: begin(job, job.transformation(), job.fresh(_key(job))))
     return landed.as_new(weights, abstract["ema"], landed.old_path_of(job))
+
+
+def frozen(job: Job) -> Any:
+    """What a run has frozen, read or made again."""
+    if not job.trainable.freezes:
+        return {}
+    params = job.start()
+    return begin(job, job.transformation(), job.fresh(_key(job)) if params is None else params)[
+        "frozen"
+    ]
 
 
 def check_batch(job: Job, mesh: Mesh) -> None:

@@ -1,14 +1,15 @@
 """The job of one stage: captioned pictures in, a denoiser out.
 
-    dataset -> data -> conditions -> stage.loss -> train_step -> checkpoint
+dataset -> data -> conditions -> stage.loss -> train_step -> checkpoint
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from cascade import images
 from cascade.data import Data, Degradation, batches
-from cascade.data.transforms import check_crop
+from cascade.data.transforms import check_resolutions
 from cascade.devices import sharding
 from cascade.errors import UserError
 from cascade.runner.model_folder import open_model
@@ -32,56 +33,29 @@ from cascade.training.trainable import LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageTraining(Job):
-    """Train one stage of a cascade."""
+class StageJob(Job):
+    """The job of one stage, whatever it learns from; subclasses say that, by `open`."""
 
     stage: StageConfig
     """What is trained."""
-    data: Data
-    """The captioned pictures."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """The update rule."""
     init: str | None = None
     """A model, as `cascade sample --model` names it, whose stage of the same name gives the first
     weights; None is fresh ones. Where something is frozen it must stay where it is."""
-    text_encoder: str = "scenes"
-    """The frozen text encoder: the one that ships, a folder, or a name on the hub."""
-    text_tokens: int = DEFAULT_MAX_TOKENS
-    """Length that captions are padded or cut to, unless the text encoder's own window is shorter
-    (the paper states none)."""
-    captions: Captions = "verbatim"
-    """What is done to captions first, see `cascade.text`; DeepFloyd IF has 77 tokens of "clean"
-    ones."""
-    text_int8: bool = False
-    """Keep the text encoder's matrices in int8."""
-    crop: int | None = None
-    """Side in pixels of the aligned crops that a super-resolution stage trains on; None is the
-    whole picture."""
-    degradation: Degradation | None = None
-    """How low-resolution pictures are degraded; None is plain means over blocks."""
-    preview_prompts: tuple[str, ...] = ()
-    """What previews of a base stage draw; super-resolution enlarges four of the batch."""
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least("text_tokens", 1)
         if isinstance(self.trainable, LoRA) and self.init is None:
             raise ValueError(
-                "StageTraining.trainable must be Weights() without an init whose weights a LoRA "
-                f"adapts to, got {self.trainable}"
+                f"{type(self).__name__}.trainable must be Weights() without an init whose weights "
+                f"a LoRA adapts to, got {self.trainable}"
             )
         if not self.stage.space.trainable:
             raise ValueError(
-                f"StageTraining.stage {self.stage.name} diffuses in "
+                f"{type(self).__name__}.stage {self.stage.name} diffuses in "
                 f"{type(self.stage.space).__name__}: such a stage is drawn from, not trained"
             )
-        check_crop(
-            self.stage.resolution,
-            self.stage.lowres_resolution,
-            self.crop,
-            self.degradation,
-            prefix="StageTraining.",
-        )
 
     @property
     def name(self) -> str:
@@ -95,6 +69,16 @@ class StageTraining(Job):
     @property
     def frozen_dtype(self) -> str:
         return self.stage.network.compute_dtype
+
+    @property
+    def reading(self) -> Reading | None:
+        """How its texts are read, which `cascade export` writes down; None if it has none."""
+        return None
+
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        """All the words that its texts can have, if that is a closed list."""
+        return ()
 
     def fresh(self, key):
         return Stage(self.stage).init(key)
@@ -119,14 +103,69 @@ class StageTraining(Job):
         return Stage(self.stage).loss(params, batch, key, part)
 
     def batch_shapes(self, tokens, b=None):
-        return self.stage.batch_shapes(b or self.batch_size, tokens, self.crop)
+        return self.stage.batch_shapes(b or self.batch_size, tokens)
 
     def transformation(self):
         return self.optimizer.build(self.batch_size, self.steps)
 
-    def without_remat(self):
-        network: Any = dataclasses.replace(self.stage.network, remat=False)
+    def with_remat(self, policy):
+        network: Any = dataclasses.replace(self.stage.network, remat=policy)
         return dataclasses.replace(self, stage=dataclasses.replace(self.stage, network=network))
+
+
+class Reading(NamedTuple):
+    """How a stage reads texts: which encoder, of how many tokens, and what is done to them first."""
+
+    text_encoder: str
+    max_tokens: int
+    captions: Captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTraining(StageJob):
+    """Train one stage of a cascade on captioned pictures."""
+
+    data: Data
+    """The captioned pictures."""
+    text_encoder: str = "scenes"
+    """The frozen text encoder: the one that ships, a folder, or a name on the hub."""
+    text_tokens: int = DEFAULT_MAX_TOKENS
+    """Length that captions are padded or cut to, unless the text encoder's own window is shorter
+    (the paper states none)."""
+    captions: Captions = "verbatim"
+    """What is done to captions first, see `cascade.text`; DeepFloyd IF has 77 tokens of "clean"
+    ones."""
+    text_int8: bool = False
+    """Keep the text encoder's matrices in int8."""
+    crop: int | None = None
+    """Side in pixels of the aligned crops that a super-resolution stage trains on; None is the
+    whole picture."""
+    degradation: Degradation | None = None
+    """How low-resolution pictures are degraded; None is plain means over blocks."""
+    preview_prompts: tuple[str, ...] = ()
+    """What previews of a base stage draw; super-resolution enlarges four of the batch."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least("text_tokens", 1)
+        check_resolutions(
+            self.stage.resolution,
+            self.stage.lowres_resolution,
+            self.crop,
+            self.degradation,
+            prefix="StageTraining.",
+        )
+
+    @property
+    def reading(self) -> Reading | None:
+        return Reading(self.text_encoder, self.text_tokens, self.captions)
+
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        return self.data.vocabulary
+
+    def batch_shapes(self, tokens, b=None):
+        return self.stage.batch_shapes(b or self.batch_size, tokens, self.crop)
 
     def open(self, mesh: Mesh, workdir: paths.Path) -> Running:
         return _Running(self, mesh)

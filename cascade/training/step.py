@@ -115,15 +115,12 @@ def step_key(job: Job, step: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.key(job.seed), step)
 
 
-def step_flops(job: Job, train_step: Any, state: State, batch: dict[str, Any]) -> float | None:
-    """FLOPs of one step, less what remat computes again: that is no progress. None where they are
-    no fixed number.
+def step_flops(job: Job, train_step: Any, state: State, batch: dict[str, Any]) -> float:
+    """FLOPs of one step, less what remat computes again: that is no progress.
 
     train_step: the jitted `make_train_step`, which need not be traced again when it is called.
     """
-    plain = job.without_remat()
-    if plain is None:
-        return None
+    plain = job.with_remat(False)
     if plain != job:
         train_step = make_train_step(plain, plain.transformation())
     return flops.count(train_step, state, batch)

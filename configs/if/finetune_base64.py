@@ -17,23 +17,25 @@ import dataclasses
 
 from cascade.data import FolderData
 from cascade.devices.sharding import MeshConfig
-from cascade.published.deepfloyd import stage as deepfloyd
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.runner.model_folder import open_model
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
+from cascade.training.trainable import LoRA
 
 
-def config(init: str) -> TrainConfig:
-    start = deepfloyd.Start(model=init)
-    stage = start.stages()[0]
+def config(init: str) -> StageTraining:
+    model = open_model(init)
+    stage = model.stages[0]
     network = dataclasses.replace(stage.network, compute_dtype="bfloat16", remat="nothing_saveable")
-    return TrainConfig(
+    return StageTraining(
         stage=dataclasses.replace(stage, network=network),
         data=FolderData(path="pictures"),
-        text_encoder=start.text_encoder(),
-        text_tokens=deepfloyd.MAX_TOKENS,
-        captions=deepfloyd.CAPTIONS,
+        text_encoder=model.text_encoder,
+        text_tokens=model.max_tokens,
+        captions=model.captions,
         text_int8=True,
         init=init,
-        lora_rank=16,
+        trainable=LoRA(rank=16),
         images=16_000,
         batch_size=16,
         optimizer=Optimizer(name="adamw", learning_rate=1e-4, warmup_images=800),

@@ -20,27 +20,29 @@ import dataclasses
 from cascade.data import FolderData
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
-from cascade.published.deepfloyd import stage as deepfloyd
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.runner.model_folder import open_model
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
+from cascade.training.trainable import LoRA
 
 
-def config(init: str) -> TrainConfig:
-    start = deepfloyd.Start(model=init)
-    enlarging = [stage for stage in start.stages() if stage.lowres_resolution is not None]
+def config(init: str) -> StageTraining:
+    start = open_model(init)
+    enlarging = [stage for stage in start.stages if stage.lowres_resolution is not None]
     if not enlarging:
         raise UserError(f"init={init}: has no super-resolution stage")
     network = dataclasses.replace(
         enlarging[0].network, compute_dtype="bfloat16", remat="nothing_saveable"
     )
-    return TrainConfig(
+    return StageTraining(
         stage=dataclasses.replace(enlarging[0], network=network),
         data=FolderData(path="pictures"),
-        text_encoder=start.text_encoder(),
-        text_tokens=deepfloyd.MAX_TOKENS,
-        captions=deepfloyd.CAPTIONS,
+        text_encoder=start.text_encoder,
+        text_tokens=start.max_tokens,
+        captions=start.captions,
         text_int8=True,
         init=init,
-        lora_rank=16,
+        trainable=LoRA(rank=16),
         images=16_000,
         batch_size=8,
         optimizer=Optimizer(name="adamw", learning_rate=1e-4, warmup_images=800),

@@ -14,17 +14,19 @@ from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine
 from cascade.diffusion.samplers import Ancestral
 from cascade.models import Level, UNetConfig
-from cascade.stage import Sampling, StageConfig
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.stage import Pixels, Sampling, StageConfig, Text
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 BATCH = 2048
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> StageTraining:
+    return StageTraining(
         stage=StageConfig(
             name="base64",
-            resolution=64,
+            space=Pixels(resolution=64),
+            conditions=(Text(width=4096, context_width=768, dropout=0.1),),
             network=UNetConfig(
                 levels=(
                     Level(width=192, blocks=3),
@@ -33,15 +35,12 @@ def config() -> TrainConfig:
                     Level(width=768, blocks=3, attention=True),
                 ),
                 head_width=64,
-                text_width=4096,
-                context_width=768,
                 compute_dtype="bfloat16",
                 remat="nothing_saveable",
             ),
             schedule=Cosine(),
             prediction="eps",
             loss=Loss(space="eps"),
-            condition_dropout=0.1,
             sampling=Sampling(
                 steps=256,
                 guidance=5.0,

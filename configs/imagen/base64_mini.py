@@ -13,17 +13,19 @@ from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine
 from cascade.diffusion.samplers import DPMSolverPP2M
 from cascade.models import Level, UNetConfig
-from cascade.stage import Sampling, StageConfig
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.stage import Pixels, Sampling, StageConfig, Text
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 BATCH = 256
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> StageTraining:
+    return StageTraining(
         stage=StageConfig(
             name="base64",
-            resolution=64,
+            space=Pixels(resolution=64),
+            conditions=(Text(width=1024, context_width=512, dropout=0.1),),
             network=UNetConfig(
                 levels=(
                     Level(width=128, blocks=3),
@@ -32,14 +34,11 @@ def config() -> TrainConfig:
                     Level(width=512, blocks=3, attention=True),
                 ),
                 head_width=64,
-                text_width=1024,
-                context_width=512,
                 compute_dtype="bfloat16",
             ),
             schedule=Cosine(),
             prediction="v",
             loss=Loss(space="v"),
-            condition_dropout=0.1,
             sampling=Sampling(
                 steps=32,
                 guidance=5.0,

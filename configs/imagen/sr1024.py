@@ -15,20 +15,23 @@ from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import LinearVP
 from cascade.diffusion.samplers import Ancestral
 from cascade.models import EfficientLevel, EfficientUNetConfig
-from cascade.stage import Sampling, StageConfig
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.stage import LowRes, Pixels, Sampling, StageConfig, Text
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 BATCH = 2048
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> StageTraining:
+    return StageTraining(
         stage=StageConfig(
             name="sr1024",
-            resolution=1024,
-            lowres_resolution=256,
+            space=Pixels(resolution=1024),
+            conditions=(
+                LowRes(resolution=256),
+                Text(width=4096, head_width=128, dropout=0.1),
+            ),
             network=EfficientUNetConfig(
-                lowres=True,
                 levels=(
                     EfficientLevel(width=128, blocks=2),
                     EfficientLevel(width=256, blocks=4),
@@ -36,14 +39,12 @@ def config() -> TrainConfig:
                     EfficientLevel(width=1024, blocks=8, text_attention=True),
                 ),
                 head_width=128,  # 8 heads at width 1024
-                text_width=4096,
                 compute_dtype="bfloat16",
                 remat="nothing_saveable",
             ),
             schedule=LinearVP(),
             prediction="eps",
             loss=Loss(space="eps"),
-            condition_dropout=0.1,
             sampling=Sampling(
                 steps=32,
                 guidance=5.0,

@@ -11,15 +11,17 @@ from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import Level, UNetConfig
 from cascade.scenes.dataset import ScenesData
-from cascade.stage import Sampling, StageConfig
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.stage import Pixels, Sampling, StageConfig, Text
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> StageTraining:
+    return StageTraining(
         stage=StageConfig(
             name="base64",
-            resolution=64,
+            space=Pixels(resolution=64),
+            conditions=(Text(width=128, head_width=32),),
             network=UNetConfig(
                 # 2x2 pixels enter as one: full resolution costs four times as much on a CPU, and
                 # with 4x4 an edge must be learned anew at each of sixteen places in the square.
@@ -30,7 +32,6 @@ def config() -> TrainConfig:
                     Level(width=96, blocks=2, attention=True),
                 ),
                 head_width=32,
-                text_width=128,
                 emb_width=128,
                 coordinates=True,  # without them "above" means nothing: configs/scenes/README.md
             ),

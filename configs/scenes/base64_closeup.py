@@ -12,14 +12,14 @@ from pathlib import Path
 
 from cascade.config import load
 from cascade.scenes.dataset import ScenesData
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 
-def config() -> TrainConfig:
+def config() -> StageTraining:
     base = load(str(Path(__file__).with_name("base64.py")))
     return dataclasses.replace(
         base,
-        stage=dataclasses.replace(base.stage, resolution=32),
+        stage=dataclasses.replace(base.stage, space=Pixels(resolution=32)),
         data=ScenesData(split="train", max_objects=1, closeup=2),
         images=527_000,
         batch_size=16,

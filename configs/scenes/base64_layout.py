@@ -14,10 +14,10 @@ from pathlib import Path
 from cascade.config import load
 from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 
-def config() -> TrainConfig:
+def config() -> StageTraining:
     base = load(str(Path(__file__).with_name("base64.py")))
     return dataclasses.replace(
         base,

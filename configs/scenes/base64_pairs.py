@@ -13,10 +13,10 @@ from pathlib import Path
 
 from cascade.config import load
 from cascade.scenes.dataset import ScenesData
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 
-def config() -> TrainConfig:
+def config() -> StageTraining:
     closeup = load(str(Path(__file__).with_name("base64_closeup.py")))
     return dataclasses.replace(
         closeup,

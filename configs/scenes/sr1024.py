@@ -10,35 +10,35 @@ from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
 from cascade.scenes.dataset import ScenesData
-from cascade.stage import Augmentation, Sampling, StageConfig
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.stage import Augmentation, LowRes, Pixels, Sampling, StageConfig, Text
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> StageTraining:
+    return StageTraining(
         stage=StageConfig(
             name="sr1024",
-            resolution=1024,
-            lowres_resolution=256,
+            space=Pixels(resolution=1024),
+            conditions=(
+                LowRes(resolution=256, augmentation=Augmentation(max_level=0.3), residual=True),
+                Text(width=128, head_width=32),
+            ),
             network=EfficientUNetConfig(
                 # 4x4 pixels, one of the small picture, enter as one. 8x8 is faster, and leaves four
                 # times as many places of an edge in its square to be learned.
                 patch=4,
-                lowres=True,
                 levels=(
                     EfficientLevel(width=32, blocks=1, stride=1),
                     EfficientLevel(width=64, blocks=1, text_attention=True),
                     EfficientLevel(width=64, blocks=1),
                 ),
                 head_width=32,
-                text_width=128,
                 emb_width=128,
             ),
             schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(1024, reference=64)),
             prediction="x0",
-            residual=True,
             loss=Loss(space="v"),
-            augmentation=Augmentation(max_level=0.3),
             # Dynamic thresholding tames guidance, of which there is none here: a picture with a few
             # values beyond the range would be scaled down whole, white backgrounds to gray.
             sampling=Sampling(

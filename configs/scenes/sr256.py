@@ -11,19 +11,22 @@ from cascade.diffusion.loss import Loss
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
 from cascade.scenes.dataset import ScenesData
-from cascade.stage import Augmentation, Sampling, StageConfig
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.stage import Augmentation, LowRes, Pixels, Sampling, StageConfig, Text
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> StageTraining:
+    return StageTraining(
         stage=StageConfig(
             name="sr256",
-            resolution=256,
-            lowres_resolution=64,
+            space=Pixels(resolution=256),
+            conditions=(
+                LowRes(resolution=64, augmentation=Augmentation(max_level=0.5), residual=True),
+                Text(width=128, head_width=32),
+            ),
             network=EfficientUNetConfig(
                 patch=4,
-                lowres=True,
                 levels=(
                     # Which thing has which finish is learned sooner where finishes are drawn:
                     # configs/scenes/README.md.
@@ -32,14 +35,11 @@ def config() -> TrainConfig:
                     EfficientLevel(width=128, blocks=2, text_attention=True),
                 ),
                 head_width=32,
-                text_width=128,
                 emb_width=128,
             ),
             schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(256, reference=64)),
             prediction="x0",
-            residual=True,
             loss=Loss(space="v"),
-            augmentation=Augmentation(max_level=0.5),
             # Dynamic thresholding tames guidance, of which there is none here: a picture with a few
             # values beyond the range would be scaled down whole, white backgrounds to gray.
             sampling=Sampling(

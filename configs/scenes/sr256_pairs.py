@@ -12,14 +12,18 @@ from pathlib import Path
 
 from cascade.config import load
 from cascade.scenes.dataset import ScenesData
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 
-def config() -> TrainConfig:
+def config() -> StageTraining:
     whole = load(str(Path(__file__).with_name("sr256.py")))
     return dataclasses.replace(
         whole,
-        stage=dataclasses.replace(whole.stage, resolution=128, lowres_resolution=32),
+        stage=dataclasses.replace(
+            whole.stage,
+            space=Pixels(resolution=128),
+            conditions=(dataclasses.replace(lowres, resolution=32), text),
+        ),
         crop=None,
         data=ScenesData(split="train", min_objects=2, max_objects=2, closeup=2),
         images=54_000,

@@ -7,31 +7,31 @@ from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.models import EfficientLevel, EfficientUNetConfig
 from cascade.scenes.dataset import ScenesData
-from cascade.stage import Augmentation, Sampling, StageConfig
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.stage import Augmentation, LowRes, Pixels, Sampling, StageConfig, Text
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 
-def config() -> TrainConfig:
-    return TrainConfig(
+def config() -> StageTraining:
+    return StageTraining(
         stage=StageConfig(
             name="sr1024",
-            resolution=1024,
-            lowres_resolution=256,
+            space=Pixels(resolution=1024),
+            conditions=(
+                LowRes(resolution=256, augmentation=Augmentation(max_level=0.3), residual=True),
+                Text(width=128, head_width=32),
+            ),
             network=EfficientUNetConfig(
                 patch=8,
-                lowres=True,
                 levels=(
                     EfficientLevel(width=64, blocks=1, stride=1),
                     EfficientLevel(width=64, blocks=1, text_attention=True),
                 ),
                 head_width=32,
-                text_width=128,
                 emb_width=128,
             ),
             schedule=Cosine(logsnr_max=3.0, shift=resolution_shift(1024, reference=64)),
             prediction="x0",
-            residual=True,
-            augmentation=Augmentation(max_level=0.3),
             # No guidance, so nothing for dynamic thresholding: see configs/scenes/sr256.py.
             sampling=Sampling(
                 steps=3, guidance=1.0, threshold=Threshold(kind="static"), aug_level=0.03

@@ -53,7 +53,7 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    from cascade.models import Conditioning, Network
+    from cascade.models import Network, Signals
     from cascade.published.deepfloyd import reader as deepfloyd
 
     device = jax.devices()[0]
@@ -64,12 +64,13 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
     config = deepfloyd.unet_config(fields)
     if gpu:
         config = dataclasses.replace(config, compute_dtype="bfloat16")
-    network, side = Network(config), fields["sample_size"]
+    network, side = Network(config, config.widths), fields["sample_size"]
     picture = rng.standard_normal((1, side, side, fields["in_channels"]), np.float32)
     text = rng.standard_normal((1, 77, config.text_width), np.float32)
     time_, level = np.array([500.0], np.float32), np.array([250.0], np.float32)
     x, lowres = picture[..., :3], picture[..., 3:] if config.lowres else None
-    cond = Conditioning(text=text, lowres=lowres, lowres_time=level if config.lowres else None)
+    told = {} if lowres is None else {"channels": (lowres,), "vectors": (level[:, None],)}
+    signals = Signals(tokens=text, **told)
 
     theirs = None
     if all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
@@ -88,9 +89,9 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
         jax.tree.map(lambda x: x.astype(config.compute_dtype), params) if gpu else params
     )
     start = time.perf_counter()
-    compiled = jax.jit(network.__call__).lower(params, x, time_, cond).compile()
+    compiled = jax.jit(network.__call__).lower(params, x, time_, signals).compile()
     compile_seconds = time.perf_counter() - start
-    arrays = jax.device_put((x, time_, cond))
+    arrays = jax.device_put((x, time_, signals))
 
     def ours() -> np.ndarray:
         return np.asarray(compiled(params, *arrays))

@@ -9,29 +9,19 @@ What the configs say decides what a stage is; watermarker and safety checker are
 from __future__ import annotations
 
 import dataclasses
-import functools
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
-from cascade.config import from_json, read_json, to_json
+from cascade.config import read_json
 from cascade.diffusion import loss
 from cascade.errors import UserError
 from cascade.published.deepfloyd import reader as deepfloyd
 from cascade.published.schedulers import read_scheduler
-from cascade.published.x4_upscaler.stage import UpscalePipeline
-from cascade.published.x4_upscaler.unet import UpscalerUNetConfig
-from cascade.runner import model_folder as pretrained
 from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
 from cascade.stage import Augmentation, Pixels, Sampling, StageConfig
 from cascade.storage import network as published
-from cascade.storage import weights
-from cascade.storage.paths import write_json
-from cascade.text import DEFAULT_MAX_TOKENS, clip
 from cascade.text.captions import Captions
 
 Dtype = Literal["float32", "bfloat16"]
