@@ -12,12 +12,13 @@ import numpy as np
 import processes
 import pytest
 
-from cascade import images, runner, testing
+from cascade import images, testing
 from cascade.commands import sample
 from cascade.commands.train import STOPPED
 from cascade.devices import distributed
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
+from cascade.runner import cascade as runner
 from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints
