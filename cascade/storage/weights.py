@@ -367,7 +367,7 @@ class _Misfits(NamedTuple):
 
     missing: list[str]
     misshapen: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
-    """Of each (its name, its shape, the shape that the network asks for)."""
+    """Each is (its name, its shape, the shape that the network asks for)."""
     extra: list[str]
 
 

@@ -54,7 +54,7 @@ def write_unet(folder, name="stage1", **changes):
 
 @functools.cache
 def inputs(name):
-    """Of make_deepfloyd.unet_inputs, channels last: (x, time, Conditioning)."""
+    """The inputs of make_deepfloyd.unet_inputs, channels last: (x, time, Conditioning)."""
     config = UNETS[name]["config"]
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, config["in_channels"], 4, 6)).astype(np.float32)
