@@ -114,7 +114,7 @@ class StageJob(Job):
 
 
 class Reading(NamedTuple):
-    """How a stage reads texts: which encoder, of how many tokens, and what is done to them first."""
+    """How a stage reads texts: by which encoder, of how many tokens, and what is done to them."""
 
     text_encoder: str
     max_tokens: int

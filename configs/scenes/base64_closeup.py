@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cascade.config import load
 from cascade.scenes.dataset import ScenesData
+from cascade.stage import Pixels
 from cascade.training.stage_training import StageTraining
 
 

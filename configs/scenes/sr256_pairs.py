@@ -12,11 +12,13 @@ from pathlib import Path
 
 from cascade.config import load
 from cascade.scenes.dataset import ScenesData
+from cascade.stage import Pixels
 from cascade.training.stage_training import StageTraining
 
 
 def config() -> StageTraining:
     whole = load(str(Path(__file__).with_name("sr256.py")))
+    lowres, text = whole.stage.conditions
     return dataclasses.replace(
         whole,
         stage=dataclasses.replace(

@@ -24,10 +24,10 @@ def config() -> TextPretraining:
             num_heads=8,
             n_positions=64,
         ),
-        examples=256_000,
+        images=256_000,
         described=0.6,
         retold=0.3,
         hidden=0.9,
         learning_rate=3e-3,
-        warmup_steps=400,
+        warmup_images=25_600,
     )
