@@ -64,11 +64,12 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
         raise UserError(f"config {path}: defines no function config(); it must return the config")
     given, rest = {}, list(words)
     for name, parameter in inspect.signature(names["config"]).parameters.items():
-        value, rest = take(rest, f"--{name}")
+        flag = f"--{name.replace('_', '-')}"
+        value, rest = take(rest, flag)
         if value is not None:
             given[name] = value
         elif parameter.default is inspect.Parameter.empty:
-            raise UserError(f"config {path}: --{name} is missing; see the head of that file")
+            raise UserError(f"config {path}: {flag} is missing; see the head of that file")
     try:
         return names["config"](**given), rest
     except TypeError as e:  # an unknown or missing field of a dataclass
@@ -128,6 +129,10 @@ def parse(
         raise UserError(f"{prog}: {e}") from None
 
 
+trusted: list[str] = []
+"""Modules that `trust` has imported."""
+
+
 def trust(module: str) -> None:
     """Import a module of the reader's, whose config classes JSON may then name.
 
@@ -141,6 +146,7 @@ def trust(module: str) -> None:
         raise UserError(
             f"--trust {module}: {e}; name a module that lies here or is installed, without .py"
         ) from None
+    trusted.append(module)
 
 
 def to_json(config: Any) -> Any:
