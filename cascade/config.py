@@ -193,8 +193,8 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; UserError when it is missing or is not JSON."""
+def read_json(path: Any) -> Any:
+    """Parse a JSON file, here or in object storage; UserError when it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -249,18 +249,14 @@ def _class_named(name: Any, expected: type, where: str) -> type:
             f"if you trust that module, add --trust {module or 'MODULE'} (in Python, import it)"
         )
     try:
-        cls = getattr(importlib.import_module(module), cls_name, None)
+        cls: Any = getattr(importlib.import_module(module), cls_name, None)
     except ImportError:
         cls = None
-    fits = (
-        isinstance(cls, type)
-        and issubclass(cls, expected)
-        and dataclasses.is_dataclass(cls)
-        and cls.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
-    )
-    if not fits:
-        raise UserError(f"{where}.type must be a {expected.__name__}, got {name!r}")
-    return cls
+    if isinstance(cls, type) and issubclass(cls, expected) and dataclasses.is_dataclass(cls):
+        kind: Any = cls
+        if kind.__dataclass_params__.frozen:
+            return kind
+    raise UserError(f"{where}.type must be a {expected.__name__}, got {name!r}")
 
 
 def _may_be_imported(module: str) -> bool:
