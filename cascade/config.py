@@ -194,7 +194,7 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
 
 
 def read_json(path: Any) -> Any:
-    """Parse a JSON file, here or in object storage; UserError when it is missing or is not JSON."""
+    """Parse a JSON file, here or in a bucket; UserError when it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
