@@ -16,7 +16,7 @@ from cascade.commands.sample import ByStage, Until
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
-    from cascade.evaluation.drawing import Drawing
+    from cascade.evaluation.drawer import Drawer
 
 USAGE = """usage: cascade eval {scenes,sr,sweep,properties} ...
 
@@ -152,7 +152,7 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
 
     sets = page.SETS if options.set == "all" else (options.set,)
     with WholeFolder(options.out) as folder:
-        drawing = _drawing(
+        drawer = _drawer(
             options,
             guidance=options.guidance,
             aug_level=options.aug_level,
@@ -160,7 +160,7 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
         )
         with _progress(len(sets) * options.prompts) as advance:
             results, pictures = scenes.evaluate_scenes(
-                drawing,
+                drawer,
                 folder,
                 sets=sets,
                 prompts=options.prompts,
@@ -168,7 +168,7 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
                 until=options.until,
                 advance=advance,
             )
-        report = {**_described(options, drawing), "prompts": options.prompts, "sets": results}
+        report = {**_described(options, drawer), "prompts": options.prompts, "sets": results}
         _write(folder, {**report, "pictures": pictures})
     return report
 
@@ -180,18 +180,18 @@ def evaluate_super_resolution(options: SuperResolutionOptions) -> dict[str, Any]
     from cascade.storage.paths import WholeFolder
 
     def run(folder: Path | None) -> dict[str, Any]:
-        drawing = _drawing(
+        drawer = _drawer(
             options, guidance=options.guidance, aug_level=options.aug_level, enlarging=True
         )
-        with _progress(len(drawing.settings) * options.pictures) as advance:
+        with _progress(len(drawer.settings) * options.pictures) as advance:
             results = super_resolution.evaluate_super_resolution(
-                drawing,
+                drawer,
                 pictures=options.pictures,
                 seed=options.seed,
                 folder=folder,
                 advance=advance,
             )
-        return {**_described(options, drawing), "stages": results}
+        return {**_described(options, drawer), "stages": results}
 
     if options.out is None:
         return run(None)
@@ -212,12 +212,12 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
     from cascade.storage.paths import WholeFolder
 
     with WholeFolder(options.out) as folder:
-        drawing = _drawing(options, until=options.until)
-        alone = len(drawing.cascade.select(until=options.until)) == 1
+        drawer = _drawer(options, until=options.until)
+        alone = len(drawer.cascade.select(until=options.until)) == 1
         rounds = len(guidance) * (1 if alone else 1 + len(aug_levels))
         with _progress(rounds * options.prompts) as advance:
             rows = sweeping.sweep(
-                drawing,
+                drawer,
                 folder,
                 guidance=guidance,
                 aug_levels=aug_levels,
@@ -226,7 +226,7 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
                 until=options.until,
                 advance=advance,
             )
-        report = {**_described(options, drawing), "prompts": options.prompts, "points": rows}
+        report = {**_described(options, drawer), "prompts": options.prompts, "points": rows}
         _write(folder, report)
     return report
 
@@ -239,22 +239,22 @@ def properties(options: PropertiesOptions) -> dict[str, Any]:
     from cascade.storage.paths import WholeFolder
 
     def run(folder: Path | None) -> dict[str, Any]:
-        drawing = _drawing(options)
-        scenes.check_sides(drawing, drawing.cascade.stages[0][0].config.resolution)
-        super_resolution.super_resolution_stages(drawing.cascade)
+        drawer = _drawer(options)
+        scenes.check_sides(drawer, drawer.cascade.stages[0][0].config.resolution)
+        super_resolution.super_resolution_stages(drawer.cascade)
         prompts = measures.prompts_of(options.seed, options.prompts)
         quarter = measures.quarter(prompts)
         with _progress(measures.drawings(prompts)) as advance:
-            a, b = measures.following(drawing, prompts, advance)
-            c = measures.saturation(drawing, prompts, advance)
-            e = measures.sensitivity(drawing, quarter, advance)
-            f = measures.larger_pictures(drawing, quarter, advance)
+            a, b = measures.following(drawer, prompts, advance)
+            c = measures.saturation(drawer, prompts, advance)
+            e = measures.sensitivity(drawer, quarter, advance)
+            f = measures.larger_pictures(drawer, quarter, advance)
         seeds = measures.seeds_of(options.seed, options.prompts)
         d = augmentation.augmentation(seeds, options.prompts)
         found = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f}
         print(measures.table(found), file=sys.stderr)
         report = {
-            **_described(options, drawing),
+            **_described(options, drawer),
             "prompts": options.prompts,
             "seeds": seeds,
             "holds": all(one.holds for one in found.values()),
@@ -279,20 +279,20 @@ _COMMANDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
 }
 
 
-def _drawing(
+def _drawer(
     options: _Options,
     *,
     guidance: str | None = None,
     aug_level: str | None = None,
     until: int | None = None,
     enlarging: bool = False,
-) -> Drawing:
-    """The model, with the command line's lists laid over the stages that draw.
+) -> Drawer:
+    """The model, with the command line's lists laid over the settings of the stages that draw.
 
-    Those up to `until`; with `enlarging`, super-resolution stages alone.
+    These are the stages up to `until`, or with `enlarging` the super-resolution stages alone.
     """
     from cascade.commands.sample import use_compilation_cache
-    from cascade.evaluation.drawing import Drawing
+    from cascade.evaluation.drawer import Drawer
     from cascade.evaluation.super_resolution import super_resolution_stages
     from cascade.runner.cascade import Cascade
     from cascade.runner.overrides import override
@@ -308,20 +308,20 @@ def _drawing(
     every = [stage.config for stage, _ in cascade.stages]
     lists = {"steps": options.steps, "guidance": guidance, "aug_level": aug_level}
     settings = override(stages, every, **lists)
-    return Drawing(
+    return Drawer(
         cascade=cascade,
         settings={stage.name: s for stage, s in zip(stages, settings, strict=True)},
         null_text_in_sr=isinstance(options, _TextOptions) and options.null_text_in_sr == "true",
     )
 
 
-def _described(options: _Options, drawing: Drawing) -> dict[str, Any]:
+def _described(options: _Options, drawer: Drawer) -> dict[str, Any]:
     return {
         "model": options.model,
-        "model_sha256": drawing.cascade.digest,
+        "model_sha256": drawer.cascade.digest,
         "seed": options.seed,
-        "null_text_in_sr": drawing.null_text_in_sr,
-        "settings": {name: config.to_json(s) for name, s in drawing.settings.items()},
+        "null_text_in_sr": drawer.null_text_in_sr,
+        "settings": {name: config.to_json(s) for name, s in drawer.settings.items()},
     }
 
 

@@ -23,7 +23,7 @@ from cascade import images
 from cascade.data.transforms import block_means
 from cascade.diffusion.denoise import Threshold
 from cascade.evaluation.claims import Measured, Property, above, alike
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.models import EfficientUNetConfig
 from cascade.scenes.captions import Caption, caption_at
 from cascade.scenes.judge import verdicts
@@ -76,12 +76,12 @@ def prompts_of(seed: int, prompts: int) -> Prompts:
     return found
 
 
-def weights_of(drawing: Drawing) -> tuple[float, float, float]:
+def weights_of(drawer: Drawer) -> tuple[float, float, float]:
     """The guidance weights of `following`: 1, the highest, and their mean between them.
 
     The highest is that of the base stage's settings, or PLAIN_GUIDANCE where these have none.
     """
-    own = drawing.settings[drawing.cascade.stages[0][0].config.name].guidance
+    own = drawer.settings[drawer.cascade.stages[0][0].config.name].guidance
     last = own if own > 1 else PLAIN_GUIDANCE
     return 1.0, (1 + last) / 2, last
 
@@ -99,7 +99,7 @@ def drawings(prompts: Prompts) -> int:
 
 
 def following(
-    drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None
+    drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None
 ) -> tuple[Property, Property]:
     """Pictures show more of their prompt with guidance than without; and of other prompts, no more
     than chance, which is what true pictures show of other prompts. Both are of the same pictures.
@@ -108,11 +108,11 @@ def following(
     level off somewhere, as guidance takes its toll of the pictures: from the mean on, they need not
     rise, but may not fall.
     """
-    base = drawing.cascade.stages[0][0].config
-    weights = weights_of(drawing)
+    base = drawer.cascade.stages[0][0].config
+    weights = weights_of(drawer)
     readings: dict[float, list[list[Reading]]] = {}
     for w in weights:
-        draw = drawing.replaced([base.name], guidance=w)
+        draw = drawer.replaced([base.name], guidance=w)
         readings[w] = _each(prompts, lambda p, draw=draw: read(_base(draw, p)), advance)
     true = _each(prompts, lambda p: read(render(p.scene, base.resolution)))
     own = {w: _own_score(found, prompts) for w, found in readings.items()}
@@ -152,13 +152,13 @@ def following(
     return grows, falls
 
 
-def saturation(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None) -> Property:
+def saturation(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None) -> Property:
     """Strong guidance drives pixels to the ends of the range; static thresholding less than none,
     dynamic least. Chance is the share of such pixels in true pictures."""
-    base = drawing.cascade.stages[0][0].config
+    base = drawer.cascade.stages[0][0].config
     shares = {}
     for threshold in THRESHOLDS:
-        draw = drawing.replaced([base.name], guidance=SATURATING, threshold=threshold)
+        draw = drawer.replaced([base.name], guidance=SATURATING, threshold=threshold)
         shares[threshold.kind] = _measured(
             prompts, lambda p, draw=draw: _saturated(_base(draw, p)), advance
         )
@@ -177,7 +177,7 @@ def saturation(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: No
     )
 
 
-def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None) -> Property:
+def sensitivity(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None) -> Property:
     """The more noise on the small picture, the more a super-resolution stage goes by its prompt.
 
     It is measured on the first such stage, which enlarges true small pictures twice: with their own
@@ -185,12 +185,12 @@ def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: N
     little, so the response need not rise at once: up to the mean of the levels it may not fall, and
     at the highest it must be above that of both others.
     """
-    stage = next(s.config for s, _ in drawing.cascade.stages if s.config.lowres is not None)
+    stage = next(s.config for s, _ in drawer.cascade.stages if s.config.lowres is not None)
     lowres: Any = stage.lowres
     side, factor = stage.resolution, stage.resolution // (stage.lowres_resolution or 1)
     changes = {}
     for level in (share * lowres.augmentation.max_level for share in LEVELS):
-        draw = drawing.replaced([stage.name], aug_level=level)
+        draw = drawer.replaced([stage.name], aug_level=level)
 
         def change(prompt: Prompt, other: Prompt, draw=draw) -> float:
             lowres = block_means(render(prompt.scene, side), factor)
@@ -222,9 +222,7 @@ def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: N
     )
 
 
-def larger_pictures(
-    drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None
-) -> Property:
+def larger_pictures(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None) -> Property:
     """The last stage draws pictures of twice the side of its crops as well as crops.
 
     It enlarges the centre of true small pictures at both sizes, the crop twice, with other noise.
@@ -232,14 +230,14 @@ def larger_pictures(
     mean and standard deviation; and by how much the larger picture differs from a crop, against by
     how much two crops do, which is what noise alone makes, and chance here.
     """
-    stage, params = drawing.cascade.stages[-1]
-    config, settings = stage.config, drawing.settings[stage.config.name]
+    stage, params = drawer.cascade.stages[-1]
+    config, settings = stage.config, drawer.settings[stage.config.name]
     factor = config.resolution // (config.lowres_resolution or 1)
     crop = config.resolution // CROP // factor * factor
     inner = crop // 2
 
     def enlarged(prompt: Prompt, lowres: np.ndarray, number: int) -> np.ndarray:
-        encoder: Any = drawing.cascade.encoder
+        encoder: Any = drawer.cascade.encoder
         text = encoder([prompt.said.text])
         key = jax.random.fold_in(jax.random.key(prompt.seed), number)
         drawn = stage.sample(
@@ -368,7 +366,7 @@ def _measured(
     return np.array(_each(prompts, measure, advance))
 
 
-def _base(draw: Drawing, prompt: Prompt) -> Picture:
+def _base(draw: Drawer, prompt: Prompt) -> Picture:
     side = draw.cascade.stages[0][0].config.resolution
     return draw(prompt.said.text, prompt.seed, until=side)[side]
 

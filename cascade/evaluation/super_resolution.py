@@ -11,7 +11,7 @@ from cascade import images
 from cascade.data.transforms import block_means
 from cascade.errors import UserError
 from cascade.evaluation import quality
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.runner.cascade import Cascade
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render
@@ -21,7 +21,7 @@ SHOWN = 6  # pictures on a sheet
 
 
 def evaluate_super_resolution(
-    drawing: Drawing,
+    drawer: Drawer,
     *,
     pictures: int,
     seed: int,
@@ -40,14 +40,14 @@ def evaluate_super_resolution(
     called after each picture.
     """
     report = {}
-    for name, small, large in super_resolution_stages(drawing.cascade):
+    for name, small, large in super_resolution_stages(drawer.cascade):
         figures = {"model": _Figures(), "bicubic": _Figures()}
         truths, others, rows = [], [], []
         for i in range(pictures):
             scene, said = caption_at(seed, i, "seen")
             truth = render(scene, large)
             lowres = block_means(truth, large // small)
-            drawn = drawing(said.text, seed + i, until=large, lowres=lowres)[large]
+            drawn = drawer(said.text, seed + i, until=large, lowres=lowres)[large]
             enlarged = quality.bicubic(lowres, large)
             figures["model"].add(drawn, truth)
             figures["bicubic"].add(enlarged, truth)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cascade.evaluation import quality
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.evaluation.scenes import check_sides
 from cascade.scenes.captions import Facts, caption_at
 from cascade.scenes.judge import judge, summary
@@ -22,7 +22,7 @@ from cascade.scenes.render import render
 
 
 def sweep(
-    drawing: Drawing,
+    drawer: Drawer,
     folder: Path,
     *,
     guidance: Sequence[float],
@@ -40,14 +40,14 @@ def sweep(
     and of prompts right with the facts' interval, fd_proxy from the renders of the prompts' scenes.
     advance: called after each picture that a base stage or an augmentation level makes.
     """
-    sides = [side for side in check_sides(drawing, until) if side in SIDES]
-    base, *upper = (stage.config for stage, _ in drawing.cascade.select(until=until))
+    sides = [side for side in check_sides(drawer, until) if side in SIDES]
+    base, *upper = (stage.config for stage, _ in drawer.cascade.select(until=until))
     pairs = [caption_at(seed, i, "seen") for i in range(prompts)]
     facts = [said.facts for _, said in pairs]
     truths = {side: quality.features(render(scene, side) for scene, _ in pairs) for side in sides}
     rows: list[dict[str, Any]] = []
     for weight in guidance:
-        guided = drawing.replaced([base.name], guidance=weight)
+        guided = drawer.replaced([base.name], guidance=weight)
         small = []
         for i, (_, said) in enumerate(pairs):
             small.append(guided(said.text, seed + i, until=base.resolution)[base.resolution])

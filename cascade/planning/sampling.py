@@ -1,4 +1,4 @@
-"""What sampling needs: the drawing of a batch by one stage, and every part of a whole model.
+"""What sampling needs: one stage as it draws a batch, and every part of a whole model.
 
 Both take settings from configs alone; no weights are read. The program that is compiled and counted
 is the one that `Stage.sample` runs.
@@ -59,7 +59,7 @@ def plan_sampling(
         drawn, b = pictures, batch_size or sharding.batch_parts(mesh)
     else:
         raise UserError(f"--split-rows {split_rows}: {job.stage.name} draws from text alone")
-    draw, inputs = drawing(stage, tokens, b, place)
+    draw, inputs = sampling_program(stage, tokens, b, place)
     work = flops.count(draw, params, inputs)
     jitted = jax.jit(draw, in_shardings=(weights, pictures), out_shardings=drawn)
     measured = compiled(jitted, (params, inputs), topology)
@@ -75,13 +75,13 @@ def plan_sampling(
     )
 
 
-def drawing(
+def sampling_program(
     stage: Stage, tokens: int, b: int, place: sharding.ByRows | None = None
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns a program (params, inputs) -> pictures [b, side, side, 3] of a stage by its own
-    settings, and the shapes of its inputs.
+    """Returns a program that samples a stage by its own settings, and the shapes of its inputs.
 
-    tokens: length of each text. place: as in `Stage.sample`.
+    The program takes (params, inputs), and returns pictures [b, side, side, 3]. tokens: length of
+    each text. b: pictures drawn together. place: as in `Stage.sample`.
     """
     config = stage.config
     examples = config.batch_shapes(b, tokens)
@@ -139,7 +139,7 @@ def plan_model(
         stage, kind = Stage(config), jnp.dtype(config.weights_dtype)
         place = None if devices is None else by_rows(config, split_rows, devices)
         length = tokens if own is None else own.config.max_position_embeddings
-        draw, inputs = drawing(stage, length, batch_size, place)
+        draw, inputs = sampling_program(stage, length, batch_size, place)
         where = one if place is None else sharding.replicated(place.mesh)
         programs[config.name] = (draw, _in_dtype(stage.abstract(), kind), (inputs,), where)
     parts: dict[str, Figures] = {}

@@ -14,7 +14,7 @@ from cascade import images, testing
 from cascade.commands import eval as evaluate
 from cascade.errors import UserError
 from cascade.evaluation import page, quality, scenes
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.evaluation.page import SETS, Judged
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
 from cascade.runner.cascade import Cascade, Picture
@@ -295,8 +295,8 @@ def test_super_resolution_can_be_kept_from_the_prompt(monkeypatch, null):
     monkeypatch.setattr(Stage, "sample", sample)
     model = Cascade(Renderer().stages, testing.FakeEncoder())
     settings = {stage.config.name: stage.config.sampling for stage, _ in model.stages}
-    drawing = Drawing(cascade=model, settings=settings, null_text_in_sr=null)
-    drawn = drawing("red circle", 3)
+    drawer = Drawer(cascade=model, settings=settings, null_text_in_sr=null)
+    drawn = drawer("red circle", 3)
     assert told == {"base64": (True, True), "sr256": (not null, not null)}
     assert set(drawn) == {64, 256}
     expected = images.upsample(images.to_float(drawn[64])[None], (256, 256))[0]
@@ -306,8 +306,8 @@ def test_super_resolution_can_be_kept_from_the_prompt(monkeypatch, null):
 def test_the_words_of_an_evaluation_reach_it(renderer, tmp_path, capsys, monkeypatch):
     told = []
 
-    def spy(drawing, folder, *, seed, **_):
-        told.append((seed, drawing.null_text_in_sr))
+    def spy(drawer, folder, *, seed, **_):
+        told.append((seed, drawer.null_text_in_sr))
         return {}, []
 
     monkeypatch.setattr(scenes, "evaluate_scenes", spy)

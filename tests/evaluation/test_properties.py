@@ -17,7 +17,7 @@ from cascade.diffusion import process
 from cascade.errors import UserError
 from cascade.evaluation import augmentation, properties
 from cascade.evaluation.claims import NEEDED, Claim, Property, above, alike
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
 from cascade.runner.cascade import Cascade, Picture
 from cascade.scenes.captions import caption_at
@@ -111,10 +111,10 @@ class Painter(Cascade):
         yield Picture(prompts, seed, {until: self.paint(prompts, seed, settings[0], lowres)}, {})
 
 
-def drawing(paint):
+def drawer(paint):
     model = Painter(paint)
     settings = {stage.config.name: stage.config.sampling for stage, _ in model.stages}
-    return Drawing(cascade=model, settings=settings)
+    return Drawer(cascade=model, settings=settings)
 
 
 PROMPTS = properties.prompts_of(0, 8)
@@ -142,7 +142,7 @@ def test_seeds_share_neither_prompts_nor_noise():
 
 def test_a_model_that_obeys_guidance_follows_and_falls_to_chance():
     count = []
-    grows, falls = properties.following(drawing(obeys), PROMPTS, lambda: count.append(1))
+    grows, falls = properties.following(drawer(obeys), PROMPTS, lambda: count.append(1))
     assert grows.holds and falls.holds and len(count) == 3 * 24
     assert grows.figures["w=4"].min() == grows.figures["true pictures"].min() == 1
     # As true pictures, it is right about other prompts as often as these, exactly.
@@ -151,25 +151,25 @@ def test_a_model_that_obeys_guidance_follows_and_falls_to_chance():
 
 
 def test_prompt_following_that_falls_again_does_not_grow():
-    middle = properties.weights_of(drawing(obeys))[1]
+    middle = properties.weights_of(drawer(obeys))[1]
 
     def confused(prompt, seed, settings, lowres):
         told = settings.guidance == middle or seed % 4 < settings.guidance / 2
         return render(SCENES[prompt], 64) if told else deaf(prompt, seed, settings, lowres)
 
-    grows, _ = properties.following(drawing(confused), PROMPTS)
+    grows, _ = properties.following(drawer(confused), PROMPTS)
     assert [claim.holds for claim in grows.claims] == [True, True, False] and not grows.holds
 
 
 def test_a_model_that_is_deaf_to_its_prompt_neither_follows_nor_falls():
-    grows, falls = properties.following(drawing(deaf), PROMPTS)
+    grows, falls = properties.following(drawer(deaf), PROMPTS)
     assert not grows.holds and not falls.holds
     assert [claim.margin for claim in grows.claims] == [0, 0, np.inf]
     assert falls.figures["own prompt"].mean() == pytest.approx(falls.chance, abs=0.1)
 
 
 def test_captions_that_are_all_the_same_do_not_fall_to_chance():
-    model = drawing(lambda prompt, *rest: render(SCENES[prompt], 64))
+    model = drawer(lambda prompt, *rest: render(SCENES[prompt], 64))
     same = [[dataclasses.replace(p, said=row[0].said) for p in row] for row in PROMPTS]
     _, falls = properties.following(model, same)
     assert not falls.holds and not falls.claims[0].holds and not falls.claims[1].holds
@@ -189,12 +189,12 @@ def saturating(shares):
 
 def test_saturation_holds_in_the_order_of_imagen_alone():
     right = {"none": 0.3, "static": 0.2, "dynamic": 0.1}
-    one = properties.saturation(drawing(saturating(right)), PROMPTS)
+    one = properties.saturation(drawer(saturating(right)), PROMPTS)
     assert one.holds and one.chance == 0
     for kind, share in right.items():
         assert one.figures[kind].mean() == pytest.approx(share, abs=0.01)
     for wrong in ({"none": 0.2, "static": 0.2}, {"static": 0.1, "dynamic": 0.2}):
-        assert not properties.saturation(drawing(saturating(right | wrong)), PROMPTS).holds
+        assert not properties.saturation(drawer(saturating(right | wrong)), PROMPTS).holds
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_sensitivity_is_how_far_pictures_go_with_their_prompts(reach, holds):
         fill = reach[round(settings.aug_level, 1)] * (len(prompt) % 2) + seed % 3
         return np.full((256, 256, 3), round(fill), np.uint8)
 
-    one = properties.sensitivity(drawing(paint), PROMPTS[:2])
+    one = properties.sensitivity(drawer(paint), PROMPTS[:2])
     assert one.holds == holds and list(one.figures) == ["level 0", "level 0.2", "level 0.4"]
     apart = np.mean(
         [
@@ -251,7 +251,7 @@ def larger(enlarge):
     model = Cascade([(stage, {})], testing.FakeEncoder())
     settings = {stage.config.name: stage.config.sampling}
     few = properties.quarter(PROMPTS)
-    return properties.larger_pictures(Drawing(cascade=model, settings=settings), few)
+    return properties.larger_pictures(Drawer(cascade=model, settings=settings), few)
 
 
 def test_a_stage_that_draws_alike_at_any_size_runs_on_larger_images():

@@ -135,13 +135,13 @@ def test_scenes_are_made_in_object_storage_and_read_from_it(bucket, capsys):
 
 
 def test_a_report_is_written_to_object_storage(bucket, monkeypatch, capsys):
-    def evaluated(drawing, folder, **_):
+    def evaluated(drawer, folder, **_):
         images.save_png(folder / "sr.png", np.zeros((2, 2, 3), np.uint8))
         return {}
 
     monkeypatch.setattr(super_resolution, "evaluate_super_resolution", evaluated)
-    drawing = types.SimpleNamespace(settings={})
-    monkeypatch.setattr(evaluate, "_drawing", lambda *_, **__: drawing)
+    drawer = types.SimpleNamespace(settings={})
+    monkeypatch.setattr(evaluate, "_drawer", lambda *_, **__: drawer)
     monkeypatch.setattr(evaluate, "_described", lambda *_: {"model": "none"})
     evaluate.main(["sr", "--out", "gs://bucket/report", "--pictures", "2"])
     report = json.loads((bucket / "report" / "results.json").read_text())
