@@ -131,7 +131,7 @@ class OnTable(Grid):
     """Added to every entry of "leading"; latent diffusion's public weights have 1."""
     ends_clean: bool = True
     """False ends at the first entry in place of 0, in a picture that keeps its noise, as the DDIM
-    of those weights does."""
+    of those public weights does."""
 
     def __post_init__(self):
         if self.spacing not in ("leading", "trailing"):
