@@ -218,8 +218,8 @@ class Threshold:
     """How x0 estimates are brought back to [-1, 1], example by example; a function of x0."""
 
     kind: Literal["none", "static", "dynamic"] = "dynamic"
-    """What is done: "static" clips, "dynamic" clips to a percentile and rescales, "none" leaves x0 as
-    it is (for latents and embeddings, which have no range)."""
+    """What is done: "static" clips, "dynamic" clips to a percentile and rescales, "none" leaves x0
+    as it is (for latents and embeddings, which have no range)."""
     percentile: float = 0.995
     """Fraction, in (0, 1), of an example's |x0| that lies below what "dynamic" clips to; see
     `dynamic_threshold`."""

@@ -28,9 +28,9 @@ def evaluate_scenes(
     """Draw and judge `prompts` pictures of each set; write them and a page about them to `folder`.
 
     Prompt i is that of scene (seed, i) of its set; its picture's seed is seed + i. until: the side
-    in pixels of the last stage that draws; None draws with all. Returns, as JSON values,
-    {set: {side: judge.summary}} and every picture with its verdicts. advance: called after each
-    picture. Raises UserError as `check_sides` does.
+    in pixels of the last stage that draws; None draws with all. advance: called after each picture.
+    Returns {set: {side: judge.summary}} and every picture with its verdicts, both as JSON values.
+    Raises UserError as `check_sides` does.
     """
     check_sides(drawer, until)
     (folder / "pictures").mkdir()
@@ -55,7 +55,7 @@ def evaluate_scenes(
 
 
 def check_sides(drawer: Drawer, until: int | None) -> list[int]:
-    """The sides in pixels that will be drawn. Raises UserError where the judge can read none."""
+    """The sides in pixels that will be drawn. Raises UserError if the judge reads none of them."""
     sides = [stage.config.resolution for stage, _ in drawer.cascade.select(until=until)]
     if not set(sides) & set(SIDES):
         raise UserError(
