@@ -53,7 +53,7 @@ class ScenesOptions(_TextOptions):
     """Draw prompts of the scenes grammar, read the pictures back, count the facts they show.
 
     A picture's shapes, colours, sizes, finishes, places and background are read by analysis alone.
-    On stdout: for each set and side, the shares of facts and of prompts wholly right, also by
+    On stdout are, for each set and side, the shares of facts and of prompts wholly right, also by
     category, with 95 % intervals. OUT gets index.html (every picture with its verdicts, the worst
     first), pictures/ and results.json. It must be new or empty.
     """
@@ -77,9 +77,9 @@ class ScenesOptions(_TextOptions):
 class SuperResolutionOptions(_TextOptions):
     """Let each super-resolution stage enlarge true small pictures of scenes.
 
-    On stdout, for each stage: PSNR against the render, sharpness (its share of the render's
-    gradient energy) and FD-proxy (a Fréchet distance on features of a random network; it is not
-    FID), next to bicubic enlargement.
+    On stdout are, for each stage and next to bicubic enlargement, PSNR against the render,
+    sharpness (the share of the render's gradient energy) and FD-proxy (a Fréchet distance on
+    features of a random network; it is not FID).
     """
 
     pictures: int = 100
@@ -103,9 +103,10 @@ class SweepOptions(_TextOptions):
     out: Path
     """The folder to write."""
     guidance: str = "1,2,4,8"
-    """Weights of classifier-free guidance in the base stage."""
+    """Weights of classifier-free guidance in the base stage, with commas between; 1 is none."""
     aug_level: str = "0,0.1,0.2,0.4"
-    """Noise on the low-resolution picture, 0 to 1, the same in all super-resolution stages."""
+    """Levels of noise on the low-resolution picture, 0 to 1, with commas between; each is that of
+    all super-resolution stages."""
     prompts: int = 100
     """Prompts drawn at each combination."""
     until: Until = None
@@ -114,24 +115,26 @@ class SweepOptions(_TextOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PropertiesOptions(_Options):
-    """Whether the mechanisms of an Imagen cascade do their work: six properties, three seeds.
+    """Measure whether the mechanisms of an Imagen cascade do their work.
 
-    (a) prompt-following grows with guidance; (b) shuffled captions fall to chance; (c) saturated
-    pixels: none > static > dynamic thresholding; (d) super-resolution trained with augmentation
-    survives a noisy small picture, without it does not (two small stages are trained for each seed:
-    this one is not about the model); (e) sensitivity to the prompt grows with the augmentation
-    level; (f) the last stage runs on larger images than its crops. On stdout: the figures of each
-    seed, and for each claim its margin; a claim holds from two standard errors, a property if all
-    of its claims do. A table on stderr.
+    Six properties are measured, with three seeds: (a) prompt-following grows with guidance; (b)
+    shuffled captions fall to chance; (c) saturated pixels are most without thresholding and fewest
+    with dynamic thresholding; (d) super-resolution trained with augmentation survives a noisy small
+    picture, and without it does not (two small stages are trained for each seed: this one is not
+    about the model); (e) sensitivity to the prompt grows with the augmentation level; (f) the last
+    stage runs on larger images than its crops. On stdout are the figures of each seed, and the
+    margin of each claim: a claim holds from two standard errors on, a property if all of its claims
+    do. A table is on stderr.
     """
 
     out: Path | None = None
     """A folder for results.json and properties.png; new or empty."""
     prompts: int = 128
-    """Prompts of each seed, a quarter of them for e and f; 8 or more."""
+    """Prompts of each seed, 8 or more; e and f take a quarter of them."""
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run `cascade eval` with the words after it. Raises UserError for a person's mistake."""
     argv = list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -145,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
-    """Fills options.out; returns what goes to stdout."""
+    """Do `cascade eval scenes`: fill options.out, and return what goes to stdout."""
     _check(options, "--prompts", options.prompts)
     from cascade.evaluation import page, scenes
     from cascade.storage.paths import WholeFolder
@@ -174,7 +177,7 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
 
 
 def evaluate_super_resolution(options: SuperResolutionOptions) -> dict[str, Any]:
-    """Fills options.out, if one is named; returns what goes to stdout."""
+    """Do `cascade eval sr`: fill options.out, if it is named, and return what goes to stdout."""
     _check(options, "--pictures", options.pictures, least=2)
     from cascade.evaluation import super_resolution
     from cascade.storage.paths import WholeFolder
@@ -202,7 +205,7 @@ def evaluate_super_resolution(options: SuperResolutionOptions) -> dict[str, Any]
 
 
 def sweep(options: SweepOptions) -> dict[str, Any]:
-    """Fills options.out; returns what goes to stdout."""
+    """Do `cascade eval sweep`: fill options.out, and return what goes to stdout."""
     _check(options, "--prompts", options.prompts, least=2)
     guidance = _numbers("--guidance", options.guidance)
     aug_levels = _numbers("--aug-level", options.aug_level)
@@ -232,7 +235,7 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
 
 
 def properties(options: PropertiesOptions) -> dict[str, Any]:
-    """Fills options.out, if one is named; returns what goes to stdout."""
+    """Do `cascade eval properties`: fill options.out, if named, and return what goes to stdout."""
     _check(options, "--prompts", options.prompts, least=8, seeds=3)
     from cascade.evaluation import augmentation, scenes, super_resolution
     from cascade.evaluation import properties as measures
@@ -332,7 +335,7 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], Any]]:
-    """A bar on stderr: pictures done, pictures a second, time left."""
+    """While entered, a bar on stderr tells pictures done, pictures a second and time left."""
     from tqdm import tqdm
 
     with tqdm(total=total, unit="picture", desc="evaluating", dynamic_ncols=True) as bar:
@@ -340,7 +343,7 @@ def _progress(total: int) -> Iterator[Callable[[], Any]]:
 
 
 def _check(options: _Options, flag: str, count: int, least: int = 1, seeds: int = 1) -> None:
-    """count: pictures of each of so many seeds."""
+    """Raise UserError unless there are `least` pictures for each seed, and all seeds are valid."""
     if count < least:
         raise UserError(f"{flag} must be {least} or more, got {count}")
     if not 0 <= options.seed <= 2**32 - seeds * count:

@@ -41,10 +41,12 @@ class Claim:
 
     @property
     def mean(self) -> float:
+        """The mean of all differences."""
         return float(self.differences.mean())
 
     @property
     def standard_error(self) -> float:
+        """The larger of the two standard errors of the mean."""
         d = np.asarray(self.differences, np.float64)
         seeds = d.mean(axis=1)
         return float(max(d.std(ddof=1) / math.sqrt(d.size), seeds.std(ddof=1) / len(seeds) ** 0.5))
@@ -58,6 +60,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
+        """Whether the margin is NEEDED or more."""
         return self.margin >= NEEDED
 
     def as_json(self) -> dict[str, Any]:
@@ -108,6 +111,7 @@ class Property:
 
     @property
     def holds(self) -> bool:
+        """Whether all of its claims hold."""
         return all(claim.holds for claim in self.claims)
 
     def as_json(self) -> dict[str, Any]:

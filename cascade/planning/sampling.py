@@ -37,12 +37,13 @@ def plan_sampling(
     batch_size: int | None = None,
     split_rows: int = 1,
 ) -> Figures:
-    """Returns the figures of drawing one batch with the job's sampling settings, all its steps.
+    """Returns the figures of one batch that the job's stage draws, with all its sampling steps.
 
     tokens: length of each text. batch_size: pictures; None is one for each part of the batch.
-    split_rows: so many chips, the others left out, share each picture of a super-resolution stage
-    and have its weights whole, as in `Cascade.draw`; else the job's mesh splits both. Raises
-    UserError for GPUs, which have no compiler here, and where the mesh or split_rows does not fit.
+    split_rows: with 1 the job's mesh splits pictures and weights. With more, so many chips share
+    each picture of a super-resolution stage and have its weights whole, as in `Cascade.draw`; the
+    others are left out. Raises UserError for GPUs, which have no compiler here, and where the mesh
+    or split_rows does not fit.
     """
     if topology.devices is None:
         raise UserError("--sample needs a compiler, and GPUs have none for absent machines")
@@ -113,11 +114,14 @@ def plan_model(
 ) -> Figures:
     """Returns the memory of one chip while a model draws a batch on it, part by part, in bytes.
 
-    model, split_rows: as `cascade sample` has them. Its parts are the text encoders, which work
-    first, and the stages. tokens: length of the text that stages share; None is the model's own.
-    dtype: type of public weights. int8: whether the shared text encoder is. Without a compiler for
-    the topology temporaries are unknown, and what is said of fitting is of weights alone. Each part
-    is also told on stderr when it is known. Raises UserError for a model that cannot be read.
+    The parts are the text encoders, which work first, and the stages. Each is also printed on
+    stderr when it is known. Without a compiler for the topology temporaries are unknown, and
+    whether a part fits is said by its weights alone.
+
+    model, split_rows: as `cascade sample` has them. tokens: length of the text that stages share;
+    None is the model's own. batch_size: pictures drawn together. dtype: type of public weights.
+    int8: whether the shared text encoder is kept in int8. Raises UserError for a model that cannot
+    be read.
     """
     opened = open_model(model)
     tokens = tokens or opened.max_tokens
@@ -181,7 +185,7 @@ def _text_encoder(
 def _own_text_encoder(
     own: Published, b: int, dtype: Any
 ) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
-    """Returns the same of the CLIP text encoder of one stage, which reads all its tokens."""
+    """Returns the same of one stage's own CLIP text encoder, which reads all its tokens."""
     config = dataclasses.replace(own.config, compute_dtype=dtype)
     ids = jax.ShapeDtypeStruct((b, config.max_position_embeddings), jnp.int32)
 
