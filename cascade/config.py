@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import io
@@ -117,6 +118,7 @@ def parse(
                 prog=prog,
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=_reflowing(),
                 **with_default,
             )
     except SystemExit as e:
@@ -268,6 +270,37 @@ def _may_be_imported(module: str) -> bool:
         return False
     file = Path(__file__).parent.joinpath(*parts)
     return file.with_suffix(".py").is_file() or (file / "__init__.py").is_file()
+
+
+def _reflowing() -> Any:
+    """tyro's own rules, but that a field's help is reflowed: tyro keeps its docstring's newlines."""
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec
+
+    registry, asking = ConstructorRegistry(), False
+
+    def flowed(help: Any) -> str | None:
+        text = help() if callable(help) else help
+        return text and "\n\n".join(" ".join(p.split()) for p in text.split("\n\n"))
+
+    @registry.struct_rule
+    def rule(info: Any) -> StructConstructorSpec | None:
+        nonlocal asking
+        if asking:
+            return None  # which leaves it to tyro's rules
+        asking = True
+        try:
+            spec = registry.get_struct_spec(info)
+        finally:
+            asking = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        fields = [
+            dataclasses.replace(f, helptext=functools.partial(flowed, f.helptext))
+            for f in spec.fields
+        ]
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
 
 
 def _with_nearest_field(message: str, names: dict[str, Any]) -> str:

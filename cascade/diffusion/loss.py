@@ -46,7 +46,7 @@ class Loss:
     """Where the plain mean squared error is taken; the other weightings are the same in every
     space, and do not read it."""
     weighting: Literal["plain", "min_snr", "truncated_snr", "debiased"] = "plain"
-    """The line of equation (2)."""
+    """Which line of equation (2): how the weight on the x0 error depends on the SNR."""
     gamma: float = 5.0
     """The cap of min_snr, an SNR (not a log-SNR) above 0; 5 is that of Hang et al. 2023."""
 

@@ -30,9 +30,10 @@ PLOT_SECONDS = 20.0
 
 
 class TrainingLog:
-    """Of all processes, the first writes. Rows past the resumed step are dropped first.
+    """The log of a run, which the first process alone writes.
 
-    For a workdir in object storage, it writes to a folder here, and each row copies it there.
+    It begins by dropping the rows past the resumed step. For a workdir in object storage, it writes
+    to a folder here, and each row copies it there.
     """
 
     def __init__(
