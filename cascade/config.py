@@ -273,7 +273,7 @@ def _may_be_imported(module: str) -> bool:
 
 
 def _reflowing() -> Any:
-    """tyro's own rules, but that a field's help is reflowed: tyro keeps its docstring's newlines."""
+    """tyro's own rules, but that a field's help is reflowed: tyro keeps a docstring's newlines."""
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec
 
     registry, asking = ConstructorRegistry(), False

@@ -32,15 +32,16 @@ from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn picture at every size, with what made it.
-
-    images: side in pixels -> uint8 [side, side, 3], smallest first.
-    """
+    """One drawn picture at every size, with what made it."""
 
     prompt: str
+    """What it is to show."""
     seed: int
+    """The seed of all its random numbers, in 0..2**32 - 1."""
     images: dict[int, UInt8[np.ndarray, "s s 3"]]
+    """Side in pixels -> the picture of that size, smallest first."""
     metadata: dict[str, Any]
+    """All that made it, as JSON values: prompt, seed, model, and the settings of each stage."""
 
     @property
     def image(self) -> UInt8[np.ndarray, "s s 3"]:
