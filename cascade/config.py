@@ -279,7 +279,7 @@ def _reflowing() -> Any:
     registry, asking = ConstructorRegistry(), False
 
     def flowed(help: Any) -> str | None:
-        text = help() if callable(help) else help
+        text: Any = help() if callable(help) else help
         return text and "\n\n".join(" ".join(p.split()) for p in text.split("\n\n"))
 
     @registry.struct_rule

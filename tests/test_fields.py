@@ -34,10 +34,14 @@ def fields(cls):
 def test_every_field_of_a_public_frozen_dataclass_has_a_sentence_under_it():
     found = {name: dict(fields(cls)) for name, cls in frozen_dataclasses()}
     assert sum(map(len, found.values())) > 200
-    missing = {name: [f for f, doc in own.items() if doc is None] for name, own in found.items()}
-    assert not {name: names for name, names in missing.items() if names}
     ends = (".", ".)", '."')
-    assert not [(n, f) for n, own in found.items() for f in own if not own[f].endswith(ends)]
+    lacking = [
+        f"{name}.{field}"
+        for name, own in found.items()
+        for field, doc in own.items()
+        if doc is None or not doc.strip().endswith(ends)
+    ]
+    assert not lacking
 
 
 def test_no_docstring_begins_with_a_word_that_refers_to_nothing():
