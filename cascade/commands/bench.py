@@ -42,7 +42,7 @@ class SampleOptions:
 class TrainOptions:
     """Time the train step of a config on random pictures and text: no data, no text encoder.
 
-    --config FILE: as `cascade train` takes it, with its overrides (--batch-size 4), and with the
+    FILE is a config as `cascade train` takes it, with its overrides (--batch-size 4), and with the
     arguments of its function config(), such as the --init MODEL of configs/if/finetune_base64.py;
     weights are random, whatever that names. The mesh is the config's, over all devices. MFU counts
     the FLOPs of matrix products and convolutions, forward and backward, without what remat computes
@@ -59,8 +59,8 @@ class TrainOptions:
 class CompileOptions:
     """Time the compiler on a config's loss and its gradient, for one device of this machine.
 
-    Nothing is run and no parameter exists, so a stage of any size will do.
-    --config FILE: as for `cascade bench train`.
+    Nothing is run and no parameter exists, so a stage of any size will do. FILE is a config as for
+    `cascade bench train`.
     """
 
     tokens: int = 128
