@@ -271,6 +271,10 @@ class LowRes(Condition):
             )
         if self.residual and prediction != "x0":
             raise ValueError(f'LowRes.residual is for prediction="x0", got {prediction!r}')
+        if self.residual and space.shape()[-1] != 3:
+            raise ValueError(
+                f"LowRes.residual adds to a picture, which x0 in {type(space).__name__} is not"
+            )
 
     def widths(self, network: NetworkConfig) -> Widths:
         return Widths(channels=3)

@@ -24,7 +24,7 @@ from cascade.planning.topology import Topology, open_topology, run_mesh
 from cascade.planning.training import plan_training
 from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 TOKENS = 12
 BATCH_BYTES = 8 * 8 * 3 + TOKENS * 8 * 4 + TOKENS  # of one picture, its text and its mask
@@ -35,7 +35,7 @@ def config_of(remat=False, **changes):
     network = dataclasses.replace(stage.network, remat=remat)
     stage = dataclasses.replace(stage, network=network)
     fields = {"stage": stage, "data": ScenesData(), "images": 64, "batch_size": 16}
-    return TrainConfig(**fields | changes)
+    return StageTraining(**fields | changes)
 
 
 def config_file(folder):
@@ -43,10 +43,10 @@ def config_file(folder):
     file = folder / "config.py"
     file.write_text(
         "from cascade import testing\nfrom cascade.scenes.dataset import ScenesData\n"
-        "from cascade.training.loop import TrainConfig\n"
+        "from cascade.training.stage_training import StageTraining\n"
         "def config():\n"
-        "    return TrainConfig(stage=testing.smallest_stage(), data=ScenesData(), images=64,\n"
-        "                       batch_size=16)\n"
+        "    return StageTraining(stage=testing.smallest_stage(), data=ScenesData(), images=64,\n"
+        "                         batch_size=16)\n"
     )
     return str(file)
 

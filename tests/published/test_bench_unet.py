@@ -15,7 +15,8 @@ from cascade.published.deepfloyd.reader import unet_config
     "size,millions", [("S", 8.88), ("M", 82.76), ("IF-I-M", 371.61), ("SR-S", 33.05)]
 )
 def test_the_networks_that_are_timed_have_the_sizes_announced(size, millions):
-    shapes = Network(unet_config(FIELDS[size])).abstract()
+    config = unet_config(FIELDS[size])
+    shapes = Network(config, config.widths).abstract()
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert round(count / 1e6, 2) == millions
 
