@@ -210,7 +210,7 @@ class Text(Condition):
     def null(self, value):
         if self.null_prompt is not None:
             raise ValueError(
-                f"guidance needs `negative`, the embedding of {self.null_prompt!r} unless it is "
+                f'guidance needs `negative`, the embedding of "{self.null_prompt}" unless it is '
                 "another text's; this stage knows no other way to have no text"
             )
         return TextInput(jnp.zeros_like(value[0]), jnp.zeros_like(value[1]))

@@ -120,6 +120,27 @@ def test_the_unet_equals_the_reference_implementation(folder):
         assert relative_error(np.asarray(output), OUTPUTS[name]) < 2e-6, name
 
 
+def test_remat_wraps_every_block_and_changes_no_value(folder):
+    network = readers.unet(folder / "unet")
+    config, params = network.config, network.read("float32")
+    x, picture = jnp.asarray(noise(1, (1, 4, 6, 4))), jnp.asarray(noise(2, (1, 4, 6, 3)))
+    signals = Signals(
+        channels=(picture,),
+        vectors=(jnp.array([[20.0]]),),
+        tokens=jnp.asarray(noise(3, (1, 5, 12))),
+        mask=jnp.ones((1, 5), bool),
+    )
+    outputs = []
+    # Down 1 + 1, middle 2, up 2 + 2 residual blocks; 1 + 1 + 2 transformer blocks.
+    for c, blocks in ((config, 0), (dataclasses.replace(config, remat="dots_saveable"), 8 + 4)):
+        run = Network(c, *network.given)
+        assert jax.tree.map(jnp.shape, run.abstract()) == jax.tree.map(jnp.shape, params)
+        jaxpr = jax.make_jaxpr(run.__call__)(params, x, jnp.array([963.0]), signals)
+        assert sum(e.primitive.name in ("checkpoint", "remat2") for e in jaxpr.eqns) == blocks
+        outputs.append(jax.jit(run.__call__)(params, x, jnp.array([963.0]), signals))
+    np.testing.assert_array_equal(*outputs)
+
+
 def test_the_autoencoder_equals_the_reference_implementation(folder):
     network = readers.autoencoder(folder / "vae")
     params, bind = network.read("float32"), Network(network.config).bind
