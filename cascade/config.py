@@ -64,11 +64,12 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
         raise UserError(f"config {path}: defines no function config(); it must return the config")
     given, rest = {}, list(words)
     for name, parameter in inspect.signature(names["config"]).parameters.items():
-        value, rest = take(rest, f"--{name}")
+        flag = f"--{name.replace('_', '-')}"
+        value, rest = take(rest, flag)
         if value is not None:
             given[name] = value
         elif parameter.default is inspect.Parameter.empty:
-            raise UserError(f"config {path}: --{name} is missing; see the head of that file")
+            raise UserError(f"config {path}: {flag} is missing; see the head of that file")
     try:
         return names["config"](**given), rest
     except TypeError as e:  # an unknown or missing field of a dataclass
@@ -128,6 +129,10 @@ def parse(
         raise UserError(f"{prog}: {e}") from None
 
 
+trusted: list[str] = []
+"""Modules that `trust` has imported."""
+
+
 def trust(module: str) -> None:
     """Import a module of the reader's, whose config classes JSON may then name.
 
@@ -141,6 +146,7 @@ def trust(module: str) -> None:
         raise UserError(
             f"--trust {module}: {e}; name a module that lies here or is installed, without .py"
         ) from None
+    trusted.append(module)
 
 
 def to_json(config: Any) -> Any:
@@ -187,8 +193,8 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; UserError when it is missing or is not JSON."""
+def read_json(path: Any) -> Any:
+    """Parse a JSON file, here or in a bucket; UserError when it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -243,18 +249,14 @@ def _class_named(name: Any, expected: type, where: str) -> type:
             f"if you trust that module, add --trust {module or 'MODULE'} (in Python, import it)"
         )
     try:
-        cls = getattr(importlib.import_module(module), cls_name, None)
+        cls: Any = getattr(importlib.import_module(module), cls_name, None)
     except ImportError:
         cls = None
-    fits = (
-        isinstance(cls, type)
-        and issubclass(cls, expected)
-        and dataclasses.is_dataclass(cls)
-        and cls.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
-    )
-    if not fits:
-        raise UserError(f"{where}.type must be a {expected.__name__}, got {name!r}")
-    return cls
+    if isinstance(cls, type) and issubclass(cls, expected) and dataclasses.is_dataclass(cls):
+        kind: Any = cls
+        if kind.__dataclass_params__.frozen:
+            return kind
+    raise UserError(f"{where}.type must be a {expected.__name__}, got {name!r}")
 
 
 def _may_be_imported(module: str) -> bool:

@@ -250,7 +250,7 @@ def larger_pictures(
             },
             key[None],
             settings=settings,
-            sides=(factor * len(lowres),) * 2,
+            sides=(factor * len(lowres), factor * len(lowres)),
         )
         advance()
         return images.to_uint8(drawn)[0]

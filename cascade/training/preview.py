@@ -41,13 +41,13 @@ def draw(
     batch = {name: value[:n] for name, value in batch.items()}
     sides = None
     if not base:
-        low, sides = images.to_float(batch["lowres"]), batch["image"].shape[1:3]
+        sides = batch["image"].shape[1:3]
         given = {c.name: c.of_examples(batch) for c in config.conditions}
     keys = jax.vmap(jax.random.key)(jnp.arange(n))
     options = {"settings": config.sampling, "negative": negative, "sides": sides}
     drawn = images.to_uint8(stage.sample(params, given, keys, **options))
-    if base:
+    if sides is None:
         return images.grid(drawn)
-    shown = images.to_uint8(images.upsample(low, sides))
+    shown = images.to_uint8(images.upsample(images.to_float(batch["lowres"]), sides))
     columns = zip(shown, drawn, batch["image"], strict=True)
     return images.grid([image for row in columns for image in row], columns=3)
