@@ -14,17 +14,12 @@ from cascade.stage import Stage
 SMALL = """
 from cascade.models import Level, UNetConfig
 from cascade.scenes.dataset import ScenesData
-from cascade.stage import Pixels, StageConfig, Text
+from cascade.stage import Pixels, StageConfig
 from cascade.training.stage_training import StageTraining
 
 def config():
     network = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8)
-    stage = StageConfig(
-        name="base8",
-        space=Pixels(resolution=8),
-        conditions=(Text(width=8, head_width=8),),
-        network=network,
-    )
+    stage = StageConfig(name="base8", space=Pixels(resolution=8), network=network)
     return StageTraining(stage=stage, data=ScenesData(), images=8, batch_size=8)
 """
 
