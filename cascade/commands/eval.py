@@ -295,20 +295,22 @@ def _drawing(
     from cascade.evaluation.drawing import Drawing
     from cascade.evaluation.super_resolution import super_resolution_stages
     from cascade.runner.cascade import Cascade
+    from cascade.runner.overrides import override
 
     if options.compilation_cache:
         sample.use_compilation_cache()
     cascade = Cascade.load(options.model)
     chosen = cascade.stages if until is None else cascade.select(until=until)
-    stages = [stage for stage, _ in chosen]
+    stages = [stage.config for stage, _ in chosen]
     if enlarging:
         names = [name for name, _, _ in super_resolution_stages(cascade)]
-        stages = [stage for stage in stages if stage.config.name in names]
-    lists = sample.Options(steps=options.steps, guidance=guidance, aug_level=aug_level)
-    settings = sample.override(stages, lists, [stage for stage, _ in cascade.stages])
+        stages = [stage for stage in stages if stage.name in names]
+    every = [stage.config for stage, _ in cascade.stages]
+    lists = {"steps": options.steps, "guidance": guidance, "aug_level": aug_level}
+    settings = override(stages, every, **lists)
     return Drawing(
         cascade=cascade,
-        settings={stage.config.name: s for stage, s in zip(stages, settings, strict=True)},
+        settings={stage.name: s for stage, s in zip(stages, settings, strict=True)},
         null_text_in_sr=isinstance(options, _TextOptions) and options.null_text_in_sr == "true",
     )
 

@@ -27,7 +27,7 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
         raise ValueError(f"data may choose split and seed alone, got {data}")
     if count < 1 or resolution < 1:
         raise UserError(f"count and resolution must be positive, got {count} and {resolution}")
-    from cascade.storage.checkpoint import WholeFolder
+    from cascade.storage.paths import WholeFolder
 
     # TFDS prints where the data lie before they are moved to `out`.
     with WholeFolder(out) as folder, contextlib.redirect_stdout(io.StringIO()):

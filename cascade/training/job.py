@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from cascade.training import ema
 from cascade.training.trainable import Trainable, Weights
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Endless batches: nested dicts of NumPy arrays, of which this process holds its own rows."""
 
