@@ -187,7 +187,7 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Any) -> Any:
     """Parse a JSON file; UserError when it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
