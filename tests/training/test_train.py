@@ -574,7 +574,7 @@ class NoData:
     def __next__(self):
         raise StopIteration
 
-    get_state = set_state = None
+    get_state = set_state = __next__
 
 
 def test_a_seed_decides_the_first_weights(tmp_path):
