@@ -30,7 +30,6 @@ from cascade.scenes.judge import verdicts
 from cascade.scenes.reading import Reading, read
 from cascade.scenes.render import render
 from cascade.scenes.spec import Scene
-from cascade.stage import TextInput
 
 SEEDS = 3
 PLAIN_GUIDANCE = 4.0  # for a base stage whose own settings have none
@@ -248,18 +247,12 @@ def larger_pictures(drawer: Drawer, prompts: Prompts, advance: Advance = lambda:
 
     def enlarged(prompt: Prompt, lowres: np.ndarray, number: int) -> np.ndarray:
         encoder: Any = drawer.cascade.encoder
-        text = encoder([prompt.said.text])
-        key = jax.random.fold_in(jax.random.key(prompt.seed), number)
-        drawn = stage.sample(
-            params,
-            {
-                "text": TextInput(text.values, text.mask),
-                "lowres": (images.to_float(lowres)[None],),
-            },
-            key[None],
-            settings=settings,
-            sides=(factor * len(lowres), factor * len(lowres)),
-        )
+        small, given = images.to_float(lowres)[None], {}
+        for condition in config.conditions:
+            told = condition.of_prompts([prompt.said.text], encoder)
+            given[condition.name] = condition.of_lowres(small) if told is None else told
+        key, side = jax.random.fold_in(jax.random.key(prompt.seed), number), factor * len(lowres)
+        drawn = stage.sample(params, given, key[None], settings=settings, sides=(side, side))
         advance()
         return images.to_uint8(drawn)[0]
 
