@@ -214,15 +214,13 @@ _EARLIER = "state.safetensors"
 def _saved_config(job: Job, workdir: Path) -> Any:
     """The config of the run that the folder holds, as JSON; None if it holds none. UserError where
     the job cannot go on with it."""
-    saved, file = None, workdir / "config.json"
+    saved = None
     if (workdir / "checkpoints").is_dir():
         checkpoints = Checkpoints(workdir)
         saved = checkpoints.read_config() if checkpoints.steps() else None
         checkpoints.close()
     if saved is None and (workdir / _EARLIER).exists():
-        if type(job).__name__ != "TextPretraining":
-            raise UserError(f"{workdir}: holds a text encoder's run; name another --workdir")
-        saved = read_json(file)
+        saved = read_json(workdir / "config.json")
     if saved is not None:
         _check_fixed(job, saved_job(saved, str(workdir)), workdir)
     multihost_utils.sync_global_devices("the run was looked at")  # before any process begins one

@@ -435,7 +435,7 @@ def test_a_stage_and_a_text_encoder_do_not_share_a_folder(started, tmp_path):
         fit(load("configs/scenes/text_encoder.py"), started)
     assert {p: p.read_bytes() for p in started.rglob("*") if p.is_file()} == files
     (tmp_path / "state.safetensors").touch()
-    with pytest.raises(UserError, match="holds a text encoder's run; name another --workdir"):
+    with pytest.raises(UserError, match="holds a run of another kind (TextPretraining, this is a StageTraining)"):
         fit(scenes_config(), tmp_path)
 
 
