@@ -24,7 +24,6 @@ from cascade.data.transforms import block_means
 from cascade.diffusion.denoise import Threshold
 from cascade.evaluation.claims import Measured, Property, above, alike
 from cascade.evaluation.drawer import Drawer
-from cascade.models import EfficientUNetConfig
 from cascade.scenes.captions import Caption, caption_at
 from cascade.scenes.judge import verdicts
 from cascade.scenes.reading import Reading, read
@@ -276,7 +275,7 @@ def larger_pictures(drawer: Drawer, prompts: Prompts, advance: Advance = lambda:
 
     rows = _each(prompts, statistics)
     figures = {name: np.array([[one[name] for one in row] for row in rows]) for name in rows[0][0]}
-    attention = "without" if _without_attention(config.network) else "with"
+    attention = "with" if config.network.attends_to_itself else "without"
     apart, chance = figures["larger from crop"], figures["crop from crop"]
     return Property(
         title=f"{config.name} runs on larger images than its crops",
@@ -409,8 +408,3 @@ def _centre(picture: UInt8[np.ndarray, "s s 3"], side: int) -> UInt8[np.ndarray,
 
 def _saturated(picture: Picture) -> float:
     return float(np.mean((picture == 0) | (picture == 255)))
-
-
-def _without_attention(network: Any) -> bool:
-    efficient = isinstance(network, EfficientUNetConfig)
-    return efficient and not any(level.self_attention for level in network.levels)

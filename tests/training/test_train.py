@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -434,9 +435,10 @@ def test_a_stage_and_a_text_encoder_do_not_share_a_folder(started, tmp_path):
     with pytest.raises(UserError, match=another):
         fit(load("configs/scenes/text_encoder.py"), started)
     assert {p: p.read_bytes() for p in started.rglob("*") if p.is_file()} == files
-    (tmp_path / "state.safetensors").touch()
-    with pytest.raises(UserError, match="holds a run of another kind (TextPretraining, this is a StageTraining)"):
-        fit(scenes_config(), tmp_path)
+    earlier = Path(__file__).parents[1] / "fixtures" / "landed" / "text_run"
+    another = r"another kind \(TextPretraining, this is a StageTraining\); name another --workdir"
+    with pytest.raises(UserError, match=another):
+        fit(scenes_config(), shutil.copytree(earlier, tmp_path / "earlier"))
 
 
 def test_a_run_from_before_a_field_existed_goes_on_with_its_default(started, tmp_path, monkeypatch):
