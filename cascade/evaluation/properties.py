@@ -24,13 +24,11 @@ from cascade.data.transforms import block_means
 from cascade.diffusion.denoise import Threshold
 from cascade.evaluation.claims import Measured, Property, above, alike
 from cascade.evaluation.drawer import Drawer
-from cascade.models import EfficientUNetConfig
 from cascade.scenes.captions import Caption, caption_at
 from cascade.scenes.judge import verdicts
 from cascade.scenes.reading import Reading, read
 from cascade.scenes.render import render
 from cascade.scenes.spec import Scene
-from cascade.stage import TextInput
 
 SEEDS = 3
 PLAIN_GUIDANCE = 4.0  # for a base stage whose own settings have none
@@ -248,18 +246,12 @@ def larger_pictures(drawer: Drawer, prompts: Prompts, advance: Advance = lambda:
 
     def enlarged(prompt: Prompt, lowres: np.ndarray, number: int) -> np.ndarray:
         encoder: Any = drawer.cascade.encoder
-        text = encoder([prompt.said.text])
-        key = jax.random.fold_in(jax.random.key(prompt.seed), number)
-        drawn = stage.sample(
-            params,
-            {
-                "text": TextInput(text.values, text.mask),
-                "lowres": (images.to_float(lowres)[None],),
-            },
-            key[None],
-            settings=settings,
-            sides=(factor * len(lowres), factor * len(lowres)),
-        )
+        small, given = images.to_float(lowres)[None], {}
+        for condition in config.conditions:
+            told = condition.of_prompts([prompt.said.text], encoder)
+            given[condition.name] = condition.of_lowres(small) if told is None else told
+        key, side = jax.random.fold_in(jax.random.key(prompt.seed), number), factor * len(lowres)
+        drawn = stage.sample(params, given, key[None], settings=settings, sides=(side, side))
         advance()
         return images.to_uint8(drawn)[0]
 
@@ -283,7 +275,7 @@ def larger_pictures(drawer: Drawer, prompts: Prompts, advance: Advance = lambda:
 
     rows = _each(prompts, statistics)
     figures = {name: np.array([[one[name] for one in row] for row in rows]) for name in rows[0][0]}
-    attention = "without" if _without_attention(config.network) else "with"
+    attention = "with" if config.network.attends_to_itself else "without"
     apart, chance = figures["larger from crop"], figures["crop from crop"]
     return Property(
         title=f"{config.name} runs on larger images than its crops",
@@ -416,8 +408,3 @@ def _centre(picture: UInt8[np.ndarray, "s s 3"], side: int) -> UInt8[np.ndarray,
 
 def _saturated(picture: Picture) -> float:
     return float(np.mean((picture == 0) | (picture == 255)))
-
-
-def _without_attention(network: Any) -> bool:
-    efficient = isinstance(network, EfficientUNetConfig)
-    return efficient and not any(level.self_attention for level in network.levels)

@@ -12,17 +12,18 @@ import pytest
 
 from cascade import images, testing
 from cascade.commands import eval as evaluate
-from cascade.config import to_json
+from cascade.config import from_json, to_json
 from cascade.diffusion import process
 from cascade.errors import UserError
 from cascade.evaluation import augmentation, properties
 from cascade.evaluation.claims import NEEDED, Claim, Property, above, alike
 from cascade.evaluation.drawer import Drawer
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
+from cascade.published.landed import upgraded
 from cascade.runner.cascade import Cascade, Picture
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render
-from cascade.stage import Augmentation, Stage, StageConfig
+from cascade.stage import Augmentation, LowRes, Pixels, Sampling, Stage, StageConfig, Text
 from cascade.storage.checkpoint import Checkpoints
 
 REPOSITORY = Path(__file__).parents[2]
@@ -89,18 +90,19 @@ class Painter(Cascade):
     """64 -> 256 px; paint(prompt, seed, settings, lowres) makes its pictures."""
 
     def __init__(self, paint):
-        base = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8, text_width=8)
-        upper = EfficientUNetConfig(
-            levels=(EfficientLevel(width=8, blocks=1),), head_width=8, text_width=8, lowres=True
-        )
+        base = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8)
+        upper = EfficientUNetConfig(levels=(EfficientLevel(width=8, blocks=1),), head_width=8)
+        text = Text(width=8, head_width=8)
+        lowres = LowRes(resolution=64, augmentation=Augmentation(max_level=0.4))
         configs = [
-            StageConfig(name="base64", resolution=64, network=base),
+            StageConfig(
+                name="base64", space=Pixels(resolution=64), conditions=(text,), network=base
+            ),
             StageConfig(
                 name="sr256",
-                resolution=256,
-                lowres_resolution=64,
+                space=Pixels(resolution=256),
+                conditions=(lowres, text),
                 network=upper,
-                augmentation=Augmentation(max_level=0.4),
             ),
         ]
         super().__init__([(Stage(c), {}) for c in configs], testing.FakeEncoder(), name="painter")
@@ -233,11 +235,12 @@ class Enlarger(Stage):
         config = testing.super_resolution_stage(16)
         levels = tuple(dataclasses.replace(level, stride=1) for level in config.network.levels)
         network = dataclasses.replace(config.network, levels=levels)
-        super().__init__(dataclasses.replace(config, resolution=64, network=network))
+        space = Pixels(resolution=64)
+        super().__init__(dataclasses.replace(config, space=space, network=network))
         self.enlarge = enlarge
 
-    def sample(self, params, cond, keys, *, settings, lowres=None, size=None):
-        return self.enlarge(lowres, keys, settings.aug_level)
+    def sample(self, params, given, keys, *, settings, sides=None):
+        return self.enlarge(given["lowres"][0], keys, settings.aug_level)
 
 
 def noisy(lowres, keys, level, brighter=0.0):
@@ -303,9 +306,12 @@ def test_survival_is_of_the_one_stage_and_not_of_the_other(augmented, plain, hol
 
 def test_the_pair_is_alike_but_for_the_augmentation():
     augmented, plain = augmentation.pair_of_configs(3)
-    assert augmented.stage.augmentation.max_level >= augmentation.LEVEL
-    assert plain.stage.augmentation.max_level == 0
-    stage = dataclasses.replace(plain.stage, augmentation=augmented.stage.augmentation)
+    assert augmented.stage.lowres.augmentation.max_level >= augmentation.LEVEL
+    assert plain.stage.lowres.augmentation.max_level == 0
+    lowres = dataclasses.replace(
+        plain.stage.lowres, augmentation=augmented.stage.lowres.augmentation
+    )
+    stage = dataclasses.replace(plain.stage, conditions=(lowres,))
     assert dataclasses.replace(plain, stage=stage) == augmented
 
 
@@ -317,14 +323,14 @@ def test_a_trained_stage_has_the_averaged_weights_of_the_trainer(tmp_path, monke
         checkpoints.close()
         return True
 
-    monkeypatch.setattr(augmentation.train, "train", train)
+    monkeypatch.setattr(augmentation.loop, "fit", train)
     config, _ = augmentation.pair_of_configs(0)
     stage, params = augmentation.trained(config, tmp_path)
     assert stage.config == config.stage and params["w"].tolist() == [1, 1]
 
 
 def test_a_stage_whose_training_was_stopped_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(augmentation.train, "train", lambda config, folder: False)
+    monkeypatch.setattr(augmentation.loop, "fit", lambda config, folder: False)
     with pytest.raises(KeyboardInterrupt):
         augmentation.trained(augmentation.pair_of_configs(0)[0], tmp_path)
 
@@ -381,8 +387,11 @@ def test_the_committed_report_is_of_the_weights_and_settings_that_ship():
     report = json.loads((REPOSITORY / "launch/properties.json").read_text())
     model = Cascade.load("scenes")
     assert report["model_sha256"] == model.digest
-    shipped = {stage.config.name: to_json(stage.config.sampling) for stage, _ in model.stages}
-    assert report["settings"] == json.loads(json.dumps(shipped))
+    measured = {
+        name: from_json(Sampling, upgraded(settings))
+        for name, settings in report["settings"].items()
+    }
+    assert measured == {stage.config.name: stage.config.sampling for stage, _ in model.stages}
     assert report["holds"] and all(one["holds"] for one in report["properties"].values())
 
 

@@ -171,12 +171,7 @@ class UpscalerUNet(nnx.Module):
             return self.conv_out(self.conv_norm_out(h.astype(jnp.float32), activate=True))
 
     def _check(self, x: Array, signals: Signals) -> None:
-        multiple = self.config.side_multiple
-        if x.shape[1] % multiple or x.shape[2] % multiple:
-            raise ValueError(
-                f"latents' sides must be multiples of {multiple} (strides of UpscalerUNetConfig), "
-                f"got {x.shape[1]}x{x.shape[2]}"
-            )
+        self.config.check_sides(x)
         check_signals("UpscalerUNetConfig", self.widths, x, signals)
         levels = [vector.shape for vector in signals.vectors]
         if levels != (wanted := [(len(x), 1)]):
