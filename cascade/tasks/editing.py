@@ -57,7 +57,7 @@ class Edit(Steering):
 
     def __post_init__(self):
         if not 0 < self.strength <= 1:
-            raise ValueError(f"strength must be in (0, 1], got {self.strength}")
+            raise ValueError(f"Edit.strength must be in (0, 1], got {self.strength}")
 
     def check(self, steps: int) -> None:
         if int(steps * self.strength) < 1:

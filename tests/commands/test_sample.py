@@ -11,11 +11,10 @@ from PIL import Image
 
 from cascade import cli, images, testing
 from cascade.commands import sample as sample_command
-from cascade.commands.sample import Options, override
 from cascade.diffusion import denoise, grids, samplers
 from cascade.errors import UserError
 from cascade.runner.cascade import Cascade
-from cascade.stage import Stage
+from cascade.runner.overrides import override
 
 
 def fails(capsys, *argv) -> str:
@@ -80,19 +79,19 @@ def test_prompt_files_must_be_text_without_holes(capsys, tmp_path):
 
 
 def test_a_list_may_count_all_stages_of_the_model_or_those_that_draw():
-    every = [stage for stage, _ in testing.cascade().stages]
+    every = testing.stage_configs()
     for stages, text, expected in (
         (every[:2], "4,5,6", [4, 5]),
         (every[:2], "4,5", [4, 5]),
         (every[1:], "4,5,6", [5, 6]),
         (every[:1], "7", [7]),
     ):
-        got = override(stages, Options(steps=text), every)
+        got = override(stages, every, steps=text)
         assert [s.steps for s in got] == expected
-    (_, sr16) = override(every[:2], Options(aug_level="0.1,0.2"), every)
+    (_, sr16) = override(every[:2], every, aug_level="0.1,0.2")
     assert sr16.aug_level == 0.1
     with pytest.raises(UserError, match="--aug-level 0.1: no super-resolution stage draws"):
-        override(every[:1], Options(aug_level="0.1"), every)
+        override(every[:1], every, aug_level="0.1")
 
 
 def test_a_prompt_without_its_quotes_is_warned_of(fake, tmp_path, capsys):
@@ -137,15 +136,15 @@ def test_an_unknown_verb_names_the_nearest(capsys):
     ],
 )
 def test_lists_by_stage_are_checked(flag, text, message):
-    stages = [Stage(c) for c in testing.stage_configs()]
     with pytest.raises(UserError) as e:
-        override(stages, Options(**{flag: text}))
+        override(testing.stage_configs(), **{flag: text})
     assert message in str(e.value)
 
 
 def test_lists_by_stage_reach_their_stages():
-    stages = [Stage(c) for c in testing.stage_configs()]
-    options = Options(
+    stages = testing.stage_configs()
+    got = override(
+        stages,
         steps="7,smart27,9",
         guidance="2.5",
         aug_level="0.2,0.3",
@@ -155,7 +154,6 @@ def test_lists_by_stage_reach_their_stages():
         guidance_plan="constant,interval,oscillating",
         rescale="0.7",
     )
-    got = override(stages, options)
     assert [s.steps for s in got] == [7, 27, 9]
     assert [s.grid for s in got] == [
         grids.Karras(),
@@ -172,7 +170,7 @@ def test_lists_by_stage_reach_their_stages():
     ]
     assert [type(s.guidance_plan).__name__ for s in got] == ["Constant", "Interval", "Oscillating"]
     assert [s.guidance_rescale for s in got] == [0.7] * 3
-    (threshold,) = {s.threshold for s in override(stages, Options(threshold="dynamic:.95:1.5"))}
+    (threshold,) = {s.threshold for s in override(stages, threshold="dynamic:.95:1.5")}
     assert threshold == denoise.Threshold(percentile=0.95, cap=1.5)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,8 @@ import pytest
 from cascade import images, testing
 from cascade.devices import sharding
 from cascade.errors import UserError
-from cascade.models import Conditioning, UNetConfig
-from cascade.runner.cascade import Cascade, with_options
-from cascade.stage import Stage
+from cascade.runner.cascade import Cascade, check_chain, with_options
+from cascade.stage import Stage, StageConfig, Start, Steering, TextInput
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,16 @@ def test_pictures_whose_rows_are_split_over_devices_are_the_same(cascade, red):
     mesh = sharding.rows_mesh(4)
     keys, text = jax.vmap(jax.random.key)(np.arange(1)), cascade.encoder(["red circle"])
     given = {
-        "cond": Conditioning(text=text.values, text_mask=text.mask),
-        "lowres": images.to_float(jnp.asarray(red.images[16][None])),
-        "settings": stage.config.sampling,
+        "text": TextInput(text.values, text.mask),
+        "lowres": (images.to_float(jnp.asarray(red.images[16][None])),),
     }
-    rows = {"params": jax.device_put(params, sharding.replicated(mesh))}
-    drawn = stage.sample(keys=keys, place=sharding.ByRows(mesh), **rows, **given)
+    settings = stage.config.sampling
+    rows = jax.device_put(params, sharding.replicated(mesh))
+    drawn = stage.sample(rows, given, keys, settings=settings, place=sharding.ByRows(mesh))
     assert {s.data.shape for s in drawn.addressable_shards} == {(1, 8, 32, 3)}
-    np.testing.assert_allclose(drawn, stage.sample(params, keys=keys, **given), atol=1e-4)
+    np.testing.assert_allclose(
+        drawn, stage.sample(params, given, keys, settings=settings), atol=1e-4
+    )
 
 
 def test_seeds_prompts_and_negatives_each_change_the_picture(cascade, red):
@@ -112,21 +114,29 @@ def test_impossible_requests_are_refused(cascade, options, message):
 
 def test_each_stage_is_guided_away_from_what_its_own_network_takes_for_no_text(cascade):
     """A network with a null token of its own, beside a public one that was taught "" for it."""
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Public(UNetConfig):
-        null_prompt = property(lambda self: "")
-
     (native, _), *_ = cascade.stages
-    fields = vars(native.config.network)
-    config = dataclasses.replace(native.config, name="public", network=Public(**fields))
-    stages = [(native, None), (Stage(config), None)]
-    (_, none), (_, empty) = cascade._texts(stages, ["red circle"], None)
-    assert none is None
-    np.testing.assert_array_equal(empty.values, cascade.encoder([""]).values)
+    text = dataclasses.replace(native.config.text, null_prompt="")
+    public = Stage(dataclasses.replace(native.config, name="public", conditions=(text,)))
+    (_, none), (_, empty) = cascade._told([native, public], ["red circle"], None)
+    assert none == {}
+    np.testing.assert_array_equal(empty["text"].tokens, cascade.encoder([""]).values)
     blurry = cascade.encoder(["blurry"]).values
-    for _, negative in cascade._texts(stages, ["red circle"], "blurry"):
-        np.testing.assert_array_equal(negative.values, blurry)
+    for _, negative in cascade._told([native, public], ["red circle"], "blurry"):
+        np.testing.assert_array_equal(negative["text"].tokens, blurry)
+
+
+def test_what_stands_for_no_text_is_what_a_picture_is_drawn_away_from(cascade):
+    (stage, params), *_ = cascade.stages
+
+    def drawn(null_prompt, **options):
+        text = dataclasses.replace(stage.config.text, null_prompt=null_prompt)
+        own = Stage(dataclasses.replace(stage.config, conditions=(text,)))
+        return Cascade([(own, params)], cascade.encoder)("red circle", seed=3, **options)[0].image
+
+    nothing, grey = drawn(None), drawn("grey")
+    assert not np.array_equal(nothing, grey)
+    np.testing.assert_array_equal(grey, drawn(None, negative="grey"))
+    np.testing.assert_array_equal(grey, drawn("blue", negative="grey"))
 
 
 def test_weights_that_are_not_finite_draw_no_picture(cascade):
@@ -157,3 +167,57 @@ def test_settings_and_not_the_stages_own_decide(cascade):
     )
     assert not np.array_equal(own.image, guided.image)
     np.testing.assert_array_equal(own.image, cascade("red", until=8)[0].image)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tinted(Steering):
+    """Every step leaves the first channel at a value that each picture has alike."""
+
+    tint: Any
+
+    def start(self, noise, schedule, times):
+        def after_step(x, logsnr, keys):
+            return x.at[..., 0].set(self.tint[:, None, None])
+
+        return Start(noise, times, after_step)
+
+
+def test_a_stage_that_is_steered_draws_otherwise_and_the_others_as_they_would(cascade, red):
+    steering = [None, Tinted(jnp.float32(1.0)), None]
+    first, second = cascade(["red circle", "blue"], seed=3, steering=steering, batch_size=2)
+    np.testing.assert_array_equal(first.images[8], cascade("red circle", seed=3)[0].images[8])
+    for picture in (first, second):
+        assert (picture.images[16][..., 0] == 255).all()
+        assert (picture.images[8][..., 0] != 255).any()
+    # What comes after goes on from what was drawn.
+    assert not np.array_equal(first.images[32], red.images[32])
+    np.testing.assert_array_equal(
+        cascade("red circle", seed=3, steering=[None] * 3)[0].image, red.image
+    )
+    with pytest.raises(ValueError, match="steering: 2 for 3 stages"):
+        cascade("red circle", steering=[None, None])
+    with pytest.raises(ValueError, match="settings: 1 for 3 stages"):
+        cascade("red circle", settings=cascade.settings[:1])
+
+
+def test_a_prompt_is_embedded_once_for_all_stages(cascade, monkeypatch):
+    asked, encoder = [], cascade.encoder
+
+    def counted(texts):
+        asked.append(list(texts))
+        return encoder(texts)
+
+    monkeypatch.setattr(cascade, "encoder", counted)
+    stages = [stage for stage, _ in cascade.stages]
+    told = cascade._told(stages, ["red", "blue"], "grey")
+    assert asked == [["red", "blue"], ["grey"]]
+    assert [set(given) for given, _ in told] == [{"text"}] * 3
+
+
+def test_stages_that_draw_from_text_alone_make_no_cascade_with_others():
+    configs: list[StageConfig] = testing.stage_configs()
+    base = dataclasses.replace(configs[0], name="other")
+    with pytest.raises(UserError, match="other draws from text alone, as only the first may"):
+        check_chain([configs[0], base])
+    check_chain(configs)

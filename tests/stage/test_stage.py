@@ -5,18 +5,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cascade import config, images, testing
 from cascade.diffusion import grids, process, samplers
 from cascade.diffusion.denoise import Constant, Oscillating, PerStep, Threshold, WithVariance
 from cascade.diffusion.loss import LearnedVariance, Loss
 from cascade.diffusion.samplers import DDIM, Ancestral
-from cascade.models import Conditioning
-from cascade.stage import Augmentation, Sampling, Stage, StageConfig, time_of
+from cascade.models import AutoencoderConfig, Network, NetworkConfig
+from cascade.models.layers import Linear
+from cascade.models.signals import TimeEmbedding
+from cascade.stage import (
+    Augmentation,
+    Latents,
+    LowRes,
+    Pixels,
+    Sampling,
+    Stage,
+    StageConfig,
+    Text,
+    TextInput,
+    time_of,
+)
 
 ENCODER = testing.FakeEncoder()
 NONE = Threshold(kind="none")
+TEXT = Text(width=8, head_width=8)
+AUTOENCODER = AutoencoderConfig(widths=(8, 8), blocks=1, latent_channels=2, groups=4, scaling=0.5)
 ZERO_TERMINAL = process.ZeroTerminal(schedule=process.Sigmoid(tau=0.7))
+
+
+class OtherText(Text):
+    name = "other"
 
 
 def batch_of(n, side=8, lowres=None, seed=0):
@@ -32,14 +52,49 @@ def batch_of(n, side=8, lowres=None, seed=0):
     return batch
 
 
-def conditioning(n):
+def texts(n):
     batch = batch_of(n)
-    return Conditioning(text=batch["text"], text_mask=batch["text_mask"])
+    return {"text": TextInput(batch["text"], batch["text_mask"])}
 
 
-def x0_of(stage, params, cond, x, logsnr, **options):
+def null(stage, values):
+    return {c.name: c.null(values[c.name]) for c in stage.config.conditions}
+
+
+def x0_of(stage, params, values, x, logsnr, **options):
     options = {"threshold": NONE} | options
-    return jax.jit(lambda x, logsnr: stage.denoiser(params, cond, **options)(x, logsnr))(x, logsnr)
+    return jax.jit(lambda x, logsnr: stage.denoiser(params, values, **options)(x, logsnr))(
+        x, logsnr
+    )
+
+
+def changed(config, name, **fields):
+    """The stage with other fields of the condition of that name."""
+    conditions = tuple(
+        dataclasses.replace(c, **fields) if c.name == name else c for c in config.conditions
+    )
+    return dataclasses.replace(config, conditions=conditions)
+
+
+def watch(monkeypatch, stage, answer=None):
+    """What the stage's conditions make of what they are given, by their names, and what signals
+    its network gets, noted when they are asked; the network answers zeros, or what it is told to.
+    """
+    seen = {}
+    for name, module in stage.conditions.items():
+
+        def watched(params, *value, name=name, module=module):
+            seen[name] = value
+            return module(params, *value)
+
+        monkeypatch.setitem(stage.conditions, name, watched)
+
+    def network(params, x, time, signals, key=None):
+        seen["signals"] = signals
+        return jnp.zeros_like(x) if answer is None else answer(seen)
+
+    monkeypatch.setattr(stage, "network", network)
+    return seen
 
 
 def keys(*seeds):
@@ -62,8 +117,8 @@ def test_an_untrained_v_network_has_the_loss_of_predicting_zero():
 
 
 def test_condition_dropout_replaces_the_text_of_its_share_of_examples():
-    config = dataclasses.replace(testing.base_stage(), condition_dropout=0.0)
-    never, always = Stage(config), Stage(dataclasses.replace(config, condition_dropout=0.999999))
+    config = changed(testing.base_stage(), "text", dropout=0.0)
+    never, always = Stage(config), Stage(changed(config, "text", dropout=0.999999))
     params = testing.lively(never)
     batch, key = batch_of(8), jax.random.key(1)
     blank = batch | {"text": jnp.zeros_like(batch["text"]), "text_mask": batch["text_mask"] & False}
@@ -75,39 +130,49 @@ def test_condition_dropout_replaces_the_text_of_its_share_of_examples():
 def test_augmentation_noise_reaches_the_network_and_so_does_its_level(monkeypatch):
     """What the network is handed as lowres has the variance that its level announces."""
     stage = Stage(testing.super_resolution_stage())
-    seen = {}
-
-    def spy(params, x, time, cond, key=None):
-        seen["cond"] = cond
-        return jnp.zeros_like(x)
-
-    monkeypatch.setattr(stage, "network", spy)
+    params, seen = testing.lively(stage), watch(monkeypatch, stage)
     n = 256
     batch = batch_of(n, 16, 8) | {"lowres": jnp.full((n, 8, 8, 3), 255, jnp.uint8)}
-    stage.loss({}, batch, jax.random.key(0))
-    level = np.asarray(seen["cond"].lowres_time) / 1000
+    stage.loss(params, batch, jax.random.key(0))
+    picture, logsnr = seen["lowres"]
+    level = np.asarray(time_of(logsnr)) / 1000
     assert level.min() < 0.02 and level.max() > 0.98 and abs(level.mean() - 0.5) < 0.06
     # on the cosine schedule alpha = cos(pi level / 2) and sigma = sin(pi level / 2)
-    mean = np.asarray(seen["cond"].lowres).mean((1, 2, 3))
+    mean = np.asarray(picture).mean((1, 2, 3))
     assert np.corrcoef(mean, np.cos(np.pi * level / 2))[0, 1] > 0.95
-    spread = np.asarray(seen["cond"].lowres).std((1, 2, 3))
+    spread = np.asarray(picture).std((1, 2, 3))
     assert np.corrcoef(spread, np.sin(np.pi * level / 2))[0, 1] > 0.95
+    # The network gets that picture, and that level as a time of its own.
+    (channels,), (vector, _) = seen["signals"].channels, seen["signals"].vectors
+    np.testing.assert_array_equal(channels, picture)
+    network, embed = stage.config.network, params["conditions"]["lowres"]["time"]
+    np.testing.assert_allclose(
+        vector,
+        Network(OwnTime(network.time_width, network.embedding_width))(embed, time_of(logsnr)),
+        atol=1e-3,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTime:
+    """An embedding of a time, as a network of its own."""
+
+    width: int
+    emb_width: int
+
+    def build(self, rngs):
+        return TimeEmbedding(self.width, self.emb_width, rngs)
 
 
 def test_without_augmentation_the_network_sees_the_upsampled_picture_itself(monkeypatch):
     config = testing.super_resolution_stage()
-    stage = Stage(dataclasses.replace(config, augmentation=Augmentation(max_level=0.0)))
-    seen = {}
-    monkeypatch.setattr(
-        stage,
-        "network",
-        lambda p, x, t, cond, key=None: seen.update(cond=cond) or jnp.zeros_like(x),
-    )
-    batch = batch_of(4, 16, 8)
-    stage.loss({}, batch, jax.random.key(0))
+    stage = Stage(changed(config, "lowres", augmentation=Augmentation(max_level=0.0)))
+    params, batch = stage.init(jax.random.key(1)), batch_of(4, 16, 8)
+    seen = watch(monkeypatch, stage)
+    stage.loss(params, batch, jax.random.key(0))
     clean = images.upsample(images.to_float(batch["lowres"]), (16, 16))
     assert np.allclose(
-        seen["cond"].lowres, clean, atol=5e-4
+        seen["signals"].channels[0], clean, atol=5e-4
     )  # the schedule's clean end: sigma 5e-5
 
 
@@ -118,16 +183,13 @@ def test_noise_after_upsampling_is_independent_from_pixel_to_pixel(monkeypatch):
     shared = {}
     for upsampled in (False, True):
         augmentation = Augmentation(after_upsampling=upsampled)
-        stage, seen = Stage(dataclasses.replace(config, augmentation=augmentation)), {}
-
-        def spy(params, x, time, cond, key=None, seen=seen):
-            seen["cond"] = cond
-            return jnp.zeros_like(x)
-
-        monkeypatch.setattr(stage, "network", spy)
-        stage.loss({}, batch, jax.random.key(0))
-        level = np.asarray(seen["cond"].lowres_time)[:, None, None, None] / 1000
-        noise = np.asarray(seen["cond"].lowres) - np.cos(np.pi * level / 2)
+        stage = Stage(changed(config, "lowres", augmentation=augmentation))
+        params = stage.init(jax.random.key(1))
+        seen = watch(monkeypatch, stage)
+        stage.loss(params, batch, jax.random.key(0))
+        picture, logsnr = seen["lowres"]
+        level = np.asarray(time_of(logsnr))[:, None, None, None] / 1000
+        noise = np.asarray(picture) - np.cos(np.pi * level / 2)
         noise /= np.sin(np.pi * level / 2)
         shared[upsampled] = np.mean(noise[:, :, 1:] * noise[:, :, :-1]) / np.mean(noise**2)
         if upsampled:
@@ -136,43 +198,51 @@ def test_noise_after_upsampling_is_independent_from_pixel_to_pixel(monkeypatch):
     assert shared[False] > 0.5 and abs(shared[True]) < 0.02, shared
 
 
+def residual_stage():
+    """Residual prediction is for x0."""
+    config, conditions = testing.super_resolution_stage(), []
+    for condition in config.conditions:
+        residual = {"residual": True} if condition.name == "lowres" else {}
+        conditions.append(dataclasses.replace(condition, **residual))
+    return dataclasses.replace(config, prediction="x0", conditions=tuple(conditions))
+
+
 def test_an_untrained_residual_stage_draws_the_enlargement_itself():
-    config = dataclasses.replace(
-        testing.super_resolution_stage(), prediction="x0", residual=True, schedule=process.Cosine()
-    )
+    config = residual_stage()
     stage, low = Stage(config), images.to_float(batch_of(2, 16, 8)["lowres"])
     settings = dataclasses.replace(config.sampling, threshold=NONE, aug_level=0.0)
-    options = {"lowres": low, "settings": settings}
-    drawn = stage.sample(stage.init(jax.random.key(0)), conditioning(2), keys(0, 1), **options)
+    given = texts(2) | {"lowres": (low,)}
+    drawn = stage.sample(stage.init(jax.random.key(0)), given, keys(0, 1), settings=settings)
     assert np.allclose(drawn, images.upsample(low, (16, 16)), atol=1e-3)
 
 
 def test_a_residual_network_is_told_to_add_what_the_enlargement_lacks(monkeypatch):
     """The loss vanishes for the network that returns x0 minus alpha times the noisy enlargement."""
-    config = dataclasses.replace(testing.super_resolution_stage(), prediction="x0", residual=True)
-    stage, batch = Stage(config), batch_of(4, 16, 8)
+    stage, batch = Stage(residual_stage()), batch_of(4, 16, 8)
+    params = stage.init(jax.random.key(1))
 
-    def oracle(params, x, time, cond, key=None):
-        alpha = np.cos(np.pi / 2 * np.asarray(cond.lowres_time) / 1000)[:, None, None, None]
-        return images.to_float(batch["image"]) - alpha * cond.lowres
+    def oracle(seen):
+        picture, logsnr = seen["lowres"]
+        alpha = np.cos(np.pi / 2 * np.asarray(time_of(logsnr)) / 1000)[:, None, None, None]
+        return images.to_float(batch["image"]) - alpha * picture
 
-    monkeypatch.setattr(stage, "network", oracle)
-    assert stage.loss({}, batch, jax.random.key(0))[0] < 1e-9
+    watch(monkeypatch, stage, oracle)
+    assert stage.loss(params, batch, jax.random.key(0))[0] < 1e-9
 
 
 def test_guidance_in_one_pass_equals_two_passes():
     stage = Stage(testing.base_stage())
     params = testing.lively(stage)
-    cond, x = conditioning(3), jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+    values, x = texts(3), jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
     logsnr = jnp.array([-2.0, 0.0, 3.0])
-    conditional = x0_of(stage, params, cond, x, logsnr)
-    unconditional = x0_of(stage, params, cond.null(), x, logsnr)
-    both = x0_of(stage, params, cond, x, logsnr, guidance=jnp.float32(5.0))
+    conditional = x0_of(stage, params, values, x, logsnr)
+    unconditional = x0_of(stage, params, null(stage, values), x, logsnr)
+    both = x0_of(stage, params, values, x, logsnr, guidance=jnp.float32(5.0))
     assert np.allclose(both, unconditional + 5 * (conditional - unconditional), atol=2e-4)
     assert not np.allclose(conditional, unconditional, atol=1e-3)
     # a weight for every level, and the contrast of the conditional prediction, v here
     planned = x0_of(
-        stage, params, cond, x, logsnr, guidance=lambda l: jnp.where(l > 2, 5.0, 1.0), rescale=1.0
+        stage, params, values, x, logsnr, guidance=lambda l: jnp.where(l > 2, 5.0, 1.0), rescale=1.0
     )
     np.testing.assert_allclose(planned[:2], conditional[:2], atol=2e-4)
     deviation = [process.from_x0(x0, "v", x, logsnr)[2].std() for x0 in (planned, conditional)]
@@ -183,19 +253,19 @@ def test_guidance_in_one_pass_equals_two_passes():
 def test_negative_text_replaces_the_null_condition():
     stage = Stage(testing.base_stage())
     params = testing.lively(stage)
-    cond, x = conditioning(2), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    values, x = texts(2), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     logsnr = jnp.zeros(2)
     # away from itself, at any weight, is no guidance at all
-    same = x0_of(stage, params, cond, x, logsnr, guidance=9.0, negative=cond)
-    assert np.allclose(same, x0_of(stage, params, cond, x, logsnr), atol=1e-3)
+    same = x0_of(stage, params, values, x, logsnr, guidance=9.0, negative=values)
+    assert np.allclose(same, x0_of(stage, params, values, x, logsnr), atol=1e-3)
 
 
 def test_thresholding_comes_after_guidance():
     stage = Stage(testing.base_stage())
     params = testing.lively(stage)
-    cond, x = conditioning(2), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    values, x = texts(2), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     static = Threshold(kind="static")
-    got = x0_of(stage, params, cond, x, jnp.zeros(2), guidance=50.0, threshold=static)
+    got = x0_of(stage, params, values, x, jnp.zeros(2), guidance=50.0, threshold=static)
     assert float(jnp.abs(got).max()) == 1.0
 
 
@@ -210,15 +280,19 @@ def test_the_second_half_of_a_learned_variance_networks_channels_is_its_gamma():
             sampling=dataclasses.replace(config.sampling, sampler=Ancestral(gamma="learned")),
         )
     )
-    params, cond = testing.lively(stage), conditioning(2)
+    params, values = testing.lively(stage), texts(2)
     x, logsnr = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([-1.0, 2.0])
 
     @jax.jit
     def run(x):
         static = Threshold(kind="static")
-        denoiser = stage.denoiser(params, cond, guidance=jnp.float32(7.0), threshold=static)
+        denoiser = stage.denoiser(params, values, guidance=jnp.float32(7.0), threshold=static)
         assert isinstance(denoiser, WithVariance)
-        both = [stage.network(params, x, time_of(logsnr), c) for c in (cond, cond.null())]
+        told = [
+            stage.conditions["text"](params["conditions"]["text"], *v["text"])
+            for v in (values, null(stage, values))
+        ]
+        both = [stage.network(params["network"], x, time_of(logsnr), signals) for signals in told]
         return denoiser.estimate(x, logsnr), both
 
     (x0, gamma), (output, unguided) = run(x)
@@ -229,19 +303,19 @@ def test_the_second_half_of_a_learned_variance_networks_channels_is_its_gamma():
     assert not np.allclose(output[..., 3:], unguided[..., 3:], atol=1e-2)
     assert "vb" in jax.eval_shape(stage.loss, params, batch_of(4), jax.random.key(0))[1]
     settings = stage.config.sampling
-    drawn = jax.eval_shape(lambda: stage.sample(params, cond, keys(1, 2), settings=settings))
-    assert drawn.shape == (2, 8, 8, 3)
-    with pytest.raises(ValueError, match="for which Sampling.sampler DDIM.* has no use"):
-        stage.sample(
-            params, cond, keys(1, 2), settings=dataclasses.replace(settings, sampler=DDIM())
+    # Other samplers leave the variance alone.
+    for chosen in (settings, dataclasses.replace(settings, sampler=DDIM())):
+        drawn = jax.eval_shape(
+            lambda chosen=chosen: stage.sample(params, values, keys(1, 2), settings=chosen)
         )
+        assert drawn.shape == (2, 8, 8, 3)
 
 
 def test_sampling_visits_the_times_of_its_grid(monkeypatch):
-    stage = Stage(testing.base_stage())
-    seen = []
+    stage, seen = Stage(testing.base_stage()), []
+    params = stage.init(jax.random.key(1))
 
-    def spy(params, x, time, cond, key=None):
+    def spy(params, x, time, signals, key=None):
         jax.debug.callback(lambda t: seen.append(float(t)), time[0])
         return jnp.zeros_like(x)
 
@@ -250,7 +324,7 @@ def test_sampling_visits_the_times_of_its_grid(monkeypatch):
     settings = Sampling(
         steps=27, grid=grids.Respaced(name="smart27"), guidance=1.0, sampler=Ancestral()
     )
-    jax.block_until_ready(stage.sample({}, conditioning(1), keys(0), settings=settings))
+    jax.block_until_ready(stage.sample(params, texts(1), keys(0), settings=settings))
     jax.effects_barrier()
     expected = np.array(grids.Respaced(name="smart27").entries) + 1
     np.testing.assert_allclose(sorted(seen, reverse=True), expected, atol=0.1)
@@ -261,15 +335,14 @@ def test_a_picture_depends_on_its_own_key_and_row_alone():
     stage = Stage(config)
     params = testing.lively(stage)
     low = jax.random.uniform(jax.random.key(3), (3, 8, 8, 3), minval=-1)
-    cond = conditioning(3)
-    all3 = stage.sample(params, cond, keys(5, 6, 7), settings=config.sampling, lowres=low)
+    given = texts(3) | {"lowres": (low,)}
+    all3 = stage.sample(params, given, keys(5, 6, 7), settings=config.sampling)
     order = np.array([2, 0, 1])
     turned = stage.sample(
         params,
-        jax.tree.map(lambda a: a[order], cond),
+        jax.tree.map(lambda a: a[order], given),
         keys(7, 5, 6),
         settings=config.sampling,
-        lowres=low[order],
     )
     assert np.allclose(all3[order], turned, atol=1e-5)
     assert not np.allclose(all3[0], all3[1], atol=1e-2)
@@ -278,11 +351,30 @@ def test_a_picture_depends_on_its_own_key_and_row_alone():
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"resolution": 12}, "multiple of lowres_resolution=8"),
-        ({"lowres_resolution": None}, "super-resolution needs both"),
-        ({"condition_dropout": 1.0}, "condition_dropout"),
+        (
+            {"space": Pixels(resolution=12)},
+            "LowRes.resolution must divide the stage's 12 px, got 8",
+        ),
+        ({"conditions": (LowRes(resolution=0),)}, "LowRes.resolution must divide"),
+        ({"conditions": (LowRes(resolution=8),)}, "text_attention needs tokens"),
+        ({"conditions": (TEXT, TEXT)}, "StageConfig.conditions must have one text, got 2"),
+        (
+            {"conditions": (TEXT, OtherText(width=9, head_width=8))},
+            r"tokens of one width, got \[8, 9\]",
+        ),
+        (
+            {"conditions": (Text(width=8, head_width=5),)},
+            "Text.head_width=5 .* must divide the network's embedding_width, 32",
+        ),
+        (
+            {"space": Latents(resolution=16, autoencoder=AUTOENCODER)},
+            "network.in_channels must be the 2 channels of Latents, got 3",
+        ),
         ({"prediction": "eps", "schedule": ZERO_TERMINAL}, "says nothing of x0"),
-        ({"prediction": "v", "residual": True}, "prediction='x0'"),
+        (
+            {"prediction": "v", "conditions": (LowRes(resolution=8, residual=True), TEXT)},
+            'LowRes.residual is for prediction="x0"',
+        ),
         ({"variance": LearnedVariance()}, "out_channels must be 6 with learned variance, got 3"),
         (
             {"sampling": Sampling(sampler=Ancestral(gamma="learned"))},
@@ -303,13 +395,34 @@ def test_contradicting_configs_are_refused(change, message):
     "fields,message",
     [
         ({"guidance_rescale": 2.0}, "Sampling.guidance_rescale must be in"),
-        ({"guidance_plan": PerStep(factors=(1.0,))}, "a factor for each of 32 steps, got 1"),
+        (
+            {"guidance_plan": PerStep(factors=(1.0,))},
+            "Sampling.PerStep.factors must be as many as the steps, 32, got 1",
+        ),
         ({"grid": grids.Respaced(name="smart50")}, "Sampling.steps must be 50"),
     ],
 )
 def test_contradicting_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**fields)
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: Text(width=8, dropout=1.0), r"Text.dropout must be in \[0, 1\), got 1.0"),
+        (lambda: Text(width=0), "Text.width must be at least 1, got 0"),
+        (lambda: Augmentation(max_level=1.5), r"Augmentation.max_level must be in \[0, 1\]"),
+        (lambda: Pixels(resolution=0), "Pixels.resolution must be positive, got 0"),
+        (
+            lambda: Latents(resolution=9, autoencoder=AUTOENCODER),
+            "Latents.resolution must be a multiple of 2, .* got 9",
+        ),
+    ],
+)
+def test_contradicting_parts_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_a_stage_with_a_schedule_in_a_schedule_survives_json():
@@ -328,7 +441,7 @@ def test_a_picture_is_drawn_with_all_of_its_settings(monkeypatch):
     monkeypatch.setattr(samplers, "initial_noise", lambda keys, shape: noise)
     schedule = process.Cosine(shift=-3.0)
     stage = Stage(dataclasses.replace(testing.base_stage(), schedule=schedule))
-    params, cond = testing.lively(stage), conditioning(2)
+    params, values = testing.lively(stage), texts(2)
     factors, threshold = (1.0, 0.0, 2.0, 0.5), Threshold(percentile=0.9, cap=1.7)
     grid = grids.Quadratic()
     settings = Sampling(
@@ -340,14 +453,14 @@ def test_a_picture_is_drawn_with_all_of_its_settings(monkeypatch):
         sampler=DDIM(),
         threshold=threshold,
     )
-    drawn = stage.sample(params, cond, keys(1, 2), settings=settings)
+    drawn = stage.sample(params, values, keys(1, 2), settings=settings)
     times = grid(4, schedule)
     starts = schedule.logsnr(times[:-1])
 
     def weight(logsnr):
         return 3 * jnp.array(factors)[jnp.argmin(abs(starts - logsnr[0]))] * jnp.ones(2)
 
-    denoiser = stage.denoiser(params, cond, guidance=weight, rescale=0.5, threshold=threshold)
+    denoiser = stage.denoiser(params, values, guidance=weight, rescale=0.5, threshold=threshold)
     expected = jax.jit(
         lambda: samplers.sample(
             denoiser, noise, schedule=schedule, times=times, step=DDIM(), keys=keys(1, 2)
@@ -357,7 +470,7 @@ def test_a_picture_is_drawn_with_all_of_its_settings(monkeypatch):
 
 
 def test_all_that_a_config_says_of_training_changes_the_loss():
-    config = dataclasses.replace(testing.base_stage(), condition_dropout=0.0)
+    config = changed(testing.base_stage(), "text", dropout=0.0)
     changes = [
         {},
         {"schedule": process.Cosine(shift=-3.0)},
@@ -374,18 +487,19 @@ def test_all_that_a_config_says_of_training_changes_the_loss():
 def test_noise_of_augmentation_is_added_in_sampling_and_told(monkeypatch):
     config = testing.super_resolution_stage()
     stage, seen = Stage(config), []
+    told, params = dict(stage.conditions), testing.lively(stage)
 
-    def spy(params, x, time, cond, key=None):
+    def spy(params, picture, logsnr):
         jax.debug.callback(
-            lambda l, t: seen.append((np.asarray(l), float(t[0]))), cond.lowres, cond.lowres_time
+            lambda l, t: seen.append((np.asarray(l), float(t[0]))), picture, time_of(logsnr)
         )
-        return jnp.zeros_like(x)
+        return told["lowres"](params, picture, logsnr)
 
     monkeypatch.setattr(Stage, "__init__", lambda self, config: vars(self).update(vars(stage)))
-    monkeypatch.setattr(stage, "network", spy)
+    monkeypatch.setitem(stage.conditions, "lowres", spy)
     settings = dataclasses.replace(config.sampling, steps=3, aug_level=0.5)
-    low = jnp.ones((1, 8, 8, 3))
-    jax.block_until_ready(stage.sample({}, conditioning(1), keys(0), settings=settings, lowres=low))
+    given = texts(1) | {"lowres": (jnp.ones((1, 8, 8, 3)),)}
+    jax.block_until_ready(stage.sample(params, given, keys(0), settings=settings))
     jax.effects_barrier()
     assert len(seen) == 3
     for lowres, time in seen:  # drawn once: the same at every step
@@ -393,3 +507,64 @@ def test_noise_of_augmentation_is_added_in_sampling_and_told(monkeypatch):
         assert abs(time - 500) < 0.1
     noise = (seen[0][0] - np.sqrt(0.5)) / np.sqrt(0.5)
     assert abs(noise.mean()) < 0.2 and 0.4 < noise.std() < 1.1
+
+
+@pytest.mark.parametrize(
+    "given, missing",
+    [
+        ({}, "lowres, text"),
+        ({"text": ()}, "lowres"),
+        ({"text": (), "lowres": (), "mask": ()}, "mask"),
+    ],
+)
+def test_a_stage_is_given_exactly_what_it_is_told(given, missing):
+    stage = Stage(testing.super_resolution_stage())
+    with pytest.raises(ValueError, match=rf"told lowres, text: give exactly that.*\({missing}\)"):
+        stage.sample({}, given, keys(0), settings=stage.config.sampling)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pointwise(NetworkConfig):
+    """The least network: a matrix for each pixel and its channels, a vector for time and text."""
+
+    @property
+    def embedding_width(self):
+        return 8
+
+    def check(self, widths):
+        if not widths.tokens:
+            raise ValueError("Pointwise wants tokens")
+
+    def build(self, widths, *, rngs):
+        return _Pointwise(self, widths, rngs)
+
+
+class _Pointwise(nnx.Module):
+    def __init__(self, config, widths, rngs):
+        self.pixel = Linear(config.in_channels + widths.channels, config.out_channels, rngs=rngs)
+        self.vector = Linear(config.embedding_width, config.out_channels, rngs=rngs)
+
+    def __call__(self, x, time, signals, key=None):
+        vector = self.vector(sum(signals.vectors) + time[:, None] / 1000)
+        pixels = jnp.concatenate([x, *signals.channels], axis=-1)
+        return self.pixel(pixels) + vector[:, None, None]
+
+
+def test_a_readers_own_network_is_told_what_the_conditions_say():
+    conditions = (LowRes(resolution=4), TEXT)
+    config = dataclasses.replace(
+        testing.smallest_stage(), network=Pointwise(), conditions=conditions
+    )
+    stage = Stage(config)
+    params = testing.lively(stage)
+    assert params["network"]["pixel"]["kernel"].shape == (6, 3)
+    assert params["conditions"]["lowres"]["time"]["hidden"]["kernel"].shape == (2, 8)
+    batch = batch_of(3, 8, 4)
+    gradient = jax.jit(jax.grad(lambda p: stage.loss(p, batch, jax.random.key(0))[0]))(params)
+    for path, g in jax.tree.leaves_with_path(gradient["network"]):
+        assert abs(g).max() > 1e-6, jax.tree_util.keystr(path)
+    given = {c.name: c.of_examples(batch) for c in conditions}
+    drawn = stage.sample(params, given, keys(1, 2, 3), settings=config.sampling)
+    assert drawn.shape == (3, 8, 8, 3) and drawn.std() > 1e-2
+    with pytest.raises(ValueError, match="Pointwise wants tokens"):
+        dataclasses.replace(config, conditions=())

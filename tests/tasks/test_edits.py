@@ -1,5 +1,6 @@
 """Pictures drawn anew, whole or in part. What diffusers makes of one is in fixtures/deepfloyd."""
 
+import dataclasses
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 from fixtures.random_weights import noise
 from PIL import Image
-from test_deepfloyd import write_pipeline
+from pipelines import write_pipeline
 
-from cascade import cli, images, stage, testing
+from cascade import cli, images, testing
 from cascade.diffusion import samplers
+from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.process import alpha_sigma
-from cascade.models import Conditioning
-from cascade.published.deepfloyd import reader as deepfloyd
-from cascade.published.deepfloyd.stage import stage_config
+from cascade.errors import UserError
+from cascade.models import AutoencoderConfig
+from cascade.published.pipelines import Pipelines
 from cascade.runner.cascade import Cascade, with_options
-from cascade.stage import Edit, Stage
+from cascade.stage import Latents, Stage, TextInput, stage
+from cascade.tasks.editing import Edit, SampleOptions, default_strength, edits
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "deepfloyd"
 RECORDED = np.load(FOLDER / "edits.npz")
@@ -36,7 +39,7 @@ def inject(monkeypatch, first, shape):
     monkeypatch.setattr(samplers, "_fold_in", lambda keys, i: jnp.full(keys.shape, i))
     monkeypatch.setattr(samplers, "_split", lambda steps: (steps, steps))
     monkeypatch.setattr(samplers, "_normal", lambda steps, shape: table[first + steps[0] - 1])
-    traced_anew = jax.jit(stage._sample.__wrapped__, static_argnums=(0, 1, 2))
+    traced_anew = jax.jit(stage._sample.__wrapped__, static_argnums=(0, 1, 2, 3))
     monkeypatch.setattr(stage, "_sample", traced_anew)
 
 
@@ -51,25 +54,30 @@ def inject(monkeypatch, first, shape):
 )
 def test_if_edits_as_its_pipelines_do(name, number, steps, strength, level, tmp_path, monkeypatch):
     """Closer to what the reference computes in float64 than its own float32 is."""
-    folder = write_pipeline(tmp_path, number)
-    model, params = Stage(stage_config(folder)), deepfloyd.read_unet(folder / "unet")[1]
+    pipeline = Pipelines([write_pipeline(tmp_path, number)])
+    (config,) = pipeline.stages
+    model, params = Stage(config), pipeline.read(config)
     picture = RECORDED[f"original{number}"]
     edit = Edit(
         picture=jnp.asarray(picture),
         repaint=jnp.asarray(RECORDED[f"repaint{number}"]) if name.startswith("inpaint") else None,
         strength=strength,
+        clean=True,
     )
     inject(monkeypatch, number, picture.shape[1:])
     (settings,) = with_options([model.config.sampling], steps=[steps], aug_level=[level])
-    text, negative = (Conditioning(text=jnp.asarray(INPUTS[k])) for k in ("text", "negative"))
+    mask = jnp.ones(INPUTS["text"].shape[:2], bool)
+    text, negative = (
+        {"text": TextInput(jnp.asarray(INPUTS[k]), mask)} for k in ("text", "negative")
+    )
     drawn = model.sample(
         params,
-        text,
+        text | ({"lowres": (jnp.asarray(INPUTS["low"]),)} if number == 2 else {}),
         jax.random.split(jax.random.key(0), 1),
         settings=settings,
-        lowres=jnp.asarray(INPUTS["low"]) if number == 2 else None,
         negative=negative,
-        edit=edit,
+        sides=picture.shape[1:3],
+        steering=edit,
     )
     theirs, exact = RECORDED[name], RECORDED[f"{name}_exact"]
     error, rounding = (np.abs(x - exact).max() for x in (drawn[0], theirs))
@@ -88,13 +96,19 @@ def test_recorded_edits_are_what_the_pipelines_draw():
 
 def test_what_stays_is_as_noisy_as_the_rest_unless_the_network_is_ifs(tmp_path):
     keys, mask = jax.random.split(jax.random.key(0), 1), jnp.zeros((1, 32, 32, 1), bool)
-    edit = Edit(picture=jnp.full((1, 32, 32, 3), 0.5), repaint=mask.at[:, :, 16:].set(True))
     start, times = jnp.full((1, 32, 32, 3), 7.0), jnp.array([0.8, 0.4, 0.0])
     for config, clean in (
         (testing.base_stage(), False),
-        (stage_config(write_pipeline(tmp_path, 1)), True),
+        (Pipelines([write_pipeline(tmp_path, 1)]).stages[0], True),
     ):
-        x, after_step = stage._edited(config, edit, start, times)
+        assert config.noises_what_is_kept is not clean
+        edit = Edit(
+            picture=jnp.full((1, 32, 32, 3), 0.5),
+            repaint=mask.at[:, :, 16:].set(True),
+            clean=clean,
+        )
+        x, left_times, after_step = edit.start(start, config.schedule, times)
+        np.testing.assert_array_equal(left_times, times)
         logsnr = config.schedule.logsnr(times)
         np.testing.assert_allclose(
             x[:, :, 16:], 0.5 * alpha_sigma(logsnr)[0][0] + 7 * alpha_sigma(logsnr)[1][0], rtol=1e-5
@@ -118,23 +132,27 @@ def test_a_picture_is_drawn_anew_where_the_mask_is_white_at_every_size(cascade):
     init = rng.integers(0, 256, (48, 64, 3), np.uint8)
     mask = np.zeros((48, 64), np.uint8)
     mask[:24] = 255
-    (picture,) = cascade("a b", init=init, mask=mask, until=16)
+    stages = [stage.config for stage, _ in cascade.select(until=16)]
+    steering = edits(stages, cascade.settings[:2], init, mask=mask)
+    (picture,) = cascade("a b", until=16, steering=steering)
     for side, drawn in picture.images.items():
         given = images.square(Image.fromarray(init), side, Image.Resampling.BICUBIC)
         below = slice(side // 2, None)
         np.testing.assert_array_equal(drawn[below], given[below])
         assert (drawn[: side // 2] != given[: side // 2]).mean() > 0.9
     strength = {"base8": 1.0, "sr16": 0.8}
-    assert picture.metadata["edited"] == {"masked": True, "strength": strength}
+    record = SampleOptions().record(stages, steering)
+    assert record["edited"] == {"masked": True, "strength": strength}
 
 
 def test_less_strength_stays_closer_to_the_picture(cascade):
     init = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     settings = with_options(cascade.settings[:1], steps=[4], guidance=[1.0])
+    base = cascade.stages[0][0].config
 
     def change(strength):
-        options = {"settings": settings, "until": 8, "strength": [strength]}
-        drawn = cascade("a b", init=init, **options)[0].image
+        steering = edits([base], settings, init, strength=[strength])
+        drawn = cascade("a b", settings=settings, until=8, steering=steering)[0].image
         return np.abs(drawn.astype(float) - init).mean()
 
     assert change(0.25) < 0.8 * change(1.0)
@@ -175,3 +193,45 @@ def test_the_command_edits_a_picture_of_any_size(cascade, tmp_path, monkeypatch,
     assert json.loads(capsys.readouterr().out)["picture"] == "0000"
     record = json.loads((tmp_path / "out" / "0000.json").read_text())
     assert record["edited"] == {"masked": True, "strength": {"base8": 1.0}}
+    assert record["init_image"] == str(tmp_path / "a.png")
+    assert record["mask"] == str(tmp_path / "mask.png")
+
+
+def test_a_picture_that_is_not_edited_says_so(cascade, tmp_path, monkeypatch):
+    monkeypatch.setattr(Cascade, "load", classmethod(lambda cls, *a, **k: cascade))
+    cli.main(["sample", "a", "--until", "8", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "0000.json").read_text())
+    assert {record[name] for name in ("edited", "init_image", "mask")} == {None}
+
+
+def test_how_much_changes_goes_by_stage_on_the_command_line(cascade, tmp_path):
+    file = tmp_path / "a.png"
+    Image.new("RGB", (9, 8)).save(file)
+    every = testing.stage_configs()
+
+    def steering(stages, **options):
+        settings = [stage.sampling for stage in stages]
+        return SampleOptions(**options).steering(stages, every, settings)
+
+    def strengths(stages, text=None):
+        return [edit.strength for edit in steering(stages, init_image=file, strength=text)]
+
+    assert strengths(every) == [0.7, 0.8, 0.8]
+    assert strengths(every[:2], "1,.5,.6") == [1.0, 0.5]
+    assert strengths(every[1:], "1,.5,.6") == [0.5, 0.6]
+    assert strengths(every, ".5") == [0.5] * 3
+    assert default_strength(every[0], masked=True) == 1.0
+    assert steering(every) == [None] * 3
+
+
+def test_a_stage_that_draws_in_latents_begins_from_no_picture(cascade):
+    autoencoder = AutoencoderConfig(widths=(8, 8), blocks=1, groups=4, scaling=0.2)
+    base, none = testing.base_stage(), Threshold(kind="none")
+    latent = dataclasses.replace(
+        base,
+        space=Latents(resolution=8, autoencoder=autoencoder),
+        network=dataclasses.replace(base.network, in_channels=4, out_channels=4),
+        sampling=dataclasses.replace(base.sampling, threshold=none),
+    )
+    with pytest.raises(UserError, match="stage base8 draws in Latents and begins from no picture"):
+        edits([latent], [latent.sampling], np.zeros((8, 8, 3), np.uint8))
