@@ -179,7 +179,7 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
             for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if dataclasses.is_dataclass(cls):
-        return _from_object(cls, value, where)
+        return _from_object((cls,), value, where)
     if cls is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, cls) or (isinstance(value, bool) and cls is not bool):
@@ -209,23 +209,29 @@ def _from_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     options = tuple(o for o in options if o is not type(None))
     if len(options) == 1:
         return from_json(options[0], value, where)
+    classes = tuple(o for o in options if dataclasses.is_dataclass(o))
+    if classes and isinstance(value, dict):
+        return _from_object(classes, value, where)
     for option in options:
         with contextlib.suppress(UserError):
             return from_json(option, value, where)
     raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, options))}")
 
 
-def _from_object(expected: Any, value: Any, where: str) -> Any:
+def _from_object(expected: tuple[Any, ...], value: Any, where: str) -> Any:
+    """expected: classes, one of which it must be."""
     if not isinstance(value, dict):
-        raise UserError(f"{where} must be a {expected.__name__}, got {value!r}"[:200])
-    cls = _class_named(value["type"], expected, where) if "type" in value else expected
+        raise UserError(f"{where} must be a {_names(expected)}, got {value!r}"[:200])
+    if "type" in value or len(expected) > 1:
+        cls: Any = _class_named(value.get("type"), expected, where)
+    else:
+        (cls,) = expected
     hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
     fields = {k: v for k, v in value.items() if k != "type"}
     for name in fields:
-        if name not in hints:
-            raise UserError(
-                f"{where}: {cls.__name__} has no field {name!r}{nearest(name, list(hints))}"
-            )
+        if name not in known:
+            raise UserError(f"{where}: {cls.__name__} has no field {name!r}{nearest(name, known)}")
     try:
         return cls(**{k: from_json(hints[k], v, f"{where}.{k}") for k, v in fields.items()})
     except UserError:
@@ -234,18 +240,19 @@ def _from_object(expected: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where}: {e}") from None
 
 
-def _class_named(name: Any, expected: type, where: str) -> type:
+def _class_named(name: Any, expected: tuple[Any, ...], where: str) -> type:
     """The frozen dataclass of that qualified name, if it is what the field expects."""
-    module, _, cls_name = str(name).rpartition(".")
-    if not module or not _may_be_imported(module):
+    module, _, cls_name = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+    if module and not _may_be_imported(module):
         raise UserError(
             f"{where}.type names {name!r}, and reading a file imports no code but cascade's own; "
-            f"if you trust that module, add --trust {module or 'MODULE'} (in Python, import it)"
+            f"if you trust that module, add --trust {module} (in Python, import it)"
         )
-    try:
-        cls = getattr(importlib.import_module(module), cls_name, None)
-    except ImportError:
-        cls = None
+    cls = None
+    if module:
+        with contextlib.suppress(ImportError):
+            # Not getattr, for which a module may have code of its own that imports others.
+            cls = vars(importlib.import_module(module)).get(cls_name)
     fits = (
         isinstance(cls, type)
         and issubclass(cls, expected)
@@ -253,8 +260,14 @@ def _class_named(name: Any, expected: type, where: str) -> type:
         and cls.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
     )
     if not fits:
-        raise UserError(f"{where}.type must be a {expected.__name__}, got {name!r}")
+        raise UserError(
+            f"{where}.type must be the qualified name of a {_names(expected)}, got {name!r}"
+        )
     return cls
+
+
+def _names(classes: tuple[Any, ...]) -> str:
+    return " or ".join(cls.__name__ for cls in classes)
 
 
 def _may_be_imported(module: str) -> bool:

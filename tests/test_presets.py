@@ -9,7 +9,7 @@ import pytest
 from cascade import config
 from cascade.diffusion.process import Cosine, LinearVP
 from cascade.diffusion.samplers import Ancestral
-from cascade.models import Network
+from cascade.stage import Stage
 
 FOLDER = Path(__file__).parent.parent / "configs" / "imagen"
 PAPER = ["base64", "sr256", "sr1024"]
@@ -30,7 +30,7 @@ def load(name):
     ],
 )
 def test_parameters_are_as_many_as_announced(name, millions):
-    parameters = Network(load(name).stage.network).abstract()
+    parameters = Stage(load(name).stage).abstract()
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
     assert millions[0] < count / 1e6 < millions[1]
     announced = (FOLDER / f"{name}.py").read_text().splitlines()[0]
@@ -48,8 +48,8 @@ def test_training_follows_appendix_f(name):
     assert optimizer.warmup_images == 10_000 * 2048
     assert (stage.prediction, stage.loss.space, stage.loss.weighting) == ("eps", "eps", "plain")
     assert stage.schedule == (LinearVP() if name == "sr1024" else Cosine())
-    assert stage.condition_dropout == 0.1 and stage.network.dropout == 0.0
-    assert stage.network.text_width == 4096 and run.text_encoder == "google/t5-v1_1-xxl"
+    assert stage.text.dropout == 0.1 and stage.network.dropout == 0.0
+    assert stage.text.width == 4096 and run.text_encoder == "google/t5-v1_1-xxl"
     assert run.crop == (256 if name == "sr1024" else None)
     assert isinstance(stage.sampling.sampler, Ancestral)
     assert stage.sampling.threshold.kind == "dynamic"

@@ -1,6 +1,5 @@
 """What ships: its configs are those of its recipe, its size, its colours."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -9,26 +8,24 @@ import numpy as np
 import pytest
 
 from cascade import images
-from cascade.config import from_json, load
-from cascade.models import Conditioning
-from cascade.runner import model_folder as pretrained
+from cascade.config import load
 from cascade.runner.cascade import Cascade
+from cascade.runner.model_folder import SHIPPED, open_model
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render
-from cascade.stage import StageConfig
+from cascade.stage import TextInput
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "scenes"
-FOLDER = pretrained.find("scenes")
 
 
 @pytest.mark.parametrize("name", ["base64", "sr256", "sr1024"])
 def test_a_stage_that_ships_is_what_its_config_trains(name):
-    shipped = json.loads((FOLDER / name / "config.json").read_text())
-    assert from_json(StageConfig, shipped) == load(str(CONFIGS / f"{name}.py")).stage
+    (shipped,) = [stage for stage in open_model("scenes").stages if stage.name == name]
+    assert shipped == load(str(CONFIGS / f"{name}.py")).stage
 
 
 def test_the_weights_that_ship_take_at_most_32_mb():
-    assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 32e6
+    assert sum(file.stat().st_size for file in (SHIPPED / "scenes").rglob("*.safetensors")) <= 32e6
 
 
 def test_super_resolution_leaves_a_white_background_white():
@@ -38,12 +35,12 @@ def test_super_resolution_leaves_a_white_background_white():
     cascade = Cascade.load("scenes")
     stage, params = cascade.stages[1]
     text = cascade.encoder([said.text])
+    low = images.to_float(render(scene, 64)[None])
     drawn = stage.sample(
         params,
-        Conditioning(text=text.values, text_mask=text.mask),
+        {"text": TextInput(text.values, text.mask), "lowres": (jnp.asarray(low),)},
         jax.random.split(jax.random.key(0), 1),
         settings=stage.config.sampling,
-        lowres=jnp.asarray(images.to_float(render(scene, 64)[None])),
     )
     background = np.all(picture == 242, axis=-1)
     assert background.mean() > 0.5

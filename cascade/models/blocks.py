@@ -88,9 +88,17 @@ class Context(NamedTuple):
 
 
 def context_of(embed: TimeEmbedding, time: Float[Array, " b"], signals: Signals) -> Context:
-    """What blocks are told, in float32 throughout: it is a vector per image."""
+    """What blocks are told, in float32 throughout: it is a vector per image.
+
+    Raises ValueError for vectors of another width than the embedding.
+    """
     emb = embed(time)
     for vector in signals.vectors:
+        if vector.shape != emb.shape:  # one of width 1 would be added to every channel
+            raise ValueError(
+                f"Signals.vectors must be [{', '.join(map(str, emb.shape))}], as wide as the "
+                f"network's embedding_width, got {vector.shape}"
+            )
         emb = emb + vector
     return Context(jax.nn.silu(emb), signals.tokens, signals.mask)
 

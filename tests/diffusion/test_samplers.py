@@ -8,7 +8,7 @@ from oracle import Gaussian, Mixture
 
 from cascade.diffusion import samplers
 from cascade.diffusion.denoise import Threshold, WithVariance, guided, thresholded
-from cascade.diffusion.process import Cosine, corrupt
+from cascade.diffusion.process import Cosine, Schedule, corrupt
 from cascade.diffusion.samplers import (
     DDIM,
     Ancestral,
@@ -28,7 +28,7 @@ COSINE = Cosine()
 CORNERS = Mixture(means=np.eye(3), weights=np.ones(3) / 3, scale=0.3)
 
 
-class Straight:
+class Straight(Schedule):
     """Log-SNR linear in time: equal steps of it, as DPM-Solver's error terms assume."""
 
     def logsnr(self, t):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cascade.models import layers
-from cascade.models.conditioning import sinusoids
+from cascade.models import blocks, layers
+from cascade.models.signals import sinusoids
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -33,13 +33,13 @@ def test_attend_is_softmax_attention(masked):
 @pytest.mark.parametrize("image", [True, False])
 def test_attention_appends_text_to_the_keys_of_the_image(image):
     """A token is visible from every pixel, and pixels from each other only with image=True."""
-    module = layers.Attention(8, 4, image=image, text_width=6, rngs=nnx.Rngs(0))
+    module = blocks.Attention(8, 4, image=image, token_width=6, rngs=nnx.Rngs(0))
     module.out.kernel[...] = jax.random.normal(jax.random.key(0), (8, 8))
     x, text = jax.random.normal(jax.random.key(1), (1, 2, 2, 8)), jnp.ones((1, 3, 6))
     mask = jnp.array([[True, True, False]])
 
     def run(text):
-        context = layers.Context(jnp.zeros((1, 4)), text, mask)
+        context = blocks.Context(jnp.zeros((1, 4)), text, mask)
         return jax.jit(module.__call__)(x, context) - x
 
     y = run(text)
@@ -52,12 +52,12 @@ def test_attention_appends_text_to_the_keys_of_the_image(image):
 @pytest.mark.parametrize("coordinates", [False, True])
 def test_attention_with_coordinates_alone_asks_by_place(coordinates):
     """Of two tokens, pixels that all show the same see the one more, the further along they are."""
-    module = layers.Attention(
-        8, 4, image=False, text_width=6, coordinates=coordinates, rngs=nnx.Rngs(0)
+    module = blocks.Attention(
+        8, 4, image=False, token_width=6, coordinates=coordinates, rngs=nnx.Rngs(0)
     )
     module.out.kernel[...] = jnp.eye(8)
     text = jax.random.normal(jax.random.key(0), (1, 2, 6))
-    context = layers.Context(jnp.zeros((1, 4)), text, jnp.ones((1, 2), bool))
+    context = blocks.Context(jnp.zeros((1, 4)), text, jnp.ones((1, 2), bool))
     y = jax.jit(module.__call__)(jnp.zeros((1, 4, 4, 8)), context)[0]
     # A head's output lies on the line between two values: steps along a column have one sign.
     steps = jnp.diff(y, axis=0)
@@ -113,7 +113,7 @@ def test_gradients_of_conv3x3_are_those_jax_derives(stride):
 
 
 def test_stacked_blocks_run_one_after_the_other_each_with_its_skip():
-    make = lambda rngs: layers.Block(layers.ResBlock(16, 8, 4, rngs=rngs))  # noqa: E731
+    make = lambda rngs: blocks.Block(blocks.ResBlock(16, 8, 4, rngs=rngs))  # noqa: E731
     stacked = layers.stack(make, 3, nnx.Rngs(0))
     graphdef, params = nnx.split(stacked)
     params = jax.tree.map(
@@ -121,7 +121,7 @@ def test_stacked_blocks_run_one_after_the_other_each_with_its_skip():
     )
     h = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
     skips = list(jax.random.normal(jax.random.key(1), (3, 1, 4, 4, 8)))
-    context = layers.Context(jnp.ones((1, 4)), None, None)
+    context = blocks.Context(jnp.ones((1, 4)), None, None)
     expected = []
     for i in range(3):
         block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
