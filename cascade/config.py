@@ -64,11 +64,12 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
         raise UserError(f"config {path}: defines no function config(); it must return the config")
     given, rest = {}, list(words)
     for name, parameter in inspect.signature(names["config"]).parameters.items():
-        value, rest = take(rest, f"--{name}")
+        flag = f"--{name.replace('_', '-')}"
+        value, rest = take(rest, flag)
         if value is not None:
             given[name] = value
         elif parameter.default is inspect.Parameter.empty:
-            raise UserError(f"config {path}: --{name} is missing; see the head of that file")
+            raise UserError(f"config {path}: {flag} is missing; see the head of that file")
     try:
         return names["config"](**given), rest
     except TypeError as e:  # an unknown or missing field of a dataclass
@@ -128,6 +129,10 @@ def parse(
         raise UserError(f"{prog}: {e}") from None
 
 
+trusted: list[str] = []
+"""Modules that `trust` has imported."""
+
+
 def trust(module: str) -> None:
     """Import a module of the reader's, whose config classes JSON may then name.
 
@@ -141,6 +146,7 @@ def trust(module: str) -> None:
         raise UserError(
             f"--trust {module}: {e}; name a module that lies here or is installed, without .py"
         ) from None
+    trusted.append(module)
 
 
 def to_json(config: Any) -> Any:
@@ -188,7 +194,7 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
 
 
 def read_json(path: Any) -> Any:
-    """Parse a JSON file; UserError when it is missing or is not JSON."""
+    """Parse a JSON file, here or in a bucket; UserError when it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -248,22 +254,18 @@ def _class_named(name: Any, expected: tuple[Any, ...], where: str) -> type:
             f"{where}.type names {name!r}, and reading a file imports no code but cascade's own; "
             f"if you trust that module, add --trust {module} (in Python, import it)"
         )
-    cls = None
+    cls: Any = None
     if module:
         with contextlib.suppress(ImportError):
             # Not getattr, for which a module may have code of its own that imports others.
             cls = vars(importlib.import_module(module)).get(cls_name)
-    fits = (
-        isinstance(cls, type)
-        and issubclass(cls, expected)
-        and dataclasses.is_dataclass(cls)
-        and cls.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(cls, type) and issubclass(cls, expected) and dataclasses.is_dataclass(cls):
+        kind: Any = cls
+        if kind.__dataclass_params__.frozen:
+            return kind
+    raise UserError(
+        f"{where}.type must be the qualified name of a {_names(expected)}, got {name!r}"
     )
-    if not fits:
-        raise UserError(
-            f"{where}.type must be the qualified name of a {_names(expected)}, got {name!r}"
-        )
-    return cls
 
 
 def _names(classes: tuple[Any, ...]) -> str:

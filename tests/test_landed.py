@@ -58,7 +58,9 @@ def test_a_model_draws_the_recorded_pictures(loaded, name):
     call = CALLS[name]
     model = loaded[call["model"]]
     lowres = call.get("lowres") and PICTURES[f"input_{call['lowres']}"]
-    chosen = model.select(until=call.get("until"), lowres=None if lowres is None else lowres.shape[:2])
+    chosen = model.select(
+        until=call.get("until"), lowres=None if lowres is None else lowres.shape[:2]
+    )
     stages = [stage.config for stage, _ in chosen]
     settings = []
     for stage, steps in zip(stages, call["steps"], strict=True):
@@ -188,7 +190,7 @@ def test_a_stages_run_goes_on_to_the_recorded_end(name):
     checkpoints.close()
     assert step == job.steps and from_json(Job, saved) == job
     losses = {str(row["images"]): row["loss"] for row in rows(name)}
-    print({k:(v, json.loads(Path("losses.json").read_text())[name][k]) for k,v in losses.items()})
+    print({k: (v, json.loads(Path("losses.json").read_text())[name][k]) for k, v in losses.items()})
     old = landed.old_path_of(job)
     found = {old(path).replace("/", "."): np.asarray(x) for path, x in leaves(weights)}
     assert_equal(found, f"{name}_end.safetensors")
@@ -197,7 +199,13 @@ def test_a_stages_run_goes_on_to_the_recorded_end(name):
 def assert_equal(found, file):
     expected = safetensors.numpy.load_file(file)
     assert found.keys() == expected.keys()
-    print({name: (np.abs(v-expected[name]).max(), np.abs(v).max()) for name, v in found.items() if (v!=expected[name]).any()})
+    print(
+        {
+            name: (np.abs(v - expected[name]).max(), np.abs(v).max())
+            for name, v in found.items()
+            if (v != expected[name]).any()
+        }
+    )
     for name, value in found.items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
@@ -216,7 +224,8 @@ def test_a_stages_run_is_exported_to_the_recorded_weights(name):
     if name == "lora_run":
         before = open_model("converted_if").read(stage, dtype="float32")
         for path, x in leaves(before):
-            if (found[n:=old(path).replace("/", ".")] == x).all(): del found[n]
+            if (found[n := old(path).replace("/", ".")] == x).all():
+                del found[n]
     assert_equal(found, f"{name}_half.safetensors")
 
 

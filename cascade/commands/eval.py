@@ -291,14 +291,14 @@ def _drawing(
 
     Those up to `until`; with `enlarging`, super-resolution stages alone.
     """
-    from cascade.commands import sample
+    from cascade.commands.sample import use_compilation_cache
     from cascade.evaluation.drawing import Drawing
     from cascade.evaluation.super_resolution import super_resolution_stages
     from cascade.runner.cascade import Cascade
     from cascade.runner.overrides import override
 
     if options.compilation_cache:
-        sample.use_compilation_cache()
+        use_compilation_cache()
     cascade = Cascade.load(options.model)
     chosen = cascade.stages if until is None else cascade.select(until=until)
     stages = [stage.config for stage, _ in chosen]

@@ -84,9 +84,11 @@ def drawing(
     tokens: length of each text. place: as in `Stage.sample`.
     """
     config = stage.config
-    examples = config.batch_shapes(b, tokens)
+    told: dict[str, Any] = {}
+    for condition in config.conditions:
+        told |= condition.shapes(config.space, b, tokens, None)
     given = jax.eval_shape(
-        lambda batch: {c.name: c.of_examples(batch) for c in config.conditions}, examples
+        lambda batch: {c.name: c.of_examples(batch) for c in config.conditions}, told
     )
     text = config.text
     inputs: dict[str, Any] = {

@@ -161,9 +161,8 @@ def _stage(value: dict[str, Any]) -> dict[str, Any]:
     if low is not None:
         lowres = {"type": f"{kinds}LowRes", "resolution": low, "residual": residual}
         conditions.append(lowres | ({} if augmentation is None else {"augmentation": augmentation}))
-    width = network.get(
-        "text_width", {"IFUNetConfig": 4096, "UpscalerUNetConfig": 1024}.get(network.get("type"), 0)
-    )
+    widths = {"IFUNetConfig": 4096, "UpscalerUNetConfig": 1024}
+    width = network.get("text_width", widths.get(str(network.get("type")), 0))
     if width:
         text = {"type": f"{kinds}Text", "width": width, "dropout": dropout}
         if not public:

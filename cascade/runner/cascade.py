@@ -192,8 +192,8 @@ class Cascade:
         batch_size = batch_size or default_batch_size()
         told = self._told([stage for stage, _ in stages], prompts, negative)
         runs = [
-            _Run(stage, params, place, *rest)
-            for (stage, params, place), *rest in zip(
+            _Run(*placed, chosen, steered, given)
+            for placed, chosen, steered, given in zip(
                 _split(stages, split_rows), settings, steering, told, strict=True
             )
         ]

@@ -8,7 +8,7 @@ init: a folder of `cascade convert deepfloyd`, or a stage's own folder, or its n
 Face hub. What it is decides the network; T5 and its 77 clean tokens come along. --rest puts the
 other stages of a model beside the trained one.
 The adapters are of rank 16, and the weights themselves stay as they are, in two bytes a parameter;
-`--rank 0 --optimizer.learning-rate 1e-5` trains all of them instead, in twenty bytes (float32
+`--lora-rank 0 --optimizer.learning-rate 1e-5` trains all of them instead, in twenty bytes (float32
 with its average, Adam's moments and gradients). T5-XXL is kept in int8, in 5.4 GB.
 Nobody has trained this file on the public weights, which are gated; its tests do on random ones.
 """
@@ -23,7 +23,7 @@ from cascade.training.stage_training import StageTraining
 from cascade.training.trainable import LoRA, Weights
 
 
-def config(init: str, rank: str = "16") -> StageTraining:
+def config(init: str, lora_rank: str = "16") -> StageTraining:
     model = open_model(init)
     stage = model.stages[0]
     network = dataclasses.replace(stage.network, compute_dtype="bfloat16", remat="nothing_saveable")
@@ -35,7 +35,7 @@ def config(init: str, rank: str = "16") -> StageTraining:
         captions=model.captions,
         text_int8=True,
         init=init,
-        trainable=LoRA(rank=int(rank)) if int(rank) else Weights(),
+        trainable=LoRA(rank=int(lora_rank)) if int(lora_rank) else Weights(),
         images=16_000,
         batch_size=16,
         optimizer=Optimizer(name="adamw", learning_rate=1e-4, warmup_images=800),

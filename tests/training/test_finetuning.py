@@ -84,7 +84,7 @@ def test_all_weights_learn_from_where_they_were(folder, loss_of):
 
 def test_lora_trains_beside_the_weights_and_merges_into_them(folder, loss_of, tmp_path, capsys):
     run, out, base = tmp_path / "run", tmp_path / "out", folder / "if"
-    words = [*("train", CONFIG, "--init", base, "--workdir", run, "--rank", 2)]
+    words = [*("train", CONFIG, "--init", base, "--workdir", run, "--lora-rank", 2)]
     words += ["--data.path", folder / "pictures", "--images", 160, "--batch-size", 8]
     words += ["--stage.network.compute-dtype", "float32", "--stage.network.remat", "False"]
     words += ["--optimizer.learning-rate", 0.1, "--preview-every-images", 0]
@@ -124,8 +124,8 @@ def test_lora_trains_beside_the_weights_and_merges_into_them(folder, loss_of, tm
     capsys.readouterr()
     for changes, message in (
         (["--init", str(other)], f"another config (init: {base} there, {other} here)"),
-        (["--rank", "3"], "another config (trainable.rank: 2 there, 3 here)"),
-        (["--rank", "0"], "another config (trainable.rank: 2 there, None here)"),
+        (["--lora-rank", "3"], "another config (trainable.rank: 2 there, 3 here)"),
+        (["--lora-rank", "0"], "another config (trainable.rank: 2 there, None here)"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*words[:2], *changes, *(w for w in _without(words[2:], changes[0]))])
@@ -148,7 +148,7 @@ def _without(words, flag):
 
 def test_the_second_stage_trains_beside_its_weights_and_goes_beside_the_first(folder, tmp_path):
     run, base = tmp_path / "run", folder / "if"
-    words = [*("train", CONFIG_2, "--init", base, "--workdir", run, "--rank", 2)]
+    words = [*("train", CONFIG_2, "--init", base, "--workdir", run, "--lora-rank", 2)]
     words += ["--data.path", folder / "pictures", "--images", 320, "--batch-size", 16]
     words += ["--stage.network.compute-dtype", "float32", "--stage.network.remat", "False"]
     words += ["--optimizer.learning-rate", 0.1, "--preview-every-images", 0]

@@ -122,6 +122,7 @@ class IFUNetConfig(NetworkConfig):
             )
 
     def build(self, widths: Widths, *, rngs: nnx.Rngs) -> IFUNet:
+        self.check(widths)
         return IFUNet(self, widths, rngs)
 
     @property
@@ -220,6 +221,12 @@ class IFUNet(nnx.Module):
                 f"IFUNetConfig), got {x.shape[1]}x{x.shape[2]}"
             )
         check_signals("IFUNetConfig", self.widths, x, signals)
+        levels = [vector.shape for vector in signals.vectors]
+        if levels != (wanted := [(len(x), 1)] * config.lowres):
+            raise ValueError(
+                f"IFUNetConfig.lowres is {config.lowres}: Signals.vectors, the noise on the "
+                f"low-resolution picture, must be {wanted or 'none'}, got {levels or 'none'}"
+            )
         x = jnp.concatenate([x, *(c.astype(x.dtype) for c in signals.channels)], axis=-1)
         return x, signals.tokens.astype(jnp.float32)
 
