@@ -231,7 +231,7 @@ def _from_object(expected: tuple[Any, ...], value: Any, where: str) -> Any:
     if "type" in value or len(expected) > 1:
         cls: Any = _class_named(value.get("type"), expected, where)
     else:
-        (cls,) = expected
+        cls = expected[0]
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     fields = {k: v for k, v in value.items() if k != "type"}

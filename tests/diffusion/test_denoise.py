@@ -172,10 +172,7 @@ def test_low_precision_images_are_thresholded_in_float32():
     [
         (lambda: Interval(low=3.0, high=2.0), "Interval.low"),
         (lambda: Oscillating(share=2.0), "Oscillating.share"),
-        (
-            lambda: PerStep(factors=(1.0,))(3.0, jnp.zeros(2), jnp.zeros(4)),
-            "as many as the steps, 4, got 1",
-        ),
+        (lambda: PerStep(factors=(1.0,))(3.0, jnp.zeros(2), jnp.zeros(4)), "as many as the steps, 4, got 1"),
     ],
 )
 def test_impossible_plans_are_refused_by_name(make, match):
