@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import io
@@ -64,11 +65,12 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
         raise UserError(f"config {path}: defines no function config(); it must return the config")
     given, rest = {}, list(words)
     for name, parameter in inspect.signature(names["config"]).parameters.items():
-        value, rest = take(rest, f"--{name}")
+        flag = f"--{name.replace('_', '-')}"
+        value, rest = take(rest, flag)
         if value is not None:
             given[name] = value
         elif parameter.default is inspect.Parameter.empty:
-            raise UserError(f"config {path}: --{name} is missing; see the head of that file")
+            raise UserError(f"config {path}: {flag} is missing; see the head of that file")
     try:
         return names["config"](**given), rest
     except TypeError as e:  # an unknown or missing field of a dataclass
@@ -116,6 +118,7 @@ def parse(
                 prog=prog,
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=_reflowing(),
                 **with_default,
             )
     except SystemExit as e:
@@ -126,6 +129,10 @@ def parse(
         raise
     except (ValueError, TypeError) as e:  # a dataclass refused its values
         raise UserError(f"{prog}: {e}") from None
+
+
+trusted: list[str] = []
+"""Modules that `trust` has imported."""
 
 
 def trust(module: str) -> None:
@@ -141,6 +148,7 @@ def trust(module: str) -> None:
         raise UserError(
             f"--trust {module}: {e}; name a module that lies here or is installed, without .py"
         ) from None
+    trusted.append(module)
 
 
 def to_json(config: Any) -> Any:
@@ -187,8 +195,8 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; UserError when it is missing or is not JSON."""
+def read_json(path: Any) -> Any:
+    """Parse a JSON file, here or in a bucket; UserError when it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -225,7 +233,7 @@ def _from_object(expected: tuple[Any, ...], value: Any, where: str) -> Any:
     if "type" in value or len(expected) > 1:
         cls: Any = _class_named(value.get("type"), expected, where)
     else:
-        (cls,) = expected
+        cls = next(iter(expected))
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     fields = {k: v for k, v in value.items() if k != "type"}
@@ -248,22 +256,18 @@ def _class_named(name: Any, expected: tuple[Any, ...], where: str) -> type:
             f"{where}.type names {name!r}, and reading a file imports no code but cascade's own; "
             f"if you trust that module, add --trust {module} (in Python, import it)"
         )
-    cls = None
+    cls: Any = None
     if module:
         with contextlib.suppress(ImportError):
             # Not getattr, for which a module may have code of its own that imports others.
             cls = vars(importlib.import_module(module)).get(cls_name)
-    fits = (
-        isinstance(cls, type)
-        and issubclass(cls, expected)
-        and dataclasses.is_dataclass(cls)
-        and cls.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(cls, type) and issubclass(cls, expected) and dataclasses.is_dataclass(cls):
+        kind: Any = cls
+        if kind.__dataclass_params__.frozen:
+            return kind
+    raise UserError(
+        f"{where}.type must be the qualified name of a {_names(expected)}, got {name!r}"
     )
-    if not fits:
-        raise UserError(
-            f"{where}.type must be the qualified name of a {_names(expected)}, got {name!r}"
-        )
-    return cls
 
 
 def _names(classes: tuple[Any, ...]) -> str:
@@ -279,6 +283,37 @@ def _may_be_imported(module: str) -> bool:
         return False
     file = Path(__file__).parent.joinpath(*parts)
     return file.with_suffix(".py").is_file() or (file / "__init__.py").is_file()
+
+
+def _reflowing() -> Any:
+    """tyro's own rules, but that a field's help is reflowed: tyro keeps a docstring's newlines."""
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec
+
+    registry, asking = ConstructorRegistry(), False
+
+    def flowed(help: Any) -> str | None:
+        text: Any = help() if callable(help) else help
+        return text and "\n\n".join(" ".join(p.split()) for p in text.split("\n\n"))
+
+    @registry.struct_rule
+    def rule(info: Any) -> StructConstructorSpec | None:
+        nonlocal asking
+        if asking:
+            return None  # which leaves it to tyro's rules
+        asking = True
+        try:
+            spec = registry.get_struct_spec(info)
+        finally:
+            asking = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        fields = [
+            dataclasses.replace(f, helptext=functools.partial(flowed, f.helptext))
+            for f in spec.fields
+        ]
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
 
 
 def _with_nearest_field(message: str, names: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures: uint8 <-> [-1, 1], the one pair of resizes used by data and sampling alike, grids, PNG.
+"""Pictures: uint8 <-> [-1, 1], the pair of resizes that data and sampling share, grids, PNG files.
 
 Low-resolution pictures are made by `downsample` (the mean over square blocks) and seen by a
 super-resolution network through `upsample` (bilinear, half-pixel centres). Training and sampling
@@ -22,7 +22,7 @@ from cascade.storage import paths
 
 
 def to_float(image: Any) -> Any:
-    """uint8 in 0..255 -> float32 in [-1, 1]; NumPy in, NumPy out, JAX in, JAX out."""
+    """uint8 in 0..255 -> float32 in [-1, 1], of the same shape, in NumPy or JAX as it came."""
     return image.astype("float32") / np.float32(127.5) - np.float32(1.0)
 
 
@@ -33,7 +33,10 @@ def to_uint8(image: Any) -> UInt8[np.ndarray, "*d"]:
 
 
 def downsample(image: Any, factor: int) -> Any:
-    """float [..., h, w, c] -> [..., h/factor, w/factor, c]: means over factor x factor blocks."""
+    """float [..., h, w, c] -> [..., h/factor, w/factor, c]: means over factor x factor blocks.
+
+    Raises ValueError unless `factor` divides both sides.
+    """
     *lead, h, w, c = image.shape
     if h % factor or w % factor:
         raise ValueError(f"downsample: the sides {h}x{w} must be multiples of factor={factor}")
@@ -52,7 +55,7 @@ def upsample(image: Float[Any, "b h w c"], size: tuple[int, int]) -> Any:
 def square(
     image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> UInt8[np.ndarray, "s s 3"]:
-    """Centre-crop a PIL picture to a square and resize it to `size`, antialiased."""
+    """Crop a PIL picture to its central square, and resize that to `size` pixels, antialiased."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -61,10 +64,11 @@ def square(
 
 
 def upsample_corners(x: Float[Any, "b h w c"], size: tuple[int, int]) -> Any:
-    """Bilinear enlargement that leaves the corner pixels where they are: -> [b, *size, c].
+    """[b, h, w, c] -> [b, *size, c], bilinear, with the corner pixels where they were.
 
-    Pixel i of the result lies at i (h - 1) / (size - 1), "align_corners" in PyTorch's terms. For
-    weights trained on such pictures (DeepFloyd IF); jax.image.resize aligns edges instead.
+    Row i of the result lies at row i (h - 1) / (size[0] - 1), and columns likewise: "align_corners"
+    in PyTorch's terms. Weights trained on such pictures need it (DeepFloyd IF); jax.image.resize
+    aligns edges instead.
     """
     import jax.numpy as jnp
 
@@ -82,9 +86,10 @@ def upsample_corners(x: Float[Any, "b h w c"], size: tuple[int, int]) -> Any:
 def grid(
     images: Sequence[Any] | np.ndarray, columns: int | None = None, gap: int = 2
 ) -> np.ndarray:
-    """Equal uint8 pictures [h, w, 3] -> one picture, row by row, `gap` white pixels between.
+    """Lay pictures uint8 [h, w, 3] of one size out in one, row by row, `gap` white pixels between.
 
-    columns: pictures in a row; None makes the grid as square as it can be.
+    columns: pictures in a row; None makes the grid as square as it can be. Raises ValueError for no
+    picture.
     """
     if len(images) == 0:
         raise ValueError("grid: needs at least one picture")
@@ -112,7 +117,7 @@ def save_png(
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Open a picture file as `decoded`. Raises UserError when it is missing or is not a picture."""
+    """Open a picture file as `decoded` does. Raises UserError unless it is there and a picture."""
     try:
         with paths.path(path).open("rb") as file:
             return decoded(file)
@@ -123,7 +128,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def decoded(file: Any) -> Image.Image:
-    """An open picture file as RGB, as people see it: turned as its EXIF says, on white."""
+    """Read an open picture file as people see it: in RGB, turned as its EXIF says, on white."""
     with Image.open(file) as image:
         turned = ImageOps.exif_transpose(image)
         if not turned.has_transparency_data:

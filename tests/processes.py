@@ -9,7 +9,10 @@ import socket
 ONE_DEVICE = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["cascade.training.loop", "cascade.runner.cascade", "cascade.commands.sample", "grain"]
+    [
+        *("cascade.training.loop", "cascade.training.stage_training"),
+        *("cascade.runner.cascade", "cascade.commands.sample", "grain"),
+    ]
 )
 
 

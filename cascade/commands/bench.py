@@ -27,7 +27,7 @@ PROMPT = "a small red circle above a big blue square on gray"
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Time `cascade sample` as a person meets it: whole processes, one prompt to the last stage.
+    """Time `cascade sample` as a person meets it: whole processes, one prompt, all stages.
 
     The first run starts with an empty compilation cache, the second one finds it filled.
     """
@@ -42,7 +42,7 @@ class SampleOptions:
 class TrainOptions:
     """Time the train step of a config on random pictures and text: no data, no text encoder.
 
-    --config FILE: as `cascade train` takes it, with its overrides (--batch-size 4), and with the
+    FILE is a config as `cascade train` takes it, with its overrides (--batch-size 4), and with the
     arguments of its function config(), such as the --init MODEL of configs/if/finetune_base64.py;
     weights are random, whatever that names. The mesh is the config's, over all devices. MFU counts
     the FLOPs of matrix products and convolutions, forward and backward, without what remat computes
@@ -59,8 +59,8 @@ class TrainOptions:
 class CompileOptions:
     """Time the compiler on a config's loss and its gradient, for one device of this machine.
 
-    Nothing is run and no parameter exists, so a stage of any size will do.
-    --config FILE: as for `cascade bench train`.
+    Nothing is run and no parameter exists, so a stage of any size will do. FILE is a config as for
+    `cascade bench train`.
     """
 
     tokens: int = 128
@@ -74,6 +74,7 @@ USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run `cascade bench` with the words after it. Raises UserError for a person's mistake."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
     elif argv[0] == "sample":
@@ -96,7 +97,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def bench_train(job: Job, options: TrainOptions) -> dict[str, Any]:
-    """Images a second and what follows from it, of the present machine."""
+    """Time the train step of a job on this machine: images a second, and what follows from it.
+
+    Returns the figures as JSON values. mfu is None on a device that is not in the table of chips.
+    Raises UserError for steps below 1, and for a batch that the mesh does not divide.
+    """
     import jax
 
     from cascade.devices import sharding
@@ -153,10 +158,11 @@ def bench_train(job: Job, options: TrainOptions) -> dict[str, Any]:
 
 
 def bench_compile(job: Job, options: CompileOptions) -> dict[str, Any]:
-    """Seconds to lower and to compile forward and backward, and the size of what is compiled.
+    """Time the lowering and the compilation of a job's loss and gradient, and tell their size.
 
-    cpu_seconds: of both together, over all cores, which other work on the machine does not stretch.
-    hlo_bytes: of the program's text; hlo_bytes_compiled: of its text once optimized.
+    Returns the figures as JSON values. cpu_seconds is the time of both together over all cores,
+    which other work on the machine does not stretch. hlo_bytes is the size of the program's text,
+    hlo_bytes_compiled that of its text once optimized.
     """
     import jax
 
@@ -185,12 +191,12 @@ def bench_compile(job: Job, options: CompileOptions) -> dict[str, Any]:
 
 
 def _rounded(value: float) -> float:
-    """To four digits, wherever they begin: a slow machine's figure is small, not nothing."""
+    """The value to four digits, wherever they begin: a slow machine's is small, not nothing."""
     return float(f"{value:.4g}")
 
 
 def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
-    """`cascade bench VERB --config FILE ...`, printed."""
+    """Do what `cascade bench VERB --config FILE ...` asks for, and print it."""
     from cascade.training.job import Job
 
     prog = f"cascade bench {argv[0]} --config FILE"
@@ -227,7 +233,10 @@ def _random_batch(job: Job, tokens: int) -> dict[str, Any]:
 
 
 def bench_sample(options: SampleOptions) -> dict[str, Any]:
-    """Seconds of a first and a second run, and the peak memory of the larger, in bytes."""
+    """Time a first and a second run of `cascade sample`, as JSON values.
+
+    peak_memory_bytes is that of the larger of the two. Raises UserError as the run does.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "cascade", "sample", options.prompt),

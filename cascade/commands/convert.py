@@ -22,8 +22,8 @@ USAGE = (
 class DeepFloydOptions:
     """Convert DeepFloyd IF from diffusers' pipelines to a model folder.
 
-    OUT gets config.json, one folder a stage (config.json, model.safetensors; in stage III also its
-    own text_encoder/ and tokenizer/) and text_encoder/. It must be new or empty. Weights pass
+    OUT gets config.json, one folder a stage (config.json, model.safetensors; stage III also its own
+    text_encoder/ and tokenizer/) and text_encoder/. It must be new or empty. Weights are converted
     tensor by tensor: memory for the largest one is enough.
     """
 
@@ -36,13 +36,14 @@ class DeepFloydOptions:
     stage3: str | None = None
     """A folder, or stabilityai/stable-diffusion-x4-upscaler: 256 to 1024 px."""
     text_encoder: str | None = None
-    """A folder, or a name on the Hugging Face hub, with T5 v1.1's encoder and spiece.model; default
-    is that of stage I."""
+    """A folder, or a name on the Hugging Face hub, with T5 v1.1's encoder and spiece.model; the
+    default is that of stage I."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """What weights are stored as; default is what they are stored as now."""
+    """What weights are stored as; the default is what they are stored as now."""
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run `cascade convert` with the words after it. Raises UserError for a person's mistake."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {USAGE}")
         return
@@ -53,7 +54,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def convert_deepfloyd(options: DeepFloydOptions) -> dict:
-    """Write the model folder; returns its config.json. It appears whole or not at all."""
+    """Write the model folder, which appears whole or not at all; returns its config.json.
+
+    Raises UserError where nothing is given to convert, or what is given is missing or damaged.
+    """
     from cascade.published.pipelines import Pipelines
     from cascade.runner.model_folder import VERSION
     from cascade.storage.paths import WholeFolder, write_json

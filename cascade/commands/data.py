@@ -32,32 +32,31 @@ class MakeOptions:
     """
 
     dir: Annotated[Path, tyro.conf.Positional]
+    """The folder to write."""
     count: int = 1000
     """Number of examples."""
     resolution: int = 64
     """Side of the pictures in pixels."""
     split: Split = "train"
-    """train, seen (the same distribution), unseen (held-out pairs of shape and colour), long (three
-    or four objects)."""
+    """The kind of scenes: train, seen (the same distribution), unseen (held-out pairs of shape and
+    colour) or long (three or four objects)."""
     seed: int = 0
-    """Which endless list of scenes."""
+    """Which endless list of scenes, 0 or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Draw a contact sheet of a dataset with its captions, and print its statistics as JSON.
-
-    SOURCE: `scenes` (rendered now), a folder of pictures with captions, or a folder of a TFDS
-    dataset.
-    """
+    """Draw a contact sheet of a dataset with its captions, and print its statistics as JSON."""
 
     source: Annotated[str, tyro.conf.Positional]
+    """The dataset: `scenes` (rendered now), a folder of pictures with captions, or a folder of a
+    TFDS dataset."""
     out: Path
-    """The PNG to write; refuses to replace a file."""
+    """The PNG to write, which must not exist yet."""
     split: str = "train"
     """The split of the scenes or of the TFDS dataset."""
     seed: int = 0
-    """Which endless list of scenes."""
+    """Which endless list of scenes, 0 or more."""
     count: int = 20
     """Number of pictures on the sheet."""
     resolution: int = 128
@@ -65,6 +64,7 @@ class InspectOptions:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run `cascade data` with the words after it. Raises UserError for a person's mistake."""
     argv = list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

@@ -16,7 +16,7 @@ from cascade.commands.sample import ByStage, Until
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
-    from cascade.evaluation.drawing import Drawing
+    from cascade.evaluation.drawer import Drawer
 
 USAGE = """usage: cascade eval {scenes,sr,sweep,properties} ...
 
@@ -53,7 +53,7 @@ class ScenesOptions(_TextOptions):
     """Draw prompts of the scenes grammar, read the pictures back, count the facts they show.
 
     A picture's shapes, colours, sizes, finishes, places and background are read by analysis alone.
-    On stdout: for each set and side, the shares of facts and of prompts wholly right, also by
+    On stdout are, for each set and side, the shares of facts and of prompts wholly right, also by
     category, with 95 % intervals. OUT gets index.html (every picture with its verdicts, the worst
     first), pictures/ and results.json. It must be new or empty.
     """
@@ -77,9 +77,9 @@ class ScenesOptions(_TextOptions):
 class SuperResolutionOptions(_TextOptions):
     """Let each super-resolution stage enlarge true small pictures of scenes.
 
-    On stdout, for each stage: PSNR against the render, sharpness (its share of the render's
-    gradient energy) and FD-proxy (a Fréchet distance on features of a random network; it is not
-    FID), next to bicubic enlargement.
+    On stdout are, for each stage and next to bicubic enlargement, PSNR against the render,
+    sharpness (the share of the render's gradient energy) and FD-proxy (a Fréchet distance on
+    features of a random network; it is not FID).
     """
 
     pictures: int = 100
@@ -103,9 +103,10 @@ class SweepOptions(_TextOptions):
     out: Path
     """The folder to write."""
     guidance: str = "1,2,4,8"
-    """Weights of classifier-free guidance in the base stage."""
+    """Weights of classifier-free guidance in the base stage, with commas between; 1 is none."""
     aug_level: str = "0,0.1,0.2,0.4"
-    """Noise on the low-resolution picture, 0 to 1, the same in all super-resolution stages."""
+    """Levels of noise on the low-resolution picture, 0 to 1, with commas between; each is that of
+    all super-resolution stages."""
     prompts: int = 100
     """Prompts drawn at each combination."""
     until: Until = None
@@ -114,24 +115,26 @@ class SweepOptions(_TextOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PropertiesOptions(_Options):
-    """Whether the mechanisms of an Imagen cascade do their work: six properties, three seeds.
+    """Measure whether the mechanisms of an Imagen cascade do their work.
 
-    (a) prompt-following grows with guidance; (b) shuffled captions fall to chance; (c) saturated
-    pixels: none > static > dynamic thresholding; (d) super-resolution trained with augmentation
-    survives a noisy small picture, without it does not (two small stages are trained for each seed:
-    this one is not about the model); (e) sensitivity to the prompt grows with the augmentation
-    level; (f) the last stage runs on larger images than its crops. On stdout: the figures of each
-    seed, and for each claim its margin; a claim holds from two standard errors, a property if all
-    of its claims do. A table on stderr.
+    Six properties are measured, with three seeds: (a) prompt-following grows with guidance; (b)
+    shuffled captions fall to chance; (c) saturated pixels are most without thresholding and fewest
+    with dynamic thresholding; (d) super-resolution trained with augmentation survives a noisy small
+    picture, and without it does not (two small stages are trained for each seed: this one is not
+    about the model); (e) sensitivity to the prompt grows with the augmentation level; (f) the last
+    stage runs on larger images than its crops. On stdout are the figures of each seed, and the
+    margin of each claim: a claim holds from two standard errors on, a property if all of its claims
+    do. A table is on stderr.
     """
 
     out: Path | None = None
     """A folder for results.json and properties.png; new or empty."""
     prompts: int = 128
-    """Prompts of each seed, a quarter of them for e and f; 8 or more."""
+    """Prompts of each seed, 8 or more; e and f take a quarter of them."""
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run `cascade eval` with the words after it. Raises UserError for a person's mistake."""
     argv = list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -145,14 +148,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
-    """Fills options.out; returns what goes to stdout."""
+    """Do `cascade eval scenes`: fill options.out, and return what goes to stdout."""
     _check(options, "--prompts", options.prompts)
     from cascade.evaluation import page, scenes
     from cascade.storage.paths import WholeFolder
 
     sets = page.SETS if options.set == "all" else (options.set,)
     with WholeFolder(options.out) as folder:
-        drawing = _drawing(
+        drawer = _drawer(
             options,
             guidance=options.guidance,
             aug_level=options.aug_level,
@@ -160,7 +163,7 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
         )
         with _progress(len(sets) * options.prompts) as advance:
             results, pictures = scenes.evaluate_scenes(
-                drawing,
+                drawer,
                 folder,
                 sets=sets,
                 prompts=options.prompts,
@@ -168,30 +171,30 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
                 until=options.until,
                 advance=advance,
             )
-        report = {**_described(options, drawing), "prompts": options.prompts, "sets": results}
+        report = {**_described(options, drawer), "prompts": options.prompts, "sets": results}
         _write(folder, {**report, "pictures": pictures})
     return report
 
 
 def evaluate_super_resolution(options: SuperResolutionOptions) -> dict[str, Any]:
-    """Fills options.out, if one is named; returns what goes to stdout."""
+    """Do `cascade eval sr`: fill options.out, if it is named, and return what goes to stdout."""
     _check(options, "--pictures", options.pictures, least=2)
     from cascade.evaluation import super_resolution
     from cascade.storage.paths import WholeFolder
 
     def run(folder: Path | None) -> dict[str, Any]:
-        drawing = _drawing(
+        drawer = _drawer(
             options, guidance=options.guidance, aug_level=options.aug_level, enlarging=True
         )
-        with _progress(len(drawing.settings) * options.pictures) as advance:
+        with _progress(len(drawer.settings) * options.pictures) as advance:
             results = super_resolution.evaluate_super_resolution(
-                drawing,
+                drawer,
                 pictures=options.pictures,
                 seed=options.seed,
                 folder=folder,
                 advance=advance,
             )
-        return {**_described(options, drawing), "stages": results}
+        return {**_described(options, drawer), "stages": results}
 
     if options.out is None:
         return run(None)
@@ -202,7 +205,7 @@ def evaluate_super_resolution(options: SuperResolutionOptions) -> dict[str, Any]
 
 
 def sweep(options: SweepOptions) -> dict[str, Any]:
-    """Fills options.out; returns what goes to stdout."""
+    """Do `cascade eval sweep`: fill options.out, and return what goes to stdout."""
     _check(options, "--prompts", options.prompts, least=2)
     guidance = _numbers("--guidance", options.guidance)
     aug_levels = _numbers("--aug-level", options.aug_level)
@@ -212,12 +215,12 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
     from cascade.storage.paths import WholeFolder
 
     with WholeFolder(options.out) as folder:
-        drawing = _drawing(options, until=options.until)
-        alone = len(drawing.cascade.select(until=options.until)) == 1
+        drawer = _drawer(options, until=options.until)
+        alone = len(drawer.cascade.select(until=options.until)) == 1
         rounds = len(guidance) * (1 if alone else 1 + len(aug_levels))
         with _progress(rounds * options.prompts) as advance:
             rows = sweeping.sweep(
-                drawing,
+                drawer,
                 folder,
                 guidance=guidance,
                 aug_levels=aug_levels,
@@ -226,35 +229,35 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
                 until=options.until,
                 advance=advance,
             )
-        report = {**_described(options, drawing), "prompts": options.prompts, "points": rows}
+        report = {**_described(options, drawer), "prompts": options.prompts, "points": rows}
         _write(folder, report)
     return report
 
 
 def properties(options: PropertiesOptions) -> dict[str, Any]:
-    """Fills options.out, if one is named; returns what goes to stdout."""
+    """Do `cascade eval properties`: fill options.out, if named, and return what goes to stdout."""
     _check(options, "--prompts", options.prompts, least=8, seeds=3)
     from cascade.evaluation import augmentation, scenes, super_resolution
     from cascade.evaluation import properties as measures
     from cascade.storage.paths import WholeFolder
 
     def run(folder: Path | None) -> dict[str, Any]:
-        drawing = _drawing(options)
-        scenes.check_sides(drawing, drawing.cascade.stages[0][0].config.resolution)
-        super_resolution.super_resolution_stages(drawing.cascade)
+        drawer = _drawer(options)
+        scenes.check_sides(drawer, drawer.cascade.stages[0][0].config.resolution)
+        super_resolution.super_resolution_stages(drawer.cascade)
         prompts = measures.prompts_of(options.seed, options.prompts)
         quarter = measures.quarter(prompts)
         with _progress(measures.drawings(prompts)) as advance:
-            a, b = measures.following(drawing, prompts, advance)
-            c = measures.saturation(drawing, prompts, advance)
-            e = measures.sensitivity(drawing, quarter, advance)
-            f = measures.larger_pictures(drawing, quarter, advance)
+            a, b = measures.following(drawer, prompts, advance)
+            c = measures.saturation(drawer, prompts, advance)
+            e = measures.sensitivity(drawer, quarter, advance)
+            f = measures.larger_pictures(drawer, quarter, advance)
         seeds = measures.seeds_of(options.seed, options.prompts)
         d = augmentation.augmentation(seeds, options.prompts)
         found = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f}
         print(measures.table(found), file=sys.stderr)
         report = {
-            **_described(options, drawing),
+            **_described(options, drawer),
             "prompts": options.prompts,
             "seeds": seeds,
             "holds": all(one.holds for one in found.values()),
@@ -279,47 +282,49 @@ _COMMANDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
 }
 
 
-def _drawing(
+def _drawer(
     options: _Options,
     *,
     guidance: str | None = None,
     aug_level: str | None = None,
     until: int | None = None,
     enlarging: bool = False,
-) -> Drawing:
-    """The model, with the command line's lists laid over the stages that draw.
+) -> Drawer:
+    """The model, with the command line's lists laid over the settings of the stages that draw.
 
-    Those up to `until`; with `enlarging`, super-resolution stages alone.
+    These are the stages up to `until`, or with `enlarging` the super-resolution stages alone.
     """
-    from cascade.commands import sample
-    from cascade.evaluation.drawing import Drawing
+    from cascade.commands.sample import use_compilation_cache
+    from cascade.evaluation.drawer import Drawer
     from cascade.evaluation.super_resolution import super_resolution_stages
     from cascade.runner.cascade import Cascade
+    from cascade.runner.overrides import override
 
     if options.compilation_cache:
-        sample.use_compilation_cache()
+        use_compilation_cache()
     cascade = Cascade.load(options.model)
     chosen = cascade.stages if until is None else cascade.select(until=until)
-    stages = [stage for stage, _ in chosen]
+    stages = [stage.config for stage, _ in chosen]
     if enlarging:
         names = [name for name, _, _ in super_resolution_stages(cascade)]
-        stages = [stage for stage in stages if stage.config.name in names]
-    lists = sample.Options(steps=options.steps, guidance=guidance, aug_level=aug_level)
-    settings = sample.override(stages, lists, [stage for stage, _ in cascade.stages])
-    return Drawing(
+        stages = [stage for stage in stages if stage.name in names]
+    every = [stage.config for stage, _ in cascade.stages]
+    lists = {"steps": options.steps, "guidance": guidance, "aug_level": aug_level}
+    settings = override(stages, every, **lists)
+    return Drawer(
         cascade=cascade,
-        settings={stage.config.name: s for stage, s in zip(stages, settings, strict=True)},
+        settings={stage.name: s for stage, s in zip(stages, settings, strict=True)},
         null_text_in_sr=isinstance(options, _TextOptions) and options.null_text_in_sr == "true",
     )
 
 
-def _described(options: _Options, drawing: Drawing) -> dict[str, Any]:
+def _described(options: _Options, drawer: Drawer) -> dict[str, Any]:
     return {
         "model": options.model,
-        "model_sha256": drawing.cascade.digest,
+        "model_sha256": drawer.cascade.digest,
         "seed": options.seed,
-        "null_text_in_sr": drawing.null_text_in_sr,
-        "settings": {name: config.to_json(s) for name, s in drawing.settings.items()},
+        "null_text_in_sr": drawer.null_text_in_sr,
+        "settings": {name: config.to_json(s) for name, s in drawer.settings.items()},
     }
 
 
@@ -330,7 +335,7 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], Any]]:
-    """A bar on stderr: pictures done, pictures a second, time left."""
+    """While entered, a bar on stderr tells pictures done, pictures a second and time left."""
     from tqdm import tqdm
 
     with tqdm(total=total, unit="picture", desc="evaluating", dynamic_ncols=True) as bar:
@@ -338,7 +343,7 @@ def _progress(total: int) -> Iterator[Callable[[], Any]]:
 
 
 def _check(options: _Options, flag: str, count: int, least: int = 1, seeds: int = 1) -> None:
-    """count: pictures of each of so many seeds."""
+    """Raise UserError unless there are `least` pictures for each seed, and all seeds are valid."""
     if count < least:
         raise UserError(f"{flag} must be {least} or more, got {count}")
     if not 0 <= options.seed <= 2**32 - seeds * count:

@@ -26,8 +26,8 @@ class Options:
     """Collect the EMA weights of trained stages into a model folder.
 
     DIR gets config.json, one folder a stage (config.json, model.safetensors) and text_encoder/; an
-    encoder from the Hugging Face hub is not copied but named.
-    It must be new or empty: nothing is overwritten.
+    encoder from the Hugging Face hub is not copied but named. It must be new or empty: nothing is
+    overwritten.
     """
 
     folders: Annotated[
@@ -38,14 +38,15 @@ class Options:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are stored as; they are used as float32."""
     rest: str | None = None
-    """A model, as `cascade sample --model` has it, whose other stages go beside the trained ones,
-    their weights as they are stored: the model that training began from, or one like it."""
+    """A model, as `cascade sample --model` names it, whose other stages are copied beside the
+    trained ones: the model that training began from, or one like it."""
     ema: float | None = None
-    """Instead of the usual average of the weights, the power-function average of this width, a part
-    of the run in (0, 0.2886], made of the snapshots that runs with ema_profiles have."""
+    """Width of a power-function average of the weights, as a share of the run in (0, 0.2886], that
+    replaces the usual average; it is made of the snapshots of runs with ema_profiles."""
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run `cascade export` with the words after it. Raises UserError for a person's mistake."""
     options = config.parse(Options, argv, prog="cascade export")
     if len(options.folders) < 2:
         raise UserError("give at least one WORKDIR of `cascade train`, then the DIR to write")
@@ -62,12 +63,12 @@ def export(
     ema: float | None = None,
     rest: str | None = None,
 ) -> dict:
-    """Write the model folder; returns what it holds, as JSON values.
+    """Write the model folder, which appears whole or not at all; returns its config as JSON values.
 
-    ema: None for the runs' own averages, or the width sigma_rel of one made from their snapshots.
-    rest: a model that gives the stages which no run has trained.
-    Raises UserError when a workdir is no run, or the stages do not make one cascade. `out` appears
-    whole or not at all.
+    workdirs: folders of runs, one a stage. dtype: what weights are stored as. ema: None takes the
+    runs' own averages; a number is the width sigma_rel of one made from their snapshots. rest: a
+    model that gives the stages which no run has trained. Raises UserError when a workdir is no run,
+    or the stages do not make one cascade.
     """
     from cascade.runner.cascade import check_chain
     from cascade.runner.model_folder import VERSION, open_model
@@ -124,7 +125,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Run:
-    """A run that is exported. weights: all of the stage's, averaged after `step` steps."""
+    """A run that is exported: its job, and all of the stage's weights, averaged at a step."""
 
     job: StageJob
     step: int
@@ -136,7 +137,7 @@ class _Run:
 
 
 def _run(workdir: paths.Path, sigma_rel: float | None) -> _Run:
-    """Read a run's averages. UserError unless the folder holds the run of a stage."""
+    """Read a run's averages. Raises UserError unless the folder holds the run of a stage."""
     from cascade.storage.checkpoint import Checkpoints
     from cascade.training.loop import frozen, saved_job, saved_weights
     from cascade.training.stage_training import StageJob
@@ -162,7 +163,7 @@ def _run(workdir: paths.Path, sigma_rel: float | None) -> _Run:
 
 
 def _reading(runs: Sequence[_Run]) -> Reading | None:
-    """How all the runs read texts. UserError where they do it in several ways."""
+    """How all the runs read texts. Raises UserError if they do it in several ways."""
     told = [
         ("different text encoders", "text_encoder", ", ".join),
         ("captions of {} tokens", "max_tokens", lambda values: str([int(v) for v in values])),
@@ -197,8 +198,10 @@ def _text_encoder(name):
 
 
 def _others(start: Any, reading: Reading | None, trained: Sequence[str]) -> list[StageConfig]:
-    """The stages of the model --rest that are not trained; UserError unless they read the text as
-    the runs do."""
+    """The stages of the model --rest that no run has trained.
+
+    Raises UserError unless they read the text as the runs do.
+    """
     from cascade.text.t5 import locate, read_config
 
     rest = start.name
@@ -220,7 +223,7 @@ def _others(start: Any, reading: Reading | None, trained: Sequence[str]) -> list
 
 
 def _reconstructed(workdir, job, last, sigma_rel):
-    """(step, weights): the average of this width after the newest snapshot, of all of them."""
+    """(step, weights) of the average of this width at the newest snapshot, made of all of them."""
     from cascade.published import landed
     from cascade.stage import Stage
     from cascade.storage.weights import load_safetensors

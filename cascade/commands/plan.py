@@ -37,7 +37,7 @@ figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, wh
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs `cascade plan` with the words after it. Raises UserError for a person's mistake."""
+    """Run `cascade plan` with the words after it. Raises UserError for a person's mistake."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return

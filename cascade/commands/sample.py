@@ -37,8 +37,8 @@ class Options:
     """Draw pictures from prompts.
 
     For picture 0000 this writes OUT/0000_64.png, OUT/0000_256.png, OUT/0000_1024.png and
-    OUT/0000.json (prompt, seed, every setting, versions, the model's hash), and OUT/grid.png when
-    there are several; one line of JSON on stdout for each. A folder that has pictures already is
+    OUT/0000.json (prompt, seed, every setting, versions, the model's hash), and a line of JSON on
+    stdout; for several pictures it writes OUT/grid.png too. A folder that has pictures already is
     continued. Lists such as --steps 16,4,2 go by stage, smallest first; one value is for all.
     Several processes, started as `cascade train --help` says, share the pictures among them.
     """
@@ -51,8 +51,8 @@ class Options:
     """A UTF-8 text file with one prompt a line, drawn after those given as words."""
     model: str = "scenes"
     """A model that ships (scenes), a folder that `cascade export` or `cascade convert` wrote, or
-    the folders (or Hugging Face names) of DeepFloyd IF's stages, with a comma between them; the
-    third is stable-diffusion-x4-upscaler."""
+    the folders (or Hugging Face names) of DeepFloyd IF's stages with a comma between them, the
+    third being stable-diffusion-x4-upscaler."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of DeepFloyd IF's and the upscaler's weights, and of all their computation, text
     encoders included."""
@@ -64,7 +64,7 @@ class Options:
     """Keep weights in the host's memory, and on the device only those of the text encoder or the
     stage at work: for models that are larger than the device."""
     out: Path = Path("samples")
-    """The folder to write into; made if it is missing. gs:// and s3:// names are understood."""
+    """The folder to write into, made if it is missing; gs:// and s3:// names are understood."""
     seed: int = 0
     """Seed of each prompt's first picture; the next ones count up."""
     num: int = 1
@@ -72,7 +72,7 @@ class Options:
     until: Until = None
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
     lowres: File = None
-    """Start from this 64 or 256 px picture: super-resolution only."""
+    """A picture of 64 or 256 px to start from: super-resolution stages alone draw."""
     steps: ByStage = None
     """Sampling steps, by stage: a number, or a list of DeepFloyd IF's such as smart50."""
     grid: ByStage = None
@@ -117,6 +117,7 @@ LISTS = (
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run `cascade sample` with the words after it. Raises UserError for a person's mistake."""
     tasks = that_have("SampleOptions")
     options = config.parse(_with_tasks(tasks), argv, prog="cascade sample")
     prompts = _prompts(options)
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _with_tasks(tasks: Mapping[str, Any]) -> Any:
-    """Options, with those that the tasks add beside its own flags."""
+    """Options, and beside its own flags those that the tasks add."""
     added = [
         (name, Annotated[own, tyro.conf.arg(name="")], field(default_factory=own))
         for name, own in tasks.items()
@@ -340,7 +341,7 @@ def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
 
 
 class _progress:
-    """A bar over (stage, picture) pairs, on stderr."""
+    """While entered, a bar on stderr tells how many (stage, picture) pairs are done."""
 
     def __init__(self, total: int, shown: bool):
         from tqdm import tqdm

@@ -33,6 +33,7 @@ STOPPED = 143
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run `cascade train` with the words after it. Raises UserError for a person's mistake."""
     argv = list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

@@ -1,14 +1,14 @@
 """How the low-resolution pictures that a super-resolution model trains on are degraded.
 
 A model trained on clean block means trusts them to the last detail, and enlarges whatever faults
-the stage below has left. Worse inputs teach it to repair: a little blur (Ho et al. 2021, "Cascaded
-Diffusion Models"; Ramesh et al. 2022, "Hierarchical Text-Conditional Image Generation with CLIP
-Latents"), or the random chain of blurs, resizes, noise and JPEG of Zhang et al. 2021 ("Designing a
-Practical Degradation Model for Deep Blind Image Super-Resolution"), BSR for short.
+the stage below has left. Degraded inputs teach it to repair: a little blur (Ho et al. 2021,
+"Cascaded Diffusion Models"; Ramesh et al. 2022, "Hierarchical Text-Conditional Image Generation
+with CLIP Latents"), or the random chain of blurs, resizes, noise and JPEG of Zhang et al. 2021
+("Designing a Practical Degradation Model for Deep Blind Image Super-Resolution"), BSR for short.
 
 All of it runs on the host, on pictures of levels 0..255, and is for training alone: sampling
-degrades nothing in this way. It is also not the Gaussian noise of conditioning augmentation, whose
-level the network is told and which comes on top.
+degrades nothing in this way. Nor is it the Gaussian noise of conditioning augmentation, which comes
+on top, and whose level the network is told.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Degradation:
 class Blur(Degradation):
     """Block means, and then on a share of the pictures a Gaussian blur.
 
-    The defaults are those of the cascades of Ho et al. 2021; Ramesh et al. 2022 have sigma 0.6,
-    always. Both cut the kernel off at 3 x 3, which at such widths loses 0.4% of it; here it reaches
-    to 3 sigma.
+    The defaults are those of Ho et al. 2021. Ramesh et al. 2022 blur every picture, with sigma 0.6.
+    Both cut the kernel off at 3 x 3, which at such widths loses 0.4% of it; here it reaches to
+    3 sigma.
     """
 
     sigma: tuple[float, float] = (0.4, 0.6)
@@ -93,12 +93,12 @@ class Blur(Degradation):
 class BSR(Degradation):
     """The degradation of Zhang et al. 2021, without its model of a camera's processing.
 
-    Blur, downsampling, noise and JPEG come in random order, and always JPEG at the end.
+    Blur, downsampling, noise and JPEG come in random order. JPEG always ends it.
     """
 
     light: bool = True
     """True takes the milder ranges of Rombach et al. 2022 ("High-Resolution Image Synthesis with
-    Latent Diffusion Models") for generated pictures, which are blurred once, not twice; False is
+    Latent Diffusion Models"), which suit generated pictures, and blurs once, not twice; False is
     for the repair of photographs from anywhere."""
 
     def degraded(
@@ -111,14 +111,14 @@ class BSR(Degradation):
 
 Method = Literal["bilinear", "bicubic", "area", "antialiased"]
 """A way to resize. "bilinear" and "bicubic" sample at the new pixels' centres, which aliases when a
-picture shrinks; "area" takes means over the new pixels; "antialiased" is bicubic, and is widened
-when a picture shrinks."""
+picture shrinks; "area" takes means over the new pixels; "antialiased" is bicubic with a kernel that
+is widened when a picture shrinks."""
 
 
 def gaussian_kernel(
     size: int, variances: tuple[float, float], *, angle: float = 0.0, shift: float = 0.0
 ) -> Float[np.ndarray, "s s"]:
-    """A normal density at the pixels of a square, with sum 1; axes (y, x).
+    """A normal density at the pixels of a square, [size, size] with axes (y, x) and sum 1.
 
     variances: those along the principal axes, in squared pixels; the first axis is turned from x
     towards y by `angle` radians. shift: how far the centre lies from the middle pixel, towards
@@ -177,7 +177,7 @@ def gaussian_noise(
 
 
 def jpeg(image: Float[np.ndarray, "h w 3"], quality: int) -> Float[np.ndarray, "h w 3"]:
-    """The picture, levels 0..255, after JPEG and back, with colour at half the resolution.
+    """The picture [h, w, 3], levels 0..255, after JPEG and back, its colour at half the resolution.
 
     quality: as in libjpeg, 1..95.
     """

@@ -1,4 +1,4 @@
-"""Looks at a dataset: a contact sheet, and statistics of its captions and pictures."""
+"""A look at a dataset: a contact sheet, and statistics of its captions and pictures."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from cascade.storage import paths
 def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) -> dict[str, Any]:
     """Write a contact sheet PNG of `count` examples, spread over the dataset, with their captions.
 
-    `out` may be in object storage. resolution: side of a picture in pixels. Returns statistics of
-    up to 500 examples, spread likewise, as JSON values. Raises UserError where `out` exists or its
-    folder does not, for a number that is not positive, and for a dataset as `Data.open` does.
+    out: the file to write, which may be in object storage. resolution: side of a picture in pixels.
+    Returns statistics of up to 500 examples, spread likewise, as JSON values. Raises UserError
+    where `out` exists or its folder does not, for a number that is not positive, and for a dataset
+    as `Data.open` does.
     """
     sheet = paths.path(out)
     if sheet.exists():
@@ -64,7 +65,7 @@ def dataset_in(source: str, split: str = "train") -> Data:
     """The configuration that reads a folder: TFDSData if it holds a TFDS dataset, else FolderData.
 
     split: which split of a TFDS dataset is meant. Raises UserError where the folder holds several
-    TFDS datasets, or lies inside of one.
+    TFDS datasets, or lies inside one.
     """
     folder = paths.path(source)
     # Up to NAME/CONFIG/VERSION; without **, which object storage does not have.

@@ -40,16 +40,19 @@ def batches(
 
     A batch holds `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `token_mask` bool [b, l]; for
     super-resolution (lowres_resolution given) also `lowres` uint8 [b, s/factor, s/factor, 3], the
-    mean over blocks of `image`. Here b is the number of rows, and s is `crop` or `resolution`.
+    means over blocks of `image`. Here b is the number of rows, and s is `crop` or `resolution`.
+
     resolution, lowres_resolution: sides of the whole pictures in pixels.
     crop: side in pixels of a random square of the picture, whose corner is a multiple of the
-    factor, so that lowres is a crop of the whole picture's; None takes whole pictures.
-    degradation: makes a degraded lowres instead of the means, drawn anew for every example.
-    batch_size: examples in a batch, of all processes together. rows: which rows of each batch this
-    process loads; None loads all. seed: decides the order of examples, crops and degradations, in
-    0..2**32-1; the dataset has its own.
-    workers: processes that prepare batches, which `tokenizer` must be picklable for; 0 uses threads
-    of this one.
+        factor, so that lowres is a crop of the whole picture's; None takes whole pictures.
+    degradation: makes a degraded lowres in place of the means, drawn anew for every example.
+    batch_size: examples in a batch, of all processes together.
+    seed: decides the order of examples, crops and degradations, in 0..2**32 - 1; the dataset has
+        its own.
+    rows: which rows of each batch this process loads; None loads all.
+    workers: processes that prepare batches, which must be able to pickle `tokenizer`; 0 uses
+        threads of this one.
+
     Raises ValueError for options that make no sense, and UserError for a dataset that is missing,
     makes no sense or is empty.
     """
@@ -80,7 +83,7 @@ def batches(
 class Batches(Iterator[Batch]):
     """An iterator over batches; its state is the number of examples taken by all processes so far.
 
-    So a run may resume with another number of processes, workers, or examples in a batch.
+    So a run may resume with another number of processes, of workers, or of examples in a batch.
     """
 
     def __init__(self, dataset: Any, *, examples: int, workers: int):
@@ -100,7 +103,7 @@ class Batches(Iterator[Batch]):
         return {"examples": self._step * self._examples}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go on from a state. Raises UserError unless it is a whole number of batches."""
+        """Go on from a state. Raises UserError if it is no whole number of batches."""
         step, rest = divmod(state["examples"], self._examples)
         if rest:
             raise UserError(

@@ -14,7 +14,9 @@ class Example(TypedDict):
     """A picture, levels 0..255, and its caption."""
 
     image: UInt8[np.ndarray, "s s 3"]
+    """The picture, a square."""
     caption: str
+    """What it shows, as the dataset has it."""
 
 
 class Source:
@@ -31,7 +33,7 @@ class Source:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index` in 0..len - 1. Raises UserError where its picture cannot be read."""
+        """Example `index` in 0..len - 1. Raises UserError if its picture cannot be read."""
         raise NotImplementedError
 
     def window(self, index: int, y: int, x: int, size: int) -> Example:

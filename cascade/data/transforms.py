@@ -15,8 +15,8 @@ from cascade.data.source import Source
 def block_means(image: UInt8[np.ndarray, "h w c"], factor: int) -> UInt8[np.ndarray, "h2 w2 c"]:
     """The means over blocks of factor x factor pixels, rounded: -> [h / factor, w / factor, c].
 
-    Equals `images.downsample` rounded to uint8, and is ten times as fast. `factor` must divide both
-    sides.
+    It equals `images.downsample` rounded to uint8, and is ten times as fast. `factor` must divide
+    both sides.
     """
     h, w, c = image.shape
     rows = image.reshape(h // factor, factor, w * c)
@@ -35,9 +35,9 @@ def check_resolutions(
 ) -> None:
     """Check that a picture of `resolution` pixels can be loaded as `LoadExample` does it.
 
-    Raises ValueError that names the field, with `prefix` ("TrainConfig.") before it: where a crop
-    or a degradation has no lowres_resolution, or where sides are no multiples of the factor between
-    the two resolutions.
+    Raises ValueError where a crop or a degradation has no lowres_resolution, and where sides are no
+    multiples of the factor between the two resolutions. It names the field, with `prefix`
+    ("StageTraining.") before it.
     """
     if lowres_resolution is None:
         for name, value in (("crop", crop), ("degradation", degradation)):
@@ -62,9 +62,10 @@ def check_resolutions(
 
 @dataclasses.dataclass(frozen=True)
 class LoadExample:
-    """Loads an example; for super-resolution crops it and adds `lowres`, its low resolution."""
+    """Loads an example. For super-resolution it crops it, and adds `lowres`, its low resolution."""
 
     source: Source
+    """The examples, at the resolution of the whole picture."""
     lowres_resolution: int | None
     """Side of the whole low-resolution picture in pixels; None for the example as it is."""
     crop: int | None
@@ -73,7 +74,7 @@ class LoadExample:
     """What makes `lowres`; None for plain means over blocks."""
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Example `index`; its crop and its degradation are drawn from `rng`."""
+        """Example `index`, of which crop and degradation are drawn from `rng`."""
         if self.lowres_resolution is None:
             return {**self.source[index]}
         factor = self.source.resolution // self.lowres_resolution

@@ -9,27 +9,29 @@ GiB, GB, T = 2.0**30, 1e9, 1e12
 
 @dataclass(frozen=True)
 class Chip:
-    """One line of the table below, whose header says what the columns are.
-
-    kinds: how JAX's `device_kind` of such a device may begin.
-    """
+    """One line of the table below."""
 
     name: str
+    """The short name, as `cascade plan --topology` takes it."""
     kinds: tuple[str, ...]
+    """How JAX's `device_kind` of such a device may begin."""
     flops: float
+    """Peak bfloat16 FLOPs a second, without sparsity."""
     hbm: float
+    """Bytes of memory: binary for TPUs (their compiler's limit is a little lower still) and decimal
+    for GPUs, as their makers mean them."""
     hbm_bandwidth: float
+    """Bytes a second between the chip and its memory."""
     interconnect: float
+    """Bytes a second that the chip sends over all its links together, in one direction: ICI within
+    a TPU slice, NVLink within a GPU server."""
 
 
-# Columns: name; kinds; flops (bfloat16, a second); hbm (bytes); hbm_bandwidth and interconnect
-# (bytes a second). Interconnect is what a chip sends over all its links together, in one direction:
-# ICI within a TPU slice, NVLink within a GPU server. Bytes of memory are binary for TPUs (their
-# compiler's limit is a little lower still) and decimal for GPUs, as their makers mean them.
+# Columns: name; kinds; flops; hbm; hbm_bandwidth; interconnect.
 #
 # TPUs: Google's pages on each generation (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e). A chip
-# counts as one device, its cores together. GPUs: NVIDIA's data sheets of the SXM forms, without
-# sparsity; the H100s of PCIe and NVL, which are slower, are not in the table.
+# counts as one device, its cores together. GPUs: NVIDIA's data sheets of the SXM forms; the H100s
+# of PCIe and NVL, which are slower, are not in the table.
 # fmt: off
 CHIPS = (
     Chip("v4",   ("TPU v4",),                275 * T,  32 * GiB, 1228 * GB, 300 * GB),

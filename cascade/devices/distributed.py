@@ -29,7 +29,7 @@ HEARTBEAT = 40
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """While entered, this process is one of all that run this command. JAX is started in here.
+    """While entered, this process is one of all that run this command. JAX starts in here.
 
     An error in one of several ends its process at once: to leave in the ordinary way it would wait
     for the others, which wait for it. They notice that it is gone, and end too.

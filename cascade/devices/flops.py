@@ -25,12 +25,12 @@ OPAQUE = ("pallas_call", "ffi_call", "ragged_dot_general")
 
 
 def count(fn: Callable[..., Any], *args: Any) -> float:
-    """FLOPs of one call fn(*args); nothing is computed.
+    """Count the FLOPs of one call fn(*args), which is traced and not run.
 
-    args: arrays or jax.ShapeDtypeStructs, in pytrees; other arguments belong into fn
-    (functools.partial). A conditional counts as its largest branch, one on the platform as the
-    default branch, which accelerators take. Raises ValueError where work cannot be counted: in a
-    while loop without a fixed trip count, in a kernel that is opaque to JAX.
+    args: arrays or jax.ShapeDtypeStructs, in pytrees; other arguments belong in fn
+    (functools.partial). A conditional counts as its largest branch, or if it is on the platform as
+    its default branch, which accelerators take. Raises ValueError where work cannot be counted: in
+    a while loop without a fixed trip count, and in a kernel that is opaque to JAX.
     """
     return _total(jax.make_jaxpr(fn)(*args).jaxpr)
 

@@ -54,18 +54,22 @@ RULES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1, which means all that are left."""
+    """Devices along each axis, 1 or more; one of them may be -1, which means all that are left."""
 
     data: int = -1
+    """Devices that hold copies of the parameters and share the batch."""
     fsdp: int = 1
+    """Devices that share the parameters and the batch."""
     tensor: int = 1
+    """Devices that share the channels between two layers, and have the batch whole."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices of all processes. Raises UserError when the numbers do not fit.
+    """Make a mesh over all devices of all processes, or over those given.
 
-    Neighbours along tensor, then fsdp, are the closest. TPU slices, which only the data-centre
-    network connects, are laid along data.
+    Neighbours along tensor are the closest, then those along fsdp. TPU slices, which only the
+    data-centre network connects, are laid along data. Raises UserError for numbers that do not fit
+    the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [config.data, config.fsdp, config.tensor]
@@ -97,24 +101,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The placement of an array that every device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis of every array of a batch is split over data and fsdp together."""
+    """The placement of a batch: the first axis of every array is split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a batch that this process's devices hold, ascending.
+    """The rows of a batch that this process's devices hold, ascending: int [rows].
 
-    Not always in one piece (a TPU host's chips are a square of the pod), and processes along the
-    tensor axis hold the same ones.
+    They are not always in one piece (a TPU host's chips are a square of the pod), and processes
+    along the tensor axis hold the same ones.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[i] for i in held.values()]))
@@ -172,11 +177,11 @@ def fetch(tree: Any) -> Any:
 
 
 def activations(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """(activation, role) -> the same, constrained to the mesh.
+    """A function (activation [b, ...], role) -> the same, constrained to the mesh.
 
     Roles (see models.layers.placed): `stream` has all its channels on every device of its part of
-    the batch; without saying so, XLA may split it like the weights and gather activations where
-    weights are smaller. `inner`'s channels are split over tensor.
+    the batch. Without saying so, XLA may split it like the weights, and gather activations where
+    weights are smaller. The channels of `inner` are split over tensor.
     """
     last = {"stream": None, "inner": "tensor"}
 
@@ -188,8 +193,10 @@ def activations(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
 
 
 def rows_mesh(count: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """The first `count` devices (None: of this process), to share every picture; UserError for
-    more than there are."""
+    """A mesh of the first `count` devices, which share every picture by its rows.
+
+    devices: None takes this process's. Raises UserError unless there are so many.
+    """
     devices = jax.local_devices() if devices is None else devices
     if not 1 <= count <= len(devices):
         raise UserError(f"split_rows={count}: must lie in 1..{len(devices)}, the devices here")
@@ -198,13 +205,15 @@ def rows_mesh(count: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 @dataclass(frozen=True)
 class ByRows:
-    """(activation, role) -> the same, its rows of pixels split over a `rows_mesh`.
+    """A function (activation, role) -> the same, its rows of pixels split over a `rows_mesh`.
 
-    Convolutions are then sent the neighbours' edges, norms sums alone, and attention to pixels all
-    keys. Where the rows do not divide, and in attention's lists of pixels, the compiler decides.
+    Convolutions are then sent the edges of their neighbours, norms are sent sums alone, and
+    attention to pixels is sent all keys. Where the rows do not divide, and in attention's lists of
+    pixels, the compiler decides.
     """
 
     mesh: Mesh
+    """The devices that share each picture, along one axis `rows`."""
 
     def __call__(self, x: jax.Array, role: str) -> jax.Array:
         if x.ndim != 4 or x.shape[1] % self.mesh.size:
@@ -215,7 +224,7 @@ class ByRows:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as text: `levels/0/blocks/conv1/kernel`."""
+    """A pytree path as text, such as `levels/0/blocks/conv1/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -33,16 +33,16 @@ Weight = float | int | Float[Array, ""] | Float[Array, " b"]
 class WithVariance:
     """A Denoiser that also gives the variance of a step, to the sampler that asks (`Ancestral`).
 
-    estimate: (x_t, logsnr) -> (x0_hat, gamma), both [b, *d] and float32. gamma says for every
-    coordinate where its log variance lies between the bounds of Ho et al. 2020: 0 is the posterior
-    variance given x0, 1 that of the forward process. It is not clipped to [0, 1].
-    Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15, where gamma is v.
+    Its gamma says for every coordinate where the log variance lies between the bounds of Ho et al.
+    2020: 0 is the posterior variance given x0, 1 that of the forward process. It is not clipped to
+    [0, 1]. Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15, where gamma is v.
     """
 
     estimate: Callable[
         [Float[Array, " b *d"], Float[Array, " b"]],
         tuple[Float[Array, " b *d"], Float[Array, " b *d"]],
     ]
+    """(x_t [b, *d], logsnr [b]) -> (x0_hat, gamma), both [b, *d] and float32."""
 
     def __call__(self, x_t: Float[Array, " b *d"], logsnr: Float[Array, " b"]) -> Array:
         """x0_hat alone."""
@@ -127,7 +127,9 @@ class Interval(GuidancePlan):
     """
 
     low: float = 0.28
+    """sigma / alpha at and below which there is no guidance, 0 or more."""
     high: float = 5.42
+    """sigma / alpha above which there is none, above low."""
 
     def __post_init__(self):
         if not 0 <= self.low < self.high:
@@ -143,12 +145,14 @@ class Oscillating(GuidancePlan):
     """w for the first share of the steps, then `low` and w by turns.
 
     A weight that over-saturates when all steps have it can be had in every other one. Ho et al.
-    2022 ("Imagen Video", sec. 3.4) go between 15 and 1; how many steps come first is not stated
-    there, a tenth is our choice.
+    2022 ("Imagen Video", sec. 3.4) go between 15 and 1.
     """
 
     low: float = 1.0
+    """The weight of every other step; 1 is no guidance."""
     share: float = 0.1
+    """Share of the steps, in [0, 1], that come first, all of weight w; a tenth is our choice, where
+    the paper states none."""
 
     def __post_init__(self):
         if not 0 <= self.share <= 1:
@@ -165,9 +169,10 @@ class Oscillating(GuidancePlan):
 
 @dataclass(frozen=True, kw_only=True)
 class PerStep(GuidancePlan):
-    """A factor on w for every step, noisiest first: its own weights with w = 1."""
+    """A factor on w for every step: weights of its own with w = 1."""
 
     factors: tuple[float, ...]
+    """One for each step, the noisiest first."""
 
     def check(self, steps):
         if len(self.factors) != steps:
@@ -210,16 +215,17 @@ def rescale(
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """How x0 estimates are brought back to [-1, 1], example by example; a function of x0.
-
-    kind: "static" clips, "dynamic" clips to a percentile and rescales, "none" does nothing (for
-        latents and embeddings, which have no range).
-    percentile, cap: see `dynamic_threshold`; only "dynamic" reads them.
-    """
+    """How x0 estimates are brought back to [-1, 1], example by example; a function of x0."""
 
     kind: Literal["none", "static", "dynamic"] = "dynamic"
+    """What is done: "static" clips, "dynamic" clips to a percentile and rescales, "none" leaves x0
+    as it is (for latents and embeddings, which have no range)."""
     percentile: float = 0.995
+    """Fraction, in (0, 1), of an example's |x0| that lies below what "dynamic" clips to; see
+    `dynamic_threshold`."""
     cap: float | None = None
+    """The largest |x0| that "dynamic" clips to, 1 or more; None is no bound. DeepFloyd IF's is 1.5,
+    with percentile .95."""
 
     def __post_init__(self):
         if self.kind not in ("none", "static", "dynamic"):

@@ -27,8 +27,10 @@ from cascade.diffusion.samplers import time_grid
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Subclasses are the grids: (steps, schedule) -> decreasing times [steps + 1], the last 0 but
-    where a grid says otherwise."""
+    """A function (steps, schedule) -> decreasing times [steps + 1]. Subclasses are the grids.
+
+    The last time is 0 unless a grid says otherwise.
+    """
 
     def check(self, steps: int) -> None:
         """Raise ValueError unless the grid can have so many steps."""
@@ -46,8 +48,10 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Grid):
-    """Equal steps of time (Saharia et al. 2022, App. A). Begins at 1, "trailing" in the terms of
-    Lin et al. 2023, as a ZeroTerminal schedule requires."""
+    """Equal steps of time (Saharia et al. 2022, App. A).
+
+    They begin at 1, "trailing" in the terms of Lin et al. 2023, as ZeroTerminal schedules require.
+    """
 
     def __call__(self, steps, schedule):
         return time_grid(steps)
@@ -66,13 +70,14 @@ class Quadratic(Grid):
 class EvenLogSNR(Grid):
     """Equal steps of log-SNR from `first` to `last`, then 0 (Lu et al. 2022, "DPM-Solver").
 
-    first, last: full log-SNRs, kept within the schedule's range. The ends of a cosine, 20 and -20,
-    would spend most steps where nothing happens; the defaults are those of Karras et al. 2022,
-    sigma / alpha from 80 to .002.
+    The ends of a cosine, 20 and -20, would spend most steps where nothing happens; the defaults are
+    those of Karras et al. 2022, sigma / alpha from 80 to .002.
     """
 
     first: float = -8.76
+    """Full log-SNR at the noisiest time, below last; kept within the schedule's range."""
     last: float = 12.43
+    """Full log-SNR at the last time before 0; kept within the schedule's range."""
 
     def __post_init__(self):
         if not self.first < self.last:
@@ -86,13 +91,15 @@ class EvenLogSNR(Grid):
 class Karras(Grid):
     """sigma / alpha to the power 1 / rho in equal steps, then 0.
 
-    first, last: values of sigma / alpha, kept within the schedule's range. Karras et al. 2022
-    ("EDM"), eq. 5.
+    Karras et al. 2022 ("EDM"), eq. 5.
     """
 
     first: float = 80.0
+    """sigma / alpha at the noisiest time, above last; kept within the schedule's range."""
     last: float = 0.002
+    """sigma / alpha at the last time before 0, above 0; kept within the schedule's range."""
     rho: float = 7.0
+    """Above 0: the larger, the shorter the steps near the clean end."""
 
     def __post_init__(self):
         if not 0 < self.last < self.first:
@@ -111,19 +118,20 @@ class Karras(Grid):
 class OnTable(Grid):
     """Equal steps over the entries of a table, entry i standing at t = (i + 1) / entries, then 0.
 
-    For networks that were trained at these times alone (`process.Discrete`).
-    spacing: "trailing" begins at the last entry, "leading" ends at the first one, and so begins
-        short of the noisiest: at 990 of 1000 in 100 steps. Lin et al. 2023 ("Common Diffusion Noise
-        Schedules and Sample Steps are Flawed"), table 2.
-    offset: added to every entry of "leading"; latent diffusion's public weights have 1.
-    ends_clean: False ends at the first entry in place of 0, in a picture that keeps its noise, as
-        those weights' DDIM does.
+    For networks that were trained at these times alone (`process.Discrete`). Lin et al. 2023
+    ("Common Diffusion Noise Schedules and Sample Steps are Flawed"), table 2.
     """
 
     spacing: Literal["leading", "trailing"] = "trailing"
+    """Which entries: "trailing" begins at the last one; "leading" ends at the first one, and so
+    begins short of the noisiest: at 990 of 1000 in 100 steps."""
     entries: int = 1000
+    """Entries of the table, and the most steps that there can be."""
     offset: int = 0
+    """Added to every entry of "leading"; latent diffusion's public weights have 1."""
     ends_clean: bool = True
+    """False ends at the first entry in place of 0, in a picture that keeps its noise, as the DDIM
+    of those public weights does."""
 
     def __post_init__(self):
         if self.spacing not in ("leading", "trailing"):
@@ -158,13 +166,14 @@ class Respaced(Grid):
 
     The table is cut into equal sections, the first at the clean end, and each is given its own
     number of entries, spread over the section with both its ends (Nichol & Dhariwal 2021, "Improved
-    DDPM", as published with the paper). fast27 is that of GLIDE (Nichol et al. 2022). The
-    name fixes the number of `steps`.
+    DDPM", as published with the paper). GLIDE has fast27 (Nichol et al. 2022). The name fixes the
+    number of `steps`.
     """
 
     name: Literal[
         "fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100"
     ]
+    """A list of `SECTIONS`."""
 
     def __post_init__(self):
         if self.name not in SECTIONS:
@@ -180,7 +189,7 @@ class Respaced(Grid):
 
     @property
     def entries(self) -> list[int]:
-        """Of a table of 1000, the noisiest first."""
+        """The entries kept of a table of 1000, the noisiest first."""
         counts = SECTIONS[self.name]
         sizes = [1000 // len(counts) + (i < 1000 % len(counts)) for i in range(len(counts))]
         chosen, start = [], 0

@@ -40,16 +40,15 @@ from cascade.diffusion.process import Prediction, Schedule, alpha_sigma, corrupt
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Which weight of equation (2) the error carries.
-
-    space: where the plain mean squared error is taken; the other weightings are the same in
-        every space, and do not read it.
-    gamma: the cap of min_snr, an SNR (not a log-SNR).
-    """
+    """Which weight of equation (2) the error carries."""
 
     space: Prediction = "v"
+    """Where the plain mean squared error is taken; the other weightings are the same in every
+    space, and do not read it."""
     weighting: Literal["plain", "min_snr", "truncated_snr", "debiased"] = "plain"
+    """Which line of equation (2): how the weight on the x0 error depends on the SNR."""
     gamma: float = 5.0
+    """The cap of min_snr, an SNR (not a log-SNR) above 0; 5 is that of Hang et al. 2023."""
 
     def __post_init__(self):
         if self.weighting not in ("plain", "min_snr", "truncated_snr", "debiased"):
@@ -85,16 +84,14 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedVariance:
-    """The hybrid loss of a network that predicts gamma of equation (3): plain + weight * bound.
-
-    steps: T, of the chain whose bound it is, and which training times are rounded up to.
-    weight: of the whole bound, in bits a coordinate, summed over T steps. With .001 and 1000 steps
-        (Nichol & Dhariwal 2021, sec. 3.2) a step's own term has weight 1: DeepFloyd IF's
-        "rescaled" loss.
-    """
+    """The hybrid loss of a network that predicts gamma of equation (3): plain + weight * bound."""
 
     steps: int = 1000
+    """T of the chain whose bound it is, 2 or more; training times are rounded up to its steps."""
     weight: float = 0.001
+    """Factor, above 0, on the whole bound, in bits a coordinate, summed over T steps. With .001 and
+    1000 steps (Nichol & Dhariwal 2021, sec. 3.2) a step's own term has weight 1: DeepFloyd IF's
+    "rescaled" loss."""
 
     def __post_init__(self):
         if self.steps < 2:

@@ -52,16 +52,18 @@ class Schedule:
 class Cosine(Schedule):
     """alpha = cos(pi t / 2) up to the ends, where log-SNR meets exactly logsnr_max and logsnr_min.
 
-    shift is added to log-SNR to compensate for resolution: `resolution_shift(256)` is -2.77, so
-    that 4x4 pixel averages of a 256 px image are as noisy as the pixels of a 64 px one. The range
-    stays [logsnr_min, logsnr_max] whatever the shift. Nichol & Dhariwal 2021 for the cosine (they
-    add an offset of .008 where we truncate, like Salimans & Ho 2022); Hoogeboom et al. 2023
-    ("simple diffusion") for the shift.
+    The range stays [logsnr_min, logsnr_max] whatever the shift. Nichol & Dhariwal 2021 for the
+    cosine (they add an offset of .008 where we truncate, like Salimans & Ho 2022); Hoogeboom et al.
+    2023 ("simple diffusion") for the shift.
     """
 
     logsnr_min: float = -20.0
+    """Full log-SNR at t=1, below logsnr_max."""
     logsnr_max: float = 20.0
+    """Full log-SNR at t=0."""
     shift: float = 0.0
+    """Added to log-SNR to compensate for resolution: `resolution_shift(256)` is -2.77, so that 4x4
+    pixel averages of a 256 px image are as noisy as the pixels of a 64 px one."""
 
     def __post_init__(self):
         if not self.logsnr_min < self.logsnr_max:
@@ -89,14 +91,18 @@ class InterpolatedCosine(Schedule):
 
     logsnr = (1 - t) Cosine(shift=shift_clean) + t Cosine(shift=shift_noise). Shifting the whole
     schedule noises fine detail away almost at once; here the noisy end alone has the level of a
-    large picture. At 512 px Hoogeboom et al. 2023 ("simple diffusion", sec. 3.1) go from
-    resolution_shift(512, reference=32) to resolution_shift(512, reference=256).
+    large picture. Hoogeboom et al. 2023 ("simple diffusion", sec. 3.1).
     """
 
     logsnr_min: float = -20.0
+    """Full log-SNR at t=1, below logsnr_max."""
     logsnr_max: float = 20.0
+    """Full log-SNR at t=0."""
     shift_clean: float
+    """The shift at t=0, as Cosine's; at 512 px theirs is resolution_shift(512, reference=32)."""
     shift_noise: float
+    """The shift at t=1, at most 6 above shift_clean; at 512 px theirs is
+    resolution_shift(512, reference=256)."""
 
     def __post_init__(self):
         Cosine(logsnr_min=self.logsnr_min, logsnr_max=self.logsnr_max)
@@ -120,14 +126,16 @@ class InterpolatedCosine(Schedule):
 class LinearVP(Schedule):
     """The variance-preserving process whose rate beta grows linearly in t.
 
-    log alpha^2 = -beta_min t - (beta_max - beta_min) t^2 / 2. beta_min=.1, beta_max=20 is the
-    continuous limit of 1000 steps with betas 1e-4 to .02 (Ho et al. 2020; Song et al. 2021,
-    "Score-Based Generative Modeling through SDEs", App. C). log-SNR is clipped to [-20, 20]: at
-    t=0 it would be infinite, and up to t=1e-7 above 20. It ends at -10.05.
+    log alpha^2 = -beta_min t - (beta_max - beta_min) t^2 / 2. The defaults are the continuous limit
+    of 1000 steps with betas 1e-4 to .02 (Ho et al. 2020; Song et al. 2021, "Score-Based Generative
+    Modeling through SDEs", App. C). log-SNR is clipped to [-20, 20]: at t=0 it would be infinite,
+    and up to t=1e-7 above 20. It ends at -10.05.
     """
 
     beta_min: float = 0.1
+    """The rate -d log(alpha^2) / dt at t=0, above 0."""
     beta_max: float = 20.0
+    """The rate at t=1, beta_min or more."""
 
     def __post_init__(self):
         if not 0 < self.beta_min <= self.beta_max:
@@ -148,14 +156,17 @@ class Sigmoid(Schedule):
     """alpha^2 falls with time along the logistic function between `start` and `end`.
 
     alpha^2 = (S(end) - S(u)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)),
-    u = start + t (end - start). A smaller tau is steeper in the middle. log-SNR is clipped to
-    [-20, 20], which it leaves at the two ends alone. Jabri et al. 2022 ("Scalable Adaptive
-    Computation for Iterative Generation"); Chen 2023 ("On the Importance of Noise Scheduling").
+    u = start + t (end - start). log-SNR is clipped to [-20, 20], which it leaves at the two ends
+    alone. Jabri et al. 2022 ("Scalable Adaptive Computation for Iterative Generation"); Chen 2023
+    ("On the Importance of Noise Scheduling").
     """
 
     start: float = -3.0
+    """u at t=0, below end."""
     end: float = 3.0
+    """u at t=1."""
     tau: float = 0.9
+    """The temperature, above 0: a smaller one is steeper in the middle."""
 
     def __post_init__(self):
         if not self.start < self.end:
@@ -179,17 +190,20 @@ class Sigmoid(Schedule):
 class Discrete(Schedule):
     """The table of a model trained at `steps` discrete times: entry i stands at t = (i+1) / steps.
 
-    betas: "linear", from `first` to `last` (Ho et al. 2020); "scaled linear", their roots linear
-        (Rombach et al. 2022, as published with the paper); or "cosine", from
-        alpha^2 = cos^2(pi/2 (t + .008) / 1.008) and at most .999 (Nichol & Dhariwal 2021).
     Between entries log-SNR is linear; at t=0, which no entry has, it is 20. Use it for weights
     trained on such a table; LinearVP and Cosine are what the tables sample.
     """
 
     betas: Literal["linear", "scaled linear", "cosine"] = "cosine"
+    """How the betas rise: "linear" from `first` to `last` (Ho et al. 2020); "scaled linear", their
+    roots linear (Rombach et al. 2022, as published with the paper); or "cosine", from
+    alpha^2 = cos^2(pi/2 (t + .008) / 1.008) and at most .999 (Nichol & Dhariwal 2021)."""
     steps: int = 1000
+    """Entries of the table, 2 or more."""
     first: float = 1e-4
+    """beta of the cleanest entry, in (0, last]; "cosine" does not read it."""
     last: float = 0.02
+    """beta of the noisiest entry, below 1; "cosine" does not read it."""
 
     def __post_init__(self):
         if self.betas not in ("linear", "scaled linear", "cosine"):
@@ -242,6 +256,7 @@ class ZeroTerminal(Schedule):
     """
 
     schedule: Schedule
+    """The schedule that leaves a trace of the picture at t=1."""
 
     @property
     def ends_in_noise(self) -> bool:

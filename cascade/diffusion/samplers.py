@@ -102,7 +102,7 @@ def invert_ddim(
     """Walk the grid of `sample` backwards: x0 -> the x at times[0] that DDIM(eta=0) takes to x0.
 
     Reconstruction is exact to first order in the step, with the same denoiser and the same times;
-    strong guidance spoils it. Song et al. 2021 ("Denoising Diffusion Implicit Models"), sec. 4.3;
+    strong guidance degrades it. Song et al. 2021 ("Denoising Diffusion Implicit Models"), sec. 4.3;
     Dhariwal & Nichol 2021, App. F.
     """
     logsnr = _grid(schedule, times, x0)[::-1]
@@ -159,14 +159,15 @@ class Ancestral(Step):
         x_s = r (alpha_s / alpha_t) x_t + (1 - r) alpha_s x0_hat + sqrt(1 - r) S noise
         r = exp(logsnr_t - logsnr_s),   S = sigma_s^(1 - gamma) sigma_t^gamma
 
-    gamma: 0 is the posterior variance given x0 (the least; exact for a single point), 1 that of
-        the forward process (the most; exact for data of unit variance). Imagen uses this sampler
-        and does not state its gamma; .3 is that of Video Diffusion Models (Ho et al. 2022).
-        "learned" takes it, for every coordinate, from a denoiser `WithVariance`.
-    Saharia et al. 2022, App. A; Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15.
+    Imagen uses this sampler, and does not state its gamma. Saharia et al. 2022, App. A;
+    Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15.
     """
 
     gamma: float | Literal["learned"] = 0.3
+    """In [0, 1]: 0 is the posterior variance given x0 (the least; exact for a single point), 1 that
+    of the forward process (the most; exact for data of unit variance), .3 the choice of Video
+    Diffusion Models (Ho et al. 2022). "learned" takes it, for every coordinate, from a denoiser
+    `WithVariance`."""
 
     def __post_init__(self):
         if self.gamma != "learned" and not (
@@ -200,12 +201,13 @@ class DDIM(Step):
         x_s = alpha_s x0_hat + sigma_s (sqrt(1 - c) eps_hat + sqrt(c) noise)
         c = eta^2 (1 - exp(logsnr_t - logsnr_s))
 
-    eta: 0 is deterministic, a first-order solver of the probability flow; 1 is Ancestral(gamma=0).
     Song et al. 2021 ("Denoising Diffusion Implicit Models"), eq. 12 and 16, where c sigma_s^2 is
     sigma_t^2.
     """
 
     eta: float = 0.0
+    """In [0, 1]: 0 is deterministic, a first-order solver of the probability flow; 1 is
+    Ancestral(gamma=0)."""
 
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
@@ -289,18 +291,20 @@ class Heun(Step):
     Karras et al. 2022 ("EDM", alg. 1) apply the rule in x / alpha over sigma / alpha, which has
     sin(phi_t - phi_s) alpha_s / alpha_t for phi_t - phi_s: the same for short steps, but it fails
     where alpha_t vanishes. The first of 16 cosine steps takes sigma / alpha from 22026 to 10, and
-    on Gaussian data of deviation .5 to 1 their rule ends 1 to 8 off, this one .005.
-
-    slope: in which variable the trapezoid rule is applied, "angle" or, as published, "noise".
-    churn: x_t is first noised on to sigma / alpha times 1 + churn, where its sigma / alpha lies in
-        churn_within (alg. 2); in [0, sqrt(2) - 1], their S_churn / N. The noise is multiplied by
-        churn_noise, to make up for what denoisers lose; 1.003 for ImageNet (table 5).
+    on Gaussian data of deviation .5 to 1 their rule ends 1 to 8 off, this one .005. Their churn
+    (alg. 2) noises x_t on before the step.
     """
 
     slope: Literal["angle", "noise"] = "angle"
+    """In which variable the trapezoid rule is applied: "angle", or "noise" as published."""
     churn: float = 0.0
+    """x_t is first noised on to sigma / alpha times 1 + churn, their S_churn / N; in
+    [0, sqrt(2) - 1]."""
     churn_within: tuple[float, float] = (0.05, 50.0)
+    """Least and largest sigma / alpha that are churned, in rising order from 0 or more."""
     churn_noise: float = 1.003
+    """Factor on the deviation of the noise that churning adds, to make up for what denoisers lose;
+    their value for ImageNet (table 5)."""
 
     def __post_init__(self):
         if self.slope not in ("angle", "noise"):

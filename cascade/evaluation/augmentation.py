@@ -1,8 +1,8 @@
-"""What noise conditioning augmentation is for: a stage that trained without it takes the faults of
-the small picture for the truth.
+"""Noise conditioning augmentation: does super-resolution survive a noisy small picture by it?
 
-Two small super-resolution stages are trained here for each seed, alike but for the augmentation,
-and are given clean and noisy small pictures (Saharia et al. 2022, sec. 2.4).
+A stage that trained without it takes the faults of the small picture for the truth. Two small
+super-resolution stages are trained here for each seed, alike but for the augmentation, and are
+given clean and noisy small pictures (Saharia et al. 2022, sec. 2.4).
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ from cascade.training import loop
 from cascade.training.job import Optimizer
 from cascade.training.stage_training import StageTraining
 
-LEVEL = 0.2  # of the noise on the small pictures
-IMAGES = 4_000  # that each stage is trained on
+LEVEL = 0.2  # augmentation level of the noise on the small pictures
+IMAGES = 4_000  # training examples of each stage
 
 Trained = tuple[Stage, Any]
 """A stage and its parameters."""
 
 
 def pair_of_configs(seed: int, count: int = IMAGES) -> tuple[StageTraining, StageTraining]:
-    """To train 16 -> 64 px on `count` pictures of scenes: with augmentation, and without."""
+    """Two trainings of 16 -> 64 px on `count` scenes each: with augmentation, and without."""
     augmented = StageTraining(
         stage=StageConfig(
             name="sr64",
@@ -81,7 +81,7 @@ def pair_of_configs(seed: int, count: int = IMAGES) -> tuple[StageTraining, Stag
 
 
 def trained(config: StageTraining, folder: Path) -> Trained:
-    """As `cascade train` does it, in `folder`; the averaged weights."""
+    """Train a stage in `folder`, as `cascade train` does: the stage, and its averaged weights."""
     if not loop.fit(config, folder):
         raise KeyboardInterrupt
     checkpoints = Checkpoints(folder)
@@ -91,8 +91,10 @@ def trained(config: StageTraining, folder: Path) -> Trained:
 
 
 def augmentation(seeds: Sequence[int], pictures: int) -> Property:
-    """Train two stages for each seed, in a folder that is gone afterwards, and see what `survival`
-    says; as many pictures a seed."""
+    """Train two stages for each seed, and see what `survival` says of them.
+
+    pictures: pictures drawn for each seed. The runs lie in a folder that is gone afterwards.
+    """
     pairs = []
     with tempfile.TemporaryDirectory(prefix="cascade-properties-") as folder:
         for seed in seeds:
@@ -108,11 +110,12 @@ def augmentation(seeds: Sequence[int], pictures: int) -> Property:
 def survival(
     pairs: Sequence[tuple[Trained, Trained]], seeds: Sequence[int], pictures: int
 ) -> Property:
-    """A stage trained with augmentation survives a noisy small picture, one without does not.
+    """The claim that a stage trained with augmentation survives noise, and one without does not.
 
-    pairs: with and without, for each seed. Both see noise of the same log-SNR in the way they know:
-    the first as alpha x + sigma eps and is told of it, the second as x + (sigma / alpha) eps, which
-    says as much and leaves the contrast alone. Chance is the bilinear enlargement of the latter.
+    pairs: the stages with and without, for each seed. Both see noise of the same log-SNR in the way
+    they know. The first sees alpha x + sigma eps, and is told the level; the second sees
+    x + (sigma / alpha) eps, which says as much and leaves the contrast alone. Chance is what the
+    second sees, bilinearly enlarged.
     """
     rows: dict[str, list[list[float]]] = {name: [] for name in _NAMES}
     for ((augmented, own), (plain, other)), seed in zip(pairs, seeds, strict=True):

@@ -24,9 +24,11 @@ class Judged:
     """One picture at all its sizes."""
 
     set: Set
+    """The set that its prompt is of."""
     seed: int
     """The seed that the picture was drawn with."""
     prompt: Caption
+    """What it was to show, and the facts in that."""
     files: dict[int, str]
     """Side in pixels -> file name, relative to the folder of results."""
     verdicts: dict[int, list[Verdict]]

@@ -1,7 +1,7 @@
 """Six properties that an Imagen cascade has if its mechanisms do their work, measured.
 
 Each is a set of claims (claims.py) about pictures of the same prompts, drawn from the same noise
-with one thing changed, for three seeds. What they claim is from Saharia et al. 2022: guidance
+with one thing changed, for three seeds. The claims are those of Saharia et al. 2022: guidance
 (sec. 2.2), thresholding (2.3), noise conditioning augmentation (2.4; see also augmentation.py), and
 a last stage without self-attention, trained on crops (2.5).
 
@@ -23,14 +23,12 @@ from cascade import images
 from cascade.data.transforms import block_means
 from cascade.diffusion.denoise import Threshold
 from cascade.evaluation.claims import Measured, Property, above, alike
-from cascade.evaluation.drawing import Drawing
-from cascade.models import EfficientUNetConfig
+from cascade.evaluation.drawer import Drawer
 from cascade.scenes.captions import Caption, caption_at
 from cascade.scenes.judge import verdicts
 from cascade.scenes.reading import Reading, read
 from cascade.scenes.render import render
 from cascade.scenes.spec import Scene
-from cascade.stage import TextInput
 
 SEEDS = 3
 PLAIN_GUIDANCE = 4.0  # for a base stage whose own settings have none
@@ -38,7 +36,7 @@ SATURATING = 32.0  # Imagen's sweep ends at 10; scenes' colours, 16 to 242, take
 THRESHOLDS = tuple(Threshold(kind=kind) for kind in ("none", "static", "dynamic"))
 LEVELS = (0.0, 0.5, 1.0)  # of augmentation, in shares of the highest that a stage was trained for
 SLACK = 0.05  # scores, shares of facts, that differ by less are as good as equal
-CROP = 4  # a crop's side goes so often into the picture's (Imagen: crops of 256 from 1024 px)
+CROP = 4  # the picture's side over a crop's (Imagen: crops of 256 from 1024 px)
 EQUAL = (
     2.55  # levels of 8 bits, 1 % of the range; statistics of pixels that differ by less are equal
 )
@@ -52,8 +50,11 @@ class Prompt:
     """A scene, its caption, and the seed of the picture that is drawn of it."""
 
     scene: Scene
+    """What the picture is to show."""
     said: Caption
+    """What the model is told of it."""
     seed: int
+    """The seed of the picture's noise, in 0..2**32 - 1."""
 
 
 Prompts = Sequence[Sequence[Prompt]]
@@ -66,7 +67,7 @@ def seeds_of(seed: int, prompts: int) -> list[int]:
 
 
 def prompts_of(seed: int, prompts: int) -> Prompts:
-    """For each seed S of a run, those of `cascade eval scenes --seed S`."""
+    """The prompts of a run: for each seed S of it, those of `cascade eval scenes --seed S`."""
     found = []
     for one in seeds_of(seed, prompts):
         pairs = [caption_at(one, i, "seen") for i in range(prompts)]
@@ -76,12 +77,12 @@ def prompts_of(seed: int, prompts: int) -> Prompts:
     return found
 
 
-def weights_of(drawing: Drawing) -> tuple[float, float, float]:
-    """The guidance weights of `following`: 1, the highest, and their mean between them.
+def weights_of(drawer: Drawer) -> tuple[float, float, float]:
+    """The guidance weights of `following`: 1, the mean of 1 and the highest, and the highest.
 
     The highest is that of the base stage's settings, or PLAIN_GUIDANCE where these have none.
     """
-    own = drawing.settings[drawing.cascade.stages[0][0].config.name].guidance
+    own = drawer.settings[drawer.cascade.stages[0][0].config.name].guidance
     last = own if own > 1 else PLAIN_GUIDANCE
     return 1.0, (1 + last) / 2, last
 
@@ -92,27 +93,29 @@ def quarter(prompts: Prompts) -> Prompts:
 
 
 def drawings(prompts: Prompts) -> int:
-    """How often the measures below call `advance`: `sensitivity` and `larger_pictures` with a
-    quarter of the prompts, the others with all."""
+    """How often the measures below call `advance`, all together.
+
+    `sensitivity` and `larger_pictures` are given a `quarter` of the prompts, the others all.
+    """
     each = [(prompts, 3 + len(THRESHOLDS)), (quarter(prompts), 2 * len(LEVELS) + 3)]
     return sum(times * len(row) for rows, times in each for row in rows)
 
 
 def following(
-    drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None
+    drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None
 ) -> tuple[Property, Property]:
-    """Pictures show more of their prompt with guidance than without; and of other prompts, no more
-    than chance, which is what true pictures show of other prompts. Both are of the same pictures.
+    """Two properties: guided pictures show more of their prompt, and of other prompts only chance.
 
-    The weight goes from 1, none, to that of the base stage's settings by way of their mean. Scores
-    level off somewhere, as guidance takes its toll of the pictures: from the mean on, they need not
-    rise, but may not fall.
+    Both are measured on the same pictures, of the base stage. Chance is what true pictures show of
+    other prompts. The guidance weight goes through `weights_of`. Scores level off somewhere, as
+    guidance takes its toll of the pictures: from the middle weight on they need not rise, but may
+    not fall. advance: called after each picture.
     """
-    base = drawing.cascade.stages[0][0].config
-    weights = weights_of(drawing)
+    base = drawer.cascade.stages[0][0].config
+    weights = weights_of(drawer)
     readings: dict[float, list[list[Reading]]] = {}
     for w in weights:
-        draw = drawing.replaced([base.name], guidance=w)
+        draw = drawer.replaced([base.name], guidance=w)
         readings[w] = _each(prompts, lambda p, draw=draw: read(_base(draw, p)), advance)
     true = _each(prompts, lambda p: read(render(p.scene, base.resolution)))
     own = {w: _own_score(found, prompts) for w, found in readings.items()}
@@ -152,13 +155,16 @@ def following(
     return grows, falls
 
 
-def saturation(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None) -> Property:
-    """Strong guidance drives pixels to the ends of the range; static thresholding less than none,
-    dynamic least. Chance is the share of such pixels in true pictures."""
-    base = drawing.cascade.stages[0][0].config
+def saturation(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None) -> Property:
+    """Strong guidance drives pixels to the ends of the range, unless they are thresholded.
+
+    Without thresholding it drives the most there, with dynamic thresholding the fewest. Chance is
+    the share of such pixels in true pictures. advance: called after each picture.
+    """
+    base = drawer.cascade.stages[0][0].config
     shares = {}
     for threshold in THRESHOLDS:
-        draw = drawing.replaced([base.name], guidance=SATURATING, threshold=threshold)
+        draw = drawer.replaced([base.name], guidance=SATURATING, threshold=threshold)
         shares[threshold.kind] = _measured(
             prompts, lambda p, draw=draw: _saturated(_base(draw, p)), advance
         )
@@ -177,20 +183,21 @@ def saturation(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: No
     )
 
 
-def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None) -> Property:
+def sensitivity(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None) -> Property:
     """The more noise on the small picture, the more a super-resolution stage goes by its prompt.
 
     It is measured on the first such stage, which enlarges true small pictures twice: with their own
-    prompt and with another's. Chance is the response to the same prompt twice. Little noise hides
-    little, so the response need not rise at once: up to the mean of the levels it may not fall, and
-    at the highest it must be above that of both others.
+    prompt and with another's. Chance is the response to the same prompt twice, which is 0. Little
+    noise hides little, so the response need not rise at once: up to the middle level it may not
+    fall, and at the highest it must be above that of both others. advance: called after each
+    picture.
     """
-    stage = next(s.config for s, _ in drawing.cascade.stages if s.config.lowres is not None)
+    stage = next(s.config for s, _ in drawer.cascade.stages if s.config.lowres is not None)
     lowres: Any = stage.lowres
     side, factor = stage.resolution, stage.resolution // (stage.lowres_resolution or 1)
     changes = {}
     for level in (share * lowres.augmentation.max_level for share in LEVELS):
-        draw = drawing.replaced([stage.name], aug_level=level)
+        draw = drawer.replaced([stage.name], aug_level=level)
 
         def change(prompt: Prompt, other: Prompt, draw=draw) -> float:
             lowres = block_means(render(prompt.scene, side), factor)
@@ -222,36 +229,29 @@ def sensitivity(drawing: Drawing, prompts: Prompts, advance: Advance = lambda: N
     )
 
 
-def larger_pictures(
-    drawing: Drawing, prompts: Prompts, advance: Advance = lambda: None
-) -> Property:
+def larger_pictures(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None) -> Property:
     """The last stage draws pictures of twice the side of its crops as well as crops.
 
     It enlarges the centre of true small pictures at both sizes, the crop twice, with other noise.
-    The inner half of the crop is compared with the same place in the larger picture: its error,
-    mean and standard deviation; and by how much the larger picture differs from a crop, against by
-    how much two crops do, which is what noise alone makes, and chance here.
+    The inner half of the crop is compared with the same place in the larger picture by its error,
+    mean and standard deviation. Also, the larger picture may not differ more from a crop than two
+    crops do from each other, by noise alone: that is chance here. advance: called after each
+    picture.
     """
-    stage, params = drawing.cascade.stages[-1]
-    config, settings = stage.config, drawing.settings[stage.config.name]
+    stage, params = drawer.cascade.stages[-1]
+    config, settings = stage.config, drawer.settings[stage.config.name]
     factor = config.resolution // (config.lowres_resolution or 1)
     crop = config.resolution // CROP // factor * factor
     inner = crop // 2
 
     def enlarged(prompt: Prompt, lowres: np.ndarray, number: int) -> np.ndarray:
-        encoder: Any = drawing.cascade.encoder
-        text = encoder([prompt.said.text])
-        key = jax.random.fold_in(jax.random.key(prompt.seed), number)
-        drawn = stage.sample(
-            params,
-            {
-                "text": TextInput(text.values, text.mask),
-                "lowres": (images.to_float(lowres)[None],),
-            },
-            key[None],
-            settings=settings,
-            sides=(factor * len(lowres),) * 2,
-        )
+        encoder: Any = drawer.cascade.encoder
+        small, given = images.to_float(lowres)[None], {}
+        for condition in config.conditions:
+            told = condition.of_prompts([prompt.said.text], encoder)
+            given[condition.name] = condition.of_lowres(small) if told is None else told
+        key, side = jax.random.fold_in(jax.random.key(prompt.seed), number), factor * len(lowres)
+        drawn = stage.sample(params, given, key[None], settings=settings, sides=(side, side))
         advance()
         return images.to_uint8(drawn)[0]
 
@@ -275,7 +275,7 @@ def larger_pictures(
 
     rows = _each(prompts, statistics)
     figures = {name: np.array([[one[name] for one in row] for row in rows]) for name in rows[0][0]}
-    attention = "without" if _without_attention(config.network) else "with"
+    attention = "with" if config.network.attends_to_itself else "without"
     apart, chance = figures["larger from crop"], figures["crop from crop"]
     return Property(
         title=f"{config.name} runs on larger images than its crops",
@@ -302,7 +302,7 @@ def larger_pictures(
 
 
 def table(properties: Mapping[str, Property]) -> str:
-    """For people: a line for each property, one for each of its claims."""
+    """The properties as text for people: a line for each, and one for each of its claims."""
     lines = []
     for name, one in properties.items():
         lines.append(f"({name}) {'holds' if one.holds else 'DOES NOT HOLD'}: {one.title}")
@@ -316,8 +316,10 @@ def table(properties: Mapping[str, Property]) -> str:
 
 
 def plot(path: Path, properties: Mapping[str, Property]) -> None:
-    """A panel for each property: its figures, a dot for each seed, a bar at the mean, chance as a
-    dashed line."""
+    """Write a PNG with a panel for each property.
+
+    It shows its figures, a dot for each seed, a bar at the mean, and chance as a dashed line.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 8), layout="constrained")
@@ -338,7 +340,7 @@ def plot(path: Path, properties: Mapping[str, Property]) -> None:
 
 
 def _apart(a: Picture, b: Picture) -> float:
-    """The mean absolute difference, in levels of 8 bits."""
+    """The mean absolute difference in levels of 8 bits."""
     return float(np.abs(a.astype(np.float64) - b).mean())
 
 
@@ -352,7 +354,7 @@ _STATISTICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 def _each(
     prompts: Prompts, measure: Callable[[Prompt], Any], advance: Advance = lambda: None
 ) -> list[list[Any]]:
-    """[seeds][prompts] of what `measure` gives; advance: called after each."""
+    """What `measure` gives for each prompt, [seeds][prompts]; `advance` is called after each."""
     rows = []
     for row in prompts:
         rows.append([])
@@ -368,7 +370,7 @@ def _measured(
     return np.array(_each(prompts, measure, advance))
 
 
-def _base(draw: Drawing, prompt: Prompt) -> Picture:
+def _base(draw: Drawer, prompt: Prompt) -> Picture:
     side = draw.cascade.stages[0][0].config.resolution
     return draw(prompt.said.text, prompt.seed, until=side)[side]
 
@@ -406,8 +408,3 @@ def _centre(picture: UInt8[np.ndarray, "s s 3"], side: int) -> UInt8[np.ndarray,
 
 def _saturated(picture: Picture) -> float:
     return float(np.mean((picture == 0) | (picture == 255)))
-
-
-def _without_attention(network: Any) -> bool:
-    efficient = isinstance(network, EfficientUNetConfig)
-    return efficient and not any(level.self_attention for level in network.levels)

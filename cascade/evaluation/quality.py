@@ -24,42 +24,44 @@ WIDTHS = (16, 24, 32, 48)  # of the random network's layers, each at half the si
 
 
 def psnr(picture: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"]) -> float:
-    """Peak signal-to-noise ratio in dB, of 8-bit values; inf for equal pictures."""
+    """The peak signal-to-noise ratio in dB, of 8-bit values; inf for equal pictures."""
     error = float(np.mean((picture.astype(np.float32) - truth) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def gradient_energy(picture: UInt8[np.ndarray, "h w 3"]) -> float:
-    """Sum of squared differences between neighbours, along both axes."""
+    """The sum of squared differences between neighbours along both axes, in squared levels."""
     picture = picture.astype(np.float32)
     return float(sum((np.diff(picture, axis=axis) ** 2).sum() for axis in (0, 1)))
 
 
 def bicubic(picture: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
-    """Enlarge by bicubic interpolation: what super-resolution has to beat."""
+    """Enlarge to `side` pixels squared, bicubically: what super-resolution has to beat."""
     return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def features(pictures: Iterable[UInt8[np.ndarray, "s s 3"]]) -> Float[np.ndarray, "n d"]:
-    """Mean activations of each layer of the random network, for pictures of one size."""
+    """The mean activations of all layers of the random network, for n pictures of one size."""
     return np.stack([np.asarray(_features(picture), np.float64) for picture in pictures])
 
 
 def fd_proxy(
     pictures: Sequence[UInt8[np.ndarray, "s s 3"]], truths: Sequence[UInt8[np.ndarray, "s s 3"]]
 ) -> float:
-    """FD-proxy of two sets of pictures; smaller is closer. Needs two pictures in each.
+    """FD-proxy of two sets of pictures, 0 or more; smaller is closer.
 
-    Biased upwards for small sets: compare only distances of sets of equal numbers.
+    It is biased upwards for small sets: compare only distances of sets of equal numbers. Raises
+    ValueError unless each has two pictures or more.
     """
     return frechet_distance(features(pictures), features(truths))
 
 
 def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """Between Gaussians with the means and covariances of the rows of `a` and `b`; float64.
+    """The squared Fréchet distance between Gaussians fitted to the rows of `a` and of `b`.
 
-    The trace of the square root comes from the eigenvalues of a symmetric matrix, so that it stays
-    real where covariances are singular (fewer rows than columns).
+    It is computed in float64. The trace of the square root comes from the eigenvalues of a
+    symmetric matrix, so that it stays real where covariances are singular (fewer rows than
+    columns). Raises ValueError for fewer than two rows. Heusel et al. 2017.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"each set must have two rows or more, got {len(a)} and {len(b)}")
@@ -74,7 +76,7 @@ def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -
 
 @functools.cache
 def _weights() -> list[np.ndarray]:
-    """He-uniform 3x3 kernels."""
+    """The network's kernels [3, 3, in, out], He-uniform."""
     bits, channels, kernels = np.random.PCG64(0), (3, *WIDTHS), []
     for i, o in zip(channels, channels[1:], strict=False):
         # From raw bits, since NumPy may change how its Generators make floats of them.

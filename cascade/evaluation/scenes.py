@@ -8,7 +8,7 @@ from typing import Any
 from cascade import images
 from cascade.errors import UserError
 from cascade.evaluation import page
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.evaluation.page import Judged, Set
 from cascade.scenes.captions import caption_at
 from cascade.scenes.judge import judge, summary
@@ -16,7 +16,7 @@ from cascade.scenes.reading import SIDES
 
 
 def evaluate_scenes(
-    drawing: Drawing,
+    drawer: Drawer,
     folder: Path,
     *,
     sets: Sequence[Set],
@@ -28,17 +28,17 @@ def evaluate_scenes(
     """Draw and judge `prompts` pictures of each set; write them and a page about them to `folder`.
 
     Prompt i is that of scene (seed, i) of its set; its picture's seed is seed + i. until: the side
-    in pixels of the last stage that draws; None draws with all. Returns, as JSON values,
-    {set: {side: judge.summary}} and every picture with its verdicts. advance: called after each
-    picture. Raises UserError as `check_sides` does.
+    in pixels of the last stage that draws; None draws with all. advance: called after each picture.
+    Returns {set: {side: judge.summary}} and every picture with its verdicts, both as JSON values.
+    Raises UserError as `check_sides` does.
     """
-    check_sides(drawing, until)
+    check_sides(drawer, until)
     (folder / "pictures").mkdir()
     judged: list[Judged] = []
     for name in sets:
         for i in range(prompts):
             said = caption_at(seed, i, name)[1]
-            pictures = drawing(said.text, seed + i, until=until)
+            pictures = drawer(said.text, seed + i, until=until)
             files, verdicts = {}, {}
             for side, picture in pictures.items():
                 files[side] = f"pictures/{name}_{i:04d}_{side}.png"
@@ -54,9 +54,9 @@ def evaluate_scenes(
     return report, [_as_json(one) for one in judged]
 
 
-def check_sides(drawing: Drawing, until: int | None) -> list[int]:
-    """The sides in pixels that will be drawn. Raises UserError where the judge can read none."""
-    sides = [stage.config.resolution for stage, _ in drawing.cascade.select(until=until)]
+def check_sides(drawer: Drawer, until: int | None) -> list[int]:
+    """The sides in pixels that will be drawn. Raises UserError if the judge reads none of them."""
+    sides = [stage.config.resolution for stage, _ in drawer.cascade.select(until=until)]
     if not set(sides) & set(SIDES):
         raise UserError(
             f"this model draws {', '.join(map(str, sides))} px; scenes are read at "

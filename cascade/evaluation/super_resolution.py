@@ -11,7 +11,7 @@ from cascade import images
 from cascade.data.transforms import block_means
 from cascade.errors import UserError
 from cascade.evaluation import quality
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.runner.cascade import Cascade
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render
@@ -21,7 +21,7 @@ SHOWN = 6  # pictures on a sheet
 
 
 def evaluate_super_resolution(
-    drawing: Drawing,
+    drawer: Drawer,
     *,
     pictures: int,
     seed: int,
@@ -30,24 +30,28 @@ def evaluate_super_resolution(
 ) -> dict[str, Any]:
     """Let each super-resolution stage enlarge the block means of `pictures` scenes of set "seen".
 
+    folder: gets a sheet for each stage, with rows of bicubic, drawn and true pictures; None is no
+    sheet. advance: called after each picture.
+
     Returns, as JSON values, {stage: {"lowres", "resolution", "pictures", "model": FIGURES,
-    "bicubic": FIGURES, "truth": {"fd_proxy"}}}. FIGURES: psnr_db, the mean over pictures against
-    the renders (None: all equal); sharpness, the ratio of their gradient energy to the renders' (1
-    is right, less is blurred); fd_proxy, from the renders. The truth's fd_proxy is from renders of
-    other scenes: what chance alone makes. A finish that a prompt leaves open cannot be guessed,
-    which bounds the PSNR of any model.
-    folder: gets a sheet for each stage, with rows of bicubic, drawn and true pictures. advance:
-    called after each picture.
+    "bicubic": FIGURES, "truth": {"fd_proxy"}}}, where FIGURES are
+
+        psnr_db    the mean over pictures against the renders, in dB; None: all are equal
+        sharpness  the ratio of their gradient energy to the renders': 1 is right, less is blurred
+        fd_proxy   the distance from the renders
+
+    The truth's fd_proxy is its distance from renders of other scenes: what chance alone makes. A
+    finish that a prompt leaves open cannot be guessed, which bounds the PSNR of any model.
     """
     report = {}
-    for name, small, large in super_resolution_stages(drawing.cascade):
+    for name, small, large in super_resolution_stages(drawer.cascade):
         figures = {"model": _Figures(), "bicubic": _Figures()}
         truths, others, rows = [], [], []
         for i in range(pictures):
             scene, said = caption_at(seed, i, "seen")
             truth = render(scene, large)
             lowres = block_means(truth, large // small)
-            drawn = drawing(said.text, seed + i, until=large, lowres=lowres)[large]
+            drawn = drawer(said.text, seed + i, until=large, lowres=lowres)[large]
             enlarged = quality.bicubic(lowres, large)
             figures["model"].add(drawn, truth)
             figures["bicubic"].add(enlarged, truth)
@@ -72,7 +76,10 @@ def evaluate_super_resolution(
 
 
 def super_resolution_stages(cascade: Cascade) -> list[tuple[str, int, int]]:
-    """Name, side of the small and of the large picture of each. UserError where there are none."""
+    """(name, side of the small picture, side of the large one) of each such stage, in pixels.
+
+    Raises UserError if there are none.
+    """
     configs = [stage.config for stage, _ in cascade.stages]
     found = [(c.name, c.lowres_resolution, c.resolution) for c in configs if c.lowres_resolution]
     if not found:

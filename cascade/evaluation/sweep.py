@@ -1,8 +1,8 @@
 """Facts right against FD-proxy over guidance weights and augmentation levels.
 
-The counterpart of the CLIP-FID curves of Saharia et al. 2022 (figures 4 and A.14): guidance trades
-fidelity against faithfulness to the prompt; the augmentation level trades details of the small
-picture against the freedom to repair it.
+They are the counterpart of the CLIP-FID curves of Saharia et al. 2022 (figures 4 and A.14).
+Guidance trades fidelity against faithfulness to the prompt; the augmentation level trades details
+of the small picture against the freedom to repair it.
 """
 
 import csv
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cascade.evaluation import quality
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.evaluation.scenes import check_sides
 from cascade.scenes.captions import Facts, caption_at
 from cascade.scenes.judge import judge, summary
@@ -22,7 +22,7 @@ from cascade.scenes.render import render
 
 
 def sweep(
-    drawing: Drawing,
+    drawer: Drawer,
     folder: Path,
     *,
     guidance: Sequence[float],
@@ -34,20 +34,24 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Draw the same prompts of set "seen" at every guidance weight and augmentation level.
 
-    Guidance is the base stage's; the level is that of all super-resolution stages, which enlarge
-    the same base pictures at every level. Writes sweep.csv and sweep.png to `folder`, and returns
-    the rows of the former: guidance, aug_level (None for the base stage), side, the shares of facts
-    and of prompts right with the facts' interval, fd_proxy from the renders of the prompts' scenes.
-    advance: called after each picture that a base stage or an augmentation level makes.
+    The weights are the base stage's. The levels, in [0, 1], are those of all super-resolution
+    stages, which enlarge the same base pictures at every level. until: the side in pixels of the
+    last stage that draws; None draws with all. advance: called after each picture that the base
+    stage draws, and after each that it is enlarged to.
+
+    Writes sweep.csv and sweep.png to `folder`, and returns the rows of the former: guidance,
+    aug_level (None for the base stage), side, the shares of facts and of prompts right with the
+    facts' interval, and fd_proxy, the distance from the renders of the prompts' scenes. Raises
+    UserError as `check_sides` does.
     """
-    sides = [side for side in check_sides(drawing, until) if side in SIDES]
-    base, *upper = (stage.config for stage, _ in drawing.cascade.select(until=until))
+    sides = [side for side in check_sides(drawer, until) if side in SIDES]
+    base, *upper = (stage.config for stage, _ in drawer.cascade.select(until=until))
     pairs = [caption_at(seed, i, "seen") for i in range(prompts)]
     facts = [said.facts for _, said in pairs]
     truths = {side: quality.features(render(scene, side) for scene, _ in pairs) for side in sides}
     rows: list[dict[str, Any]] = []
     for weight in guidance:
-        guided = drawing.replaced([base.name], guidance=weight)
+        guided = drawer.replaced([base.name], guidance=weight)
         small = []
         for i, (_, said) in enumerate(pairs):
             small.append(guided(said.text, seed + i, until=base.resolution)[base.resolution])
@@ -76,6 +80,7 @@ def sweep(
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows with the same keys, one or more, below a line of their names."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -83,7 +88,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A panel for each side, a curve for each level; points are guidance weights."""
+    """Write a PNG with a panel for each side and a curve for each level, over guidance weights."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 

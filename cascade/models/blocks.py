@@ -110,13 +110,8 @@ def network_input(
 
     Raises ValueError for what the network needs and was not given, or cannot divide.
     """
-    name, multiple = type(config).__name__, config.side_multiple
-    if x.shape[1] % multiple or x.shape[2] % multiple:
-        raise ValueError(
-            f"image sides must be multiples of {multiple} (patch x strides of {name}), "
-            f"got {x.shape[1]}x{x.shape[2]}"
-        )
-    check_signals(name, widths, x, signals)
+    config.check_sides(x)
+    check_signals(type(config).__name__, widths, x, signals)
     x = jnp.concatenate([x, *(c.astype(x.dtype) for c in signals.channels)], axis=-1)
     return layers.space_to_depth(x.astype(config.compute_dtype), config.patch)
 

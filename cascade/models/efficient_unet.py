@@ -75,6 +75,10 @@ class EfficientUNetConfig(LevelsConfig):
         return EfficientUNet(self, widths, rngs)
 
     @property
+    def attends_to_itself(self) -> bool:
+        return any(level.self_attention for level in self.levels)
+
+    @property
     def side_multiple(self) -> int:
         return self.patch * math.prod(level.stride for level in self.levels)
 

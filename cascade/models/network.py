@@ -64,8 +64,22 @@ class NetworkConfig:
         """What the height and the width of an image must be divisible by."""
         return 1
 
+    @property
+    def attends_to_itself(self) -> bool:
+        """Whether places of x attend to each other, so that what is drawn depends on all of it."""
+        return True
+
     def check(self, widths: Widths) -> None:
         """Raise ValueError unless the network can be told signals of these widths."""
+
+    def check_sides(self, x: Array) -> None:
+        """Raise ValueError unless the network divides the sides of x [b, h, w, c]."""
+        name, multiple = type(self).__name__, self.side_multiple
+        if x.shape[1] % multiple or x.shape[2] % multiple:
+            raise ValueError(
+                f"image sides must be multiples of {multiple} (patch and strides of {name}), "
+                f"got {x.shape[1]}x{x.shape[2]}"
+            )
 
     def build(self, widths: Widths, *, rngs: nnx.Rngs) -> Any:
         """The network, with fresh parameters."""

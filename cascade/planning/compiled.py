@@ -20,20 +20,19 @@ from cascade.planning.figures import Figures
 from cascade.planning.topology import Topology
 
 PATIENCE = 30.0
-"""Seconds that a compiler may go on after it has written all that a plan reads."""
+"""Seconds that a compiler may go on for after it has written all that a plan reads."""
 
 
 def compiled(jitted: Any, shapes: tuple[Any, ...], topology: Topology) -> Figures:
-    """Returns what XLA says of one chip: bytes in its memory, and traffic and collectives of one
-    run of the program there.
+    """Returns what XLA says of one run of a program on one chip: memory, traffic and collectives.
 
-    jitted: what `jax.jit` returns. shapes: its arguments, as ShapeDtypeStructs in pytrees. A
-    program that is too large for the chip does not fit, which is no error; UserError for one that
-    the compiler refuses otherwise.
+    jitted: what `jax.jit` returns. shapes: its arguments, as ShapeDtypeStructs in pytrees. Memory
+    and traffic are in bytes. A program that is too large for the chip is no error: its `fits` is
+    False. Raises UserError for one that the compiler refuses otherwise.
 
     Most of a TPU compiler's time goes into what follows the assignment of buffers, and tells
     nothing more. So it is asked to write down the optimized program and its buffers, and for the
-    least effort at machine code, where libtpu gives up (UNIMPLEMENTED); if it takes long even so,
+    least effort at machine code, where libtpu gives up (UNIMPLEMENTED). If it takes long even so,
     as for the routes of all-to-alls between hundreds of chips, nobody waits for it.
     """
     lowered = jitted.lower(*shapes)
@@ -65,8 +64,10 @@ def compiled(jitted: Any, shapes: tuple[Any, ...], topology: Topology) -> Figure
 
 
 def compile_until_written(lowered: Any, options: dict[str, Any], folder: pathlib.Path) -> Any:
-    """Returns the compiled program, or the compiler's error as text; None where it still has not
-    ended PATIENCE seconds after the last of the files that a plan reads lay in `folder`."""
+    """Returns the compiled program, the compiler's error as text, or None if neither comes in time.
+
+    It has PATIENCE seconds from when the last of the files that a plan reads lies in `folder`.
+    """
     outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def compile_it() -> None:
@@ -86,8 +87,10 @@ def compile_until_written(lowered: Any, options: dict[str, Any], folder: pathlib
 
 
 def too_large(message: str) -> Figures:
-    """Returns the figures of a program that needs more memory than a chip has, of which a
-    compiler's refusal says how much. Raises UserError for a refusal that says nothing of memory.
+    """Returns the figures of a program that does not fit, from the compiler's refusal.
+
+    The refusal says how much memory the program needs. Raises UserError for one that says nothing
+    of memory.
     """
     used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
     if used is None:

@@ -34,8 +34,8 @@ def figures(
 
     Bytes and seconds are of one chip, FLOPs of all chips together. stage: its name. params: arrays
     or their shapes, which are counted. measured: as `compiled` returns it. executed, model: FLOPs
-    with and without recomputation; `mfu` is the share that the latter have of the peak at the
-    bound. images: pictures of one run of the program.
+    of one run with recomputation and without; `mfu` is the share of the chips' peak that the latter
+    reach at the bound. images: pictures of one run of the program.
     """
     chip, n = topology.chip, topology.count
     traffic = measured["hbm_traffic_bytes"]
@@ -68,7 +68,7 @@ def figures(
 
 
 def table(f: Figures) -> str:
-    """Returns the figures `f` as lines of text for people: in each a name, its value and unit."""
+    """Returns the figures `f` as text for people: on each line a name, its value and its unit."""
 
     def seconds(value: float | None) -> str:
         return "unknown" if value is None else f"{value * 1e3:#.3g} ms"
@@ -111,7 +111,7 @@ def table(f: Figures) -> str:
 
 
 def gib(size: float | None) -> str:
-    """Returns a number of bytes as text in GiB; None is unknown."""
+    """Returns a number of bytes as text in GiB; None becomes "unknown"."""
     return "unknown" if size is None else f"{size / 2**30:#.3g} GiB"
 
 

@@ -25,7 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# They move nothing: other names for the same memory, or no memory at all.
+# These move nothing: they are other names for the same memory, or no memory at all.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
@@ -35,13 +35,17 @@ BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 @dataclass
 class Traffic:
-    """What one chip moves in one run of the program. counts, sent_bytes: by kind of collective."""
+    """What one chip moves in one run of the program."""
 
     hbm_bytes: float = 0.0
+    """Bytes read from and written to its memory."""
     counts: Counter[str] = field(default_factory=Counter)
+    """Kind of collective -> how often it runs."""
     sent_bytes: Counter[str] = field(default_factory=Counter)
+    """Kind of collective -> bytes that the chip sends by it."""
 
     def add(self, other: Traffic, times: int = 1) -> None:
+        """Add so many times the other's traffic to this one."""
         self.hbm_bytes += times * other.hbm_bytes
         for kind in other.counts:
             self.counts[kind] += times * other.counts[kind]
@@ -49,26 +53,32 @@ class Traffic:
 
 
 def traffic(hlo: str) -> Traffic:
-    """Reads `compiled.as_text()`. Raises ValueError for a loop whose trip count it cannot tell."""
+    """Reads the traffic of a program from its text, `compiled.as_text()`.
+
+    Raises ValueError for a text that is no HLO module, and a loop whose trip count it cannot tell.
+    """
     program = _parse(hlo)
     return _of_computation(program, program.entry, {})
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in one chip's HBM. peak_bytes: arguments, temporaries, constants, and results that do
-    not take an argument's place."""
+    """Bytes in one chip's HBM."""
 
     argument_bytes: int
+    """Bytes of the program's arguments."""
     temporary_bytes: int
+    """Bytes of what it holds besides while it runs."""
     peak_bytes: int
+    """Bytes of arguments, temporaries, constants, and results that take no argument's place."""
 
 
 def memory(assignment: str) -> Memory:
-    """Reads the text of a BufferAssignment. Raises ValueError if it lists no allocation.
+    """Reads what lies in HBM from the text of a BufferAssignment.
 
-    Its colours are memories, HBM the one without; thread-local are a fusion's own scalars. TPUs'
-    tables of tuples are among the temporaries, 16 KiB each, which is little in a large program.
+    The colours in it are memories, and HBM is the one without; what is thread-local are a fusion's
+    own scalars. TPUs' tables of tuples are among the temporaries, 16 KiB each, which is little in a
+    large program. Raises ValueError if no allocation is listed.
     """
     found = re.findall(r"^allocation \d+: size (\d+), ((?:color \d+, )?)(.*)", assignment, re.M)
     if not found:
@@ -101,7 +111,7 @@ class _Computation:
         return self.instructions[name].shape
 
     def users(self, name: str) -> list[_Instruction]:
-        """Who reads it, looking through bitcasts."""
+        """The instructions that read a value, looking through bitcasts."""
         found = []
         for i in self.instructions.values():
             if name in i.operands:
@@ -199,7 +209,7 @@ def _add_collectives(
     total: Traffic,
     channels: set[str],
 ) -> None:
-    """Adds the collectives of an instruction to `total`, of a fusion those inside it.
+    """Adds the collectives of an instruction, and those inside it if it is a fusion, to `total`.
 
     TPUs split one collective over several fusions to hide it behind their work; the channel, which
     they share, tells. And their reduce-scatter is a fusion of an all-reduce and a slice.
@@ -235,7 +245,7 @@ def _add_collectives(
 
 
 def _participants(attributes: str) -> int:
-    """Chips in a group, from either of the three ways to write replica_groups."""
+    """Returns how many chips are in a group, from any of the ways to write replica_groups."""
     if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         # An axis may be taken in part: 'axis_1':(1)2 is 2 of its chips.
@@ -287,7 +297,7 @@ def _trip_count(
 
 
 def _step(body: _Computation, index: int | None) -> int | None:
-    """What the body adds to an element of its tuple; None for nothing, or nothing that it tells."""
+    """Returns what the body adds to an element of its tuple; None if that cannot be told."""
     if index is None:
         return None
     made = body.origin(body.instructions[body.root].operands[index], ("bitcast", "copy"))
@@ -298,7 +308,7 @@ def _step(body: _Computation, index: int | None) -> int | None:
 
 
 def _initial(computation: _Computation, loop: _Instruction, known: _Known) -> _Known:
-    """The elements of a loop's first tuple that are known integers."""
+    """Returns the elements of a loop's first tuple that are known integers."""
     made = computation.origin(loop.operands[0], ("bitcast", "copy"))
     if made.opcode != "tuple":
         return {}
@@ -316,7 +326,7 @@ def _initial(computation: _Computation, loop: _Instruction, known: _Known) -> _K
 def _invariants(
     program: _Program, computation: _Computation, loop: _Instruction, known: _Known
 ) -> _Known:
-    """Returns those of `_initial` that the body passes on unchanged, hence knows in every trip."""
+    """Returns the elements of `_initial` that the body passes on, and so knows in every trip."""
     body = program.computations[_called(loop, "body")[0]]
     last = body.instructions[body.root].operands
     starts = _initial(computation, loop, known)
@@ -344,7 +354,7 @@ def _called(i: _Instruction, keys: str) -> list[str]:
 
 
 def _bytes(shape: str, hbm: bool = False) -> float:
-    """Returns the bytes of an array or a tuple of them, as stored. hbm: of those that lie in it."""
+    """Returns the stored bytes of an array or a tuple of them; with `hbm`, of what lies there."""
     total = 0.0
     for kind, dims, layout in re.findall(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?", shape):
         space = re.search(r"S\((\d+)\)", layout)
@@ -362,7 +372,7 @@ def _bits(kind: str) -> int:
 
 
 def _stored(dims: str, layout: str) -> list[int]:
-    """Sizes from the outermost dimension to the innermost, padded to the layout's tile."""
+    """Returns the sizes from the outermost dimension to the innermost, padded to the tile."""
     sizes = [int(d.lstrip("<=")) for d in dims.split(",") if d]
     order, _, rest = layout.partition(":")
     inner_first = [int(d) for d in order.split(",") if d]
@@ -402,7 +412,7 @@ def _instruction(name: str, text: str) -> _Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that the text begins with has closed."""
+    """Returns the position after the parenthesis that closes the one the text begins with."""
     depth = 0
     for i, c in enumerate(text):
         depth += (c == "(") - (c == ")")

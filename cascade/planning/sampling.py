@@ -1,4 +1,4 @@
-"""What sampling needs: the drawing of a batch by one stage, and every part of a whole model.
+"""What sampling needs: one stage as it draws a batch, and every part of a whole model.
 
 Both take settings from configs alone; no weights are read. The program that is compiled and counted
 is the one that `Stage.sample` runs.
@@ -37,12 +37,13 @@ def plan_sampling(
     batch_size: int | None = None,
     split_rows: int = 1,
 ) -> Figures:
-    """Returns the figures of drawing one batch with the job's sampling settings, all its steps.
+    """Returns the figures of one batch that the job's stage draws, with all its sampling steps.
 
     tokens: length of each text. batch_size: pictures; None is one for each part of the batch.
-    split_rows: so many chips, the others left out, share each picture of a super-resolution stage
-    and have its weights whole, as in `Cascade.draw`; else the job's mesh splits both. Raises
-    UserError for GPUs, which have no compiler here, and where the mesh or split_rows does not fit.
+    split_rows: with 1 the job's mesh splits pictures and weights. With more, so many chips share
+    each picture of a super-resolution stage and have its weights whole, as in `Cascade.draw`; the
+    others are left out. Raises UserError for GPUs, which have no compiler here, and where the mesh
+    or split_rows does not fit.
     """
     if topology.devices is None:
         raise UserError("--sample needs a compiler, and GPUs have none for absent machines")
@@ -59,7 +60,7 @@ def plan_sampling(
         drawn, b = pictures, batch_size or sharding.batch_parts(mesh)
     else:
         raise UserError(f"--split-rows {split_rows}: {job.stage.name} draws from text alone")
-    draw, inputs = drawing(stage, tokens, b, place)
+    draw, inputs = sampling_program(stage, tokens, b, place)
     work = flops.count(draw, params, inputs)
     jitted = jax.jit(draw, in_shardings=(weights, pictures), out_shardings=drawn)
     measured = compiled(jitted, (params, inputs), topology)
@@ -75,18 +76,20 @@ def plan_sampling(
     )
 
 
-def drawing(
+def sampling_program(
     stage: Stage, tokens: int, b: int, place: sharding.ByRows | None = None
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns a program (params, inputs) -> pictures [b, side, side, 3] of a stage by its own
-    settings, and the shapes of its inputs.
+    """Returns a program that samples a stage by its own settings, and the shapes of its inputs.
 
-    tokens: length of each text. place: as in `Stage.sample`.
+    The program takes (params, inputs), and returns pictures [b, side, side, 3]. tokens: length of
+    each text. b: pictures drawn together. place: as in `Stage.sample`.
     """
     config = stage.config
-    examples = config.batch_shapes(b, tokens)
+    told: dict[str, Any] = {}
+    for condition in config.conditions:
+        told |= condition.shapes(config.space, b, tokens, None)
     given = jax.eval_shape(
-        lambda batch: {c.name: c.of_examples(batch) for c in config.conditions}, examples
+        lambda batch: {c.name: c.of_examples(batch) for c in config.conditions}, told
     )
     text = config.text
     inputs: dict[str, Any] = {
@@ -113,11 +116,14 @@ def plan_model(
 ) -> Figures:
     """Returns the memory of one chip while a model draws a batch on it, part by part, in bytes.
 
-    model, split_rows: as `cascade sample` has them. Its parts are the text encoders, which work
-    first, and the stages. tokens: length of the text that stages share; None is the model's own.
-    dtype: type of public weights. int8: whether the shared text encoder is. Without a compiler for
-    the topology temporaries are unknown, and what is said of fitting is of weights alone. Each part
-    is also told on stderr when it is known. Raises UserError for a model that cannot be read.
+    The parts are the text encoders, which work first, and the stages. Each is also printed on
+    stderr when it is known. Without a compiler for the topology temporaries are unknown, and
+    whether a part fits is said by its weights alone.
+
+    model, split_rows: as `cascade sample` has them. tokens: length of the text that stages share;
+    None is the model's own. batch_size: pictures drawn together. dtype: type of public weights.
+    int8: whether the shared text encoder is kept in int8. Raises UserError for a model that cannot
+    be read.
     """
     opened = open_model(model)
     tokens = tokens or opened.max_tokens
@@ -139,7 +145,7 @@ def plan_model(
         stage, kind = Stage(config), jnp.dtype(config.weights_dtype)
         place = None if devices is None else by_rows(config, split_rows, devices)
         length = tokens if own is None else own.config.max_position_embeddings
-        draw, inputs = drawing(stage, length, batch_size, place)
+        draw, inputs = sampling_program(stage, length, batch_size, place)
         where = one if place is None else sharding.replicated(place.mesh)
         programs[config.name] = (draw, _in_dtype(stage.abstract(), kind), (inputs,), where)
     parts: dict[str, Figures] = {}
@@ -181,7 +187,7 @@ def _text_encoder(
 def _own_text_encoder(
     own: Published, b: int, dtype: Any
 ) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
-    """Returns the same of the CLIP text encoder of one stage, which reads all its tokens."""
+    """Returns the same of one stage's own CLIP text encoder, which reads all its tokens."""
     config = dataclasses.replace(own.config, compute_dtype=dtype)
     ids = jax.ShapeDtypeStruct((b, config.max_position_embeddings), jnp.int32)
 

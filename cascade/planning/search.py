@@ -18,17 +18,18 @@ from cascade.planning.training import from_shapes, plan_training
 from cascade.training.job import Job
 
 SUGGESTIONS = 6
+"""The most settings that are tried."""
 
 
 def suggest(job: Job, topology: Topology, *, tokens: int) -> Figures:
     """Returns the figures of the fastest of some settings that fit, with all that were tried.
 
-    It tries meshes with fsdp over 1, some or all chips and, for TPUs, tensor over 2 or 4 (what that
-    sends only a compiler knows), without and with remat, in 1, 2, 4 ... microbatches. Compiling
-    takes minutes, so memory estimated from shapes chooses whom to try: the settings that recompute
-    and split least come first, and of those that seem to fit, at most six are tried, two of them
-    with a tensor axis. tokens: length of each text. Raises UserError where none fits, and for a
-    batch that the chips do not divide.
+    There are meshes with fsdp over 1, some or all chips and, for TPUs, tensor over 2 or 4 (what
+    that sends only a compiler knows), without and with remat, in 1, 2, 4 ... microbatches.
+    Compiling takes minutes, so memory estimated from shapes chooses what to try. The settings that
+    recompute and split least come first. Of those that seem to fit at most SUGGESTIONS are tried,
+    two of them with a tensor axis. tokens: length of each text. Raises UserError if none fits, and
+    for a batch that the chips do not divide.
     """
     if job.batch_size % topology.count:
         raise UserError(
@@ -75,7 +76,7 @@ def _candidates(
     """Yields settings that seem to fit, the cheapest first.
 
     Few microbatches, no remat and little sharding are cheap, in this order. A microbatch has at
-    least a picture for each of the devices. tensors: sizes of the tensor axis.
+    least one picture for each of the devices. tensors: sizes of the tensor axis.
     """
     # A job without a choice is itself with any policy.
     remats = {job.with_remat(policy): policy for policy in reversed(typing.get_args(Remat))}

@@ -28,12 +28,16 @@ LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`count` chips of one kind. devices: TPUs that can be compiled for; None for GPUs."""
+    """Chips of one kind that are not here."""
 
     name: str
+    """What `open_topology` was asked for, such as `v5e:16x16`."""
     chip: Chip
+    """What one of them can do."""
     count: int
+    """How many there are."""
     devices: Sequence[Any] | None
+    """TPUs that can be compiled for; None for GPUs."""
 
 
 def open_topology(name: str) -> Topology:

@@ -24,13 +24,14 @@ from cascade.training.job import Job
 from cascade.training.step import begin, make_train_step
 
 PAPER_STEPS = 2_500_000
+"""Steps that each of Imagen's models is trained for (Saharia et al. 2022, sec. 4.1)."""
 
 
 def plan_training(job: Job, topology: Topology, *, tokens: int) -> Figures:
     """Returns the figures of one optimizer step, text embeddings given; `figures` names them.
 
-    tokens: length of each text. paper_days and paper_chip_hours are those of PAPER_STEPS such steps
-    at the bound. Raises UserError unless the job's mesh fits the topology and the batch.
+    tokens: length of each text. Besides, paper_days and paper_chip_hours are what PAPER_STEPS such
+    steps take at the bound. Raises UserError unless the job's mesh fits the topology and the batch.
     """
     mesh = run_mesh(job, topology)
     state, batch = _state_of(job), job.batch_shapes(tokens)
@@ -68,10 +69,10 @@ def plan_training(job: Job, topology: Topology, *, tokens: int) -> Figures:
 def from_shapes(job: Job, topology: Topology, mesh: Mesh, tokens: int) -> Figures:
     """Returns what shapes alone say of a step, by the names that `compiled` uses.
 
-    Memory: state and batch as sharded, gradients like parameters, and what the backward pass of
-    one microbatch keeps. Traffic: state read and written, the kept written and read. Collectives:
-    for the fsdp axis, parameters gathered forward and backward and gradients scattered, for every
-    microbatch; for the data axis, gradients summed.
+    Memory holds state and batch as sharded, gradients like parameters, and what one microbatch
+    keeps for its backward pass. Traffic is the state read and written, and what is kept written and
+    read. Collectives on the fsdp axis gather parameters forward and backward and scatter gradients,
+    for every microbatch; on the data axis they sum gradients.
     """
     data, fsdp, parts = mesh.shape["data"], mesh.shape["fsdp"], sharding.batch_parts(mesh)
     state, batch, n = _state_of(job), job.batch_shapes(tokens), job.microbatches
@@ -107,8 +108,7 @@ def from_shapes(job: Job, topology: Topology, mesh: Mesh, tokens: int) -> Figure
 
 
 def _kept_bytes(job: Job, b: int, tokens: int) -> float:
-    """Returns what the forward pass on b examples keeps for the backward pass, parameters left
-    out."""
+    """Returns the bytes that b examples keep for the backward pass, without parameters."""
     return _kept(_alone(job), b, tokens)
 
 

@@ -23,6 +23,7 @@ MODULES = {
     "cascade.diffusion.process": "Cosine Discrete InterpolatedCosine LinearVP Sigmoid ZeroTerminal",
     "cascade.diffusion.samplers": "Ancestral DDIM DPMSolverPP2M DPMSolverPP2MSDE Heun",
     "cascade.models.autoencoder": "AutoencoderConfig",
+    "cascade.models.clip": "CLIPTextConfig",
     "cascade.models.efficient_unet": "EfficientLevel EfficientUNetConfig",
     "cascade.models.t5": "T5Config",
     "cascade.models.unet": "Level UNetConfig",
@@ -46,6 +47,7 @@ QUALIFIED = {
     name: f"{module}.{name}" for module, names in MODULES.items() for name in names.split()
 }
 PUBLISHED = ("IFUNetConfig", "UpscalerUNetConfig")
+OURS = ("UNetConfig", "EfficientUNetConfig")
 
 
 def is_old(value: Any) -> bool:
@@ -67,6 +69,9 @@ def upgraded(value: Any) -> Any:
     if name == "TextPretraining":
         return _text_pretraining(value)
     fields = {k: upgraded(v) for k, v in value.items()}
+    if name in OURS:  # what it is told, a stage's conditions say
+        for field in ("text_width", "context_width", "lowres"):
+            fields.pop(field, None)
     if name in QUALIFIED:
         fields["type"] = QUALIFIED[name]
     return fields
@@ -149,8 +154,7 @@ _EMBEDDER = (
 
 
 def _stage(value: dict[str, Any]) -> dict[str, Any]:
-    value = dict(value)
-    network = dict(value["network"])
+    value, network = dict(value), value["network"]
     public = network.get("type") in PUBLISHED
     resolution, low = value.pop("resolution"), value.pop("lowres_resolution", None)
     autoencoder = upgraded(value.pop("autoencoder", None))
@@ -161,18 +165,14 @@ def _stage(value: dict[str, Any]) -> dict[str, Any]:
     if low is not None:
         lowres = {"type": f"{kinds}LowRes", "resolution": low, "residual": residual}
         conditions.append(lowres | ({} if augmentation is None else {"augmentation": augmentation}))
-    width = network.get(
-        "text_width", {"IFUNetConfig": 4096, "UpscalerUNetConfig": 1024}.get(network.get("type"), 0)
-    )
+    widths = {"IFUNetConfig": 4096, "UpscalerUNetConfig": 1024}
+    width = network.get("text_width", widths.get(str(network.get("type")), 0))
     if width:
         text = {"type": f"{kinds}Text", "width": width, "dropout": dropout}
         if not public:
             text["context_width"] = network.get("context_width")
             text["head_width"] = network.get("head_width", 64)
         conditions.append(text)
-    if not public:
-        for field in ("text_width", "context_width", "lowres"):
-            network.pop(field, None)
     space = {"type": "cascade.stage.space.Pixels", "resolution": resolution}
     if autoencoder is not None:
         space |= {"type": "cascade.stage.space.Latents", "autoencoder": autoencoder}

@@ -57,7 +57,7 @@ class Pipelines:
         return clip.CLIPTextEncoder.load(self._pipeline(stage).folder, compute_dtype=dtype)
 
     def files(self, stage: str) -> list[Path]:
-        """Those that hold a stage's weights."""
+        """The files that hold a stage's weights."""
         return self._pipeline(stage).files
 
     def read(

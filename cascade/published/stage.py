@@ -66,6 +66,7 @@ class PublishedText(Text):
     """Tokens as the text encoder gives them; no text is the embedding of its null_prompt."""
 
     null_prompt: str | None = ""
+    """The prompt whose embedding stands for no text."""
 
     def widths(self, network: NetworkConfig) -> Widths:
         return Widths(tokens=self.width)

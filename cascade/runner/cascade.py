@@ -32,15 +32,16 @@ from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn picture at every size, with what made it.
-
-    images: side in pixels -> uint8 [side, side, 3], smallest first.
-    """
+    """One drawn picture at every size, with what made it."""
 
     prompt: str
+    """What it is to show."""
     seed: int
+    """The seed of all its random numbers, in 0..2**32 - 1."""
     images: dict[int, UInt8[np.ndarray, "s s 3"]]
+    """Side in pixels -> the picture of that size, smallest first."""
     metadata: dict[str, Any]
+    """All that made it, as JSON values: prompt, seed, model, and the settings of each stage."""
 
     @property
     def image(self) -> UInt8[np.ndarray, "s s 3"]:
@@ -192,8 +193,8 @@ class Cascade:
         batch_size = batch_size or default_batch_size()
         told = self._told([stage for stage, _ in stages], prompts, negative)
         runs = [
-            _Run(stage, params, place, *rest)
-            for (stage, params, place), *rest in zip(
+            _Run(*placed, chosen, steered, given)
+            for placed, chosen, steered, given in zip(
                 _split(stages, split_rows), settings, steering, told, strict=True
             )
         ]

@@ -96,7 +96,7 @@ class ModelFolder:
         return clip.CLIPTextEncoder.load(self._folder / stage, compute_dtype=dtype)
 
     def files(self, stage: str) -> list[pathlib.Path]:
-        """Those that hold a stage's weights."""
+        """The files that hold a stage's weights."""
         return [self._folder / stage / "model.safetensors"]
 
     def read(

@@ -2,7 +2,7 @@
 
 Every caption names every object of its scene by shape and colour, and how many there are; so the
 picture that it describes holds these and no others. Size, finish, background and relations may be
-said or left out, and what is left out is free; but nobody fails to mention stripes, so what has no
+said or left out, and what is left out is free. But nobody fails to mention stripes, so what has no
 finish said is nearly always plain. Sizes and backgrounds have several wordings, relations several
 word orders: one scene has many captions.
 """
@@ -42,40 +42,50 @@ VOCABULARY: tuple[str, ...] = tuple(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thing:
-    """There are exactly `count` objects of this shape and colour.
-
-    All of them are of this size and this finish, where not None.
-    """
+    """The assertion that there are exactly `count` objects of this shape and colour."""
 
     shape: Shape
+    """The shape of all of them."""
     colour: Colour
+    """The colour of all of them."""
     count: int = 1
+    """How many there are, in 1..4."""
     size: Size | None = None
+    """The size of all of them; None asserts none."""
     finish: Finish | None = None
+    """The finish of all of them; None asserts none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Related:
-    """Things number `subject` stand in `relation` to things number `object` of the same Facts."""
+    """The assertion that one thing of Facts, all of it, stands in a relation to all of another."""
 
     subject: int
+    """Number in Facts.things of the thing that is somewhere."""
     relation: Relation
+    """Where it is, seen from the other."""
     object: int
+    """Number in Facts.things of the other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """All that a caption asserts. `things` are all the objects there are; None means free."""
+    """All that a caption asserts."""
 
     things: tuple[Thing, ...]
+    """All the objects there are, none of them in two things."""
     relations: tuple[Related, ...] = ()
+    """Where some of the things are; of the others nothing is asserted."""
     background: Background | None = None
+    """The colour of the background; None asserts none."""
 
     def to_json(self) -> str:
+        """The facts as the text of a JSON object."""
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "Facts":
+        """The inverse of `to_json`."""
         fields = json.loads(text)
         return Facts(
             things=tuple(Thing(**thing) for thing in fields["things"]),
@@ -86,12 +96,16 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Caption:
+    """A text, and what it asserts."""
+
     text: str
+    """The words, all from VOCABULARY."""
     facts: Facts
+    """What they assert, and no more."""
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> Caption:
-    """One caption of the scene, chosen by `rng`."""
+    """Choose one caption of the scene by `rng`."""
     groups = scene.groups()
     groups = [groups[i] for i in rng.permutation(len(groups))]
     things = tuple(_thing(group, rng) for group in groups)
@@ -102,9 +116,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
 
 
 def captions(scene: Scene, rng: np.random.Generator, n: int) -> list[Caption]:
-    """`n` captions of one scene, no two of the same text.
+    """Choose `n` captions of one scene by `rng`, no two of the same text.
 
-    Every scene has dozens; ValueError where it has fewer than `n`.
+    Every scene has dozens. Raises ValueError if fewer than `n` are found.
     """
     found: dict[str, Caption] = {}
     for _ in range(20 * n):
@@ -126,7 +140,7 @@ def caption_at(
     max_objects: int = 4,
     within: float = 1.0,
 ) -> tuple[Scene, Caption]:
-    """Scene number `index`, as `spec.scene_at`, and its caption: pure."""
+    """Scene number `index`, as `spec.scene_at` has it, and its caption: a pure function."""
     scene = spec.scene_at(
         seed, index, split, min_objects=min_objects, max_objects=max_objects, within=within
     )
@@ -136,8 +150,8 @@ def caption_at(
 def false_facts(facts: Facts, scene: Scene) -> list[str]:
     """What `facts` assert that is not so in `scene`, in words; empty where all hold.
 
-    The scene may come from anywhere, a reading of a generated picture included: only its objects
-    are looked at.
+    The scene may come from anywhere, a reading of a generated picture included. Only its objects
+    and its background are looked at.
     """
     wrong = []
     found: list[list[Object]] = []
@@ -194,10 +208,10 @@ _CONVERSE = {
 
 
 def mentions(caption: Caption) -> list[tuple[int, str]]:
-    """Where every noun in the text starts, and all that the text says of its thing.
+    """(where a noun starts in the text, all that the text says of its thing), for every noun.
 
-    That is its look and where it stands, in words that name nothing else: of "circle" in "a small
-    red circle over a blue square on gray", "above one small red circle on gray".
+    What is said of it is its look and where it stands, in words that name nothing else: of "circle"
+    in "a small red circle over a blue square on gray", it is "above one small red circle on gray".
     """
     facts, said = caption.facts, []
     nouns = {_noun(thing): thing.shape for thing in facts.things}
@@ -339,7 +353,7 @@ def _chained(facts: Facts, names: _Names, rng: np.random.Generator) -> tuple[str
 
 
 def _phrase(thing: Thing, rng: np.random.Generator) -> str:
-    """ "a small red circle", "three striped green stars", "a big blue square with dots"."""
+    """A thing's full name: "a small red circle", "three striped green stars"."""
     words: list[str] = [thing.colour]
     finish, behind = thing.finish, ""
     if finish in _FINISH_PHRASES and rng.random() < 0.2:

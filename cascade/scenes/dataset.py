@@ -24,8 +24,8 @@ class ScenesData(Data):
     """
 
     split: Split = "train"
-    """The kind of scenes: "train" and "seen" have no held-out combination of shape and colour,
-    "unseen" has one in every scene, "long" has none and always three or four objects."""
+    """The kind of scenes: "train" and "seen" have no held-out combination of shape and colour;
+    "unseen" has one in every scene; "long" has none, and always three or four objects."""
     seed: int = 0
     """Which endless list of scenes, 0 or more."""
     size: int = 1_000_000_000
@@ -35,9 +35,9 @@ class ScenesData(Data):
     max_objects: int = 4
     """Scenes of more objects are left out; in 1..4, or 3..4 of split "long"."""
     closeup: int = 1
-    """1 shows the whole scene. 2 shows only a square of half the scene's side that holds all its
-    objects, somewhere, and leaves out scenes where none does, as all of split "long" are: at the
-    same size in pixels a closeup is a smaller picture, which trains as much on shapes for less."""
+    """1 shows the whole scene. 2 shows a random square of half the scene's side that holds all its
+    objects, and leaves out scenes where none does, as in all of split "long": such closeups need
+    half the resolution for the same shapes, and so train as much on them for less."""
 
     def __post_init__(self):
         check_counts(self.split, self.min_objects, self.max_objects, prefix="ScenesData.")
@@ -72,7 +72,7 @@ class _ScenesSource(Source):
         return self.window(index, 0, 0, self.resolution)
 
     def window(self, index: int, y: int, x: int, size: int) -> Example:
-        """See `Source.window`; renders the window alone."""
+        """The window of the example, as `Source.window` has it, rendered alone."""
         config = self.config
         # A window of whole pixels holds what is narrower than it by two at 64 pixels.
         within = 1.0 if config.closeup == 1 else 1 / config.closeup - 1 / 32

@@ -30,25 +30,30 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One asserted fact.
-
-    claim, seen: words for people. thing: number in Facts.things; None if not of one thing.
-    """
+    """One asserted fact, and whether the picture shows it."""
 
     category: Category
+    """The category that it belongs to."""
     claim: str
+    """What is asserted, in words for people."""
     seen: str
+    """What the picture shows instead or likewise, in words for people."""
     right: bool
+    """Whether it shows what is asserted."""
     thing: int | None = None
+    """Number in Facts.things of the thing that the fact is about; None if it is not about one."""
 
 
 def judge(picture: UInt8[np.ndarray, "s s 3"], facts: Facts) -> list[Verdict]:
-    """Read a picture of 64, 256 or 1024 pixels and judge it by the facts of its prompt."""
+    """Read a picture of 64, 256 or 1024 pixels squared, and judge it by the facts of its prompt.
+
+    Raises ValueError for other sides.
+    """
     return verdicts(read(picture), facts)
 
 
 def verdicts(reading: Reading, facts: Facts) -> list[Verdict]:
-    """Right or wrong for every fact that a picture of this size can show."""
+    """Judge a reading by the facts: a verdict on every one that a picture of this size can show."""
     found, others = _assigned(reading.objects, facts.things)
     judged: list[Verdict] = []
     for number, (thing, objects) in enumerate(zip(facts.things, found, strict=True)):
@@ -92,19 +97,18 @@ def verdicts(reading: Reading, facts: Facts) -> list[Verdict]:
 def judge_pictures(
     pictures: Iterable[UInt8[np.ndarray, "s s 3"]], facts: Sequence[Facts]
 ) -> dict[str, Any]:
-    """Judge pictures of one size, in the order of their prompts' facts: see `summary`."""
+    """Judge pictures of one size, in the order of their prompts' facts, and give the `summary`."""
     judged = [judge(picture, said) for picture, said in zip(pictures, facts, strict=True)]
     return summary(judged, facts)
 
 
 def summary(judged: Sequence[Sequence[Verdict]], facts: Sequence[Facts]) -> dict[str, Any]:
-    """Shares of facts and of prompts wholly right, as JSON values.
+    """The shares of facts and of prompts that are wholly right, as JSON values.
 
-    {"pictures": n, "facts": SHARE, "prompts": SHARE, "categories": {category: SHARE}}, where SHARE
-    is {"right", "n", "share", "interval"}, with the 95 % Wilson interval. Facts of one picture
-    are not independent, which the intervals of facts neglect. Where things asserted are HELD_OUT
-    pairs, "unseen" has the share of them that are right in both shape and colour; these facts are
-    among the others, too.
+    They are {"pictures": n, "facts": SHARE, "prompts": SHARE, "categories": {category: SHARE}},
+    where a SHARE is what `share` returns. Facts of one picture are not independent, which the
+    intervals of facts neglect. Where things asserted are HELD_OUT pairs, "unseen" has the share of
+    them that are right in both shape and colour; these facts are among the others, too.
     """
     every = [v for one in judged for v in one]
     report: dict[str, Any] = {
@@ -129,7 +133,10 @@ def summary(judged: Sequence[Sequence[Verdict]], facts: Sequence[Facts]) -> dict
 
 
 def share(rights: Iterable[bool]) -> dict[str, Any]:
-    """How many of these are True, with a 95 % interval (Wilson 1927, eq. 4), as JSON values."""
+    """How many of these are True, as JSON values {"right", "n", "share", "interval"}.
+
+    The interval is the 95 % one of Wilson 1927, eq. 4. Of no values, the share is None.
+    """
     values = list(rights)
     n, right = len(values), sum(values)
     if n == 0:
@@ -148,7 +155,7 @@ _SLACK = 0.03
 def _assigned(
     objects: Sequence[Seen], things: Sequence[Thing]
 ) -> tuple[list[list[Seen]], list[Seen]]:
-    """The objects found for each thing, at most its count, and those found for none."""
+    """(the objects found for each thing, at most its count; the objects found for none)."""
     slots = [number for number, thing in enumerate(things) for _ in range(thing.count)]
     found: list[list[Seen]] = [[] for _ in things]
     agreed = np.array([[_agreement(item, things[n]) for n in slots] for item in objects])
@@ -162,7 +169,10 @@ def _assigned(
 
 
 def _agreement(item: Seen, thing: Thing) -> int:
-    """Shape and colour weigh more than all the rest: they are how a prompt names its things."""
+    """How well an object fits a thing, 0 or more; 0 is not at all.
+
+    Shape and colour weigh more than all the rest: they are how a prompt names its things.
+    """
     named = (item.shape == thing.shape) + (item.colour == thing.colour)
     if named == 0:
         return 0
@@ -192,7 +202,7 @@ def _above(a: Sequence[Seen], b: Sequence[Seen]) -> bool:
 
 
 def _apart(a: Sequence[Seen], b: Sequence[Seen], *, along: str, across: str) -> bool:
-    """spec.relation_holds, with slack."""
+    """Whether a is left of b or above it, as spec.relation_holds tells, with slack."""
     end = max(getattr(item, along) + item.radius for item in a)
     start = min(getattr(item, along) - item.radius for item in b)
     means = [np.mean([getattr(item, across) for item in group]) for group in (a, b)]
@@ -205,7 +215,7 @@ def _inside(a: Sequence[Seen], b: Sequence[Seen]) -> bool:
 
 
 def _fits_inside(a: Seen, b: Seen) -> bool:
-    """As spec's; an object of unclear shape counts as a disc."""
+    """Whether a fits inside b, as in spec, with slack; an object of unclear shape is a disc."""
     reach = spec.REACH[a.shape] if a.shape else 1.0
     if b.shape is None:
         offset, room = 0.0, 1.0

@@ -19,9 +19,9 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
     Its only split is data.split: TFDSData(name="scenes", data_dir=out, split=data.split) reads it.
     `out` must be new or empty, and appears whole or not at all; it may be in object storage
     (gs://BUCKET/NAME, s3://BUCKET/NAME). resolution: side of the pictures in pixels. Returns what
-    was written, as JSON values. Raises UserError for a folder that holds something or a number that
-    is not positive, and ValueError for a `data` that leaves out scenes or shows closeups, which the
-    dataset does not.
+    was written, as JSON values. Raises UserError for a folder that holds something and for a number
+    that is not positive. Raises ValueError for a `data` that leaves out scenes or shows closeups,
+    for the dataset does neither.
     """
     if data != ScenesData(split=data.split, seed=data.seed, size=data.size):
         raise ValueError(f"data may choose split and seed alone, got {data}")

@@ -1,7 +1,7 @@
 """Reads pictures of scenes back: what is on the background, and where.
 
-Analysis only, with nothing learned and no prompt in sight. A picture is first averaged over the
-periods of the finishes, which takes them away and leaves 64 x 64 pixels whatever its size:
+It is analysis only, with nothing learned and no prompt in sight. A picture is first averaged over
+the periods of the finishes, which takes them away and leaves 64 x 64 pixels whatever its size:
 
 1. the background is the palette colour nearest to the median of the frame;
 2. objects are connected regions that differ from it; a region's colour is its palette label in the
@@ -30,33 +30,43 @@ FINISH_SIDE = 256  # finishes are read in pictures of this side and more
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One object as read. Lengths as in spec.Object.
-
-    shape None: no shape covers it well. finish None: the picture is too small to show it. match:
-    intersection over union with the best shape, 1 is perfect.
-    """
+    """One object as read. Lengths are in units of the picture's width, as in spec.Object."""
 
     shape: Shape | None
+    """The shape that covers it best; None if none covers it well."""
     colour: Colour
+    """The nearest colour of the palette."""
     size: Size
+    """The size that the radius is nearer to."""
     finish: Finish | None
+    """The finish; None if the picture is too small to show it."""
     x: float
+    """The centre's distance from the left edge."""
     y: float
+    """The centre's distance from the upper edge."""
     radius: float
+    """The radius that its area gives the shape."""
     match: float
+    """Intersection over union with the best shape, in [0, 1]; 1 is perfect."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """finishes: whether the picture is large enough to show them."""
+    """What a picture shows."""
 
     background: Background
+    """The nearest background of the palette."""
     objects: tuple[Seen, ...]
+    """The objects, in no particular order."""
     finishes: bool
+    """Whether the picture is large enough to show finishes."""
 
 
 def read(picture: UInt8[np.ndarray, "s s 3"]) -> Reading:
-    """What a picture of 64, 256 or 1024 pixels shows. ValueError for other sides."""
+    """Read what a picture of 64, 256 or 1024 pixels squared shows.
+
+    Raises ValueError for other sides.
+    """
     side = len(picture)
     if side not in SIDES:
         raise ValueError(f"a picture to read must have a side of 64, 256 or 1024, got {side}")
@@ -93,6 +103,7 @@ class _Picture:
         self.flatness = 1 / (1 + sum((s * s).sum(-1) for s in slope) / _FLAT**2)
 
     def objects(self, ground: Float[np.ndarray, "3"]) -> list[Seen]:
+        """All objects on a background of this colour."""
         # Ground is never one pixel wide; but where two colours meet, their blend can look like it.
         empty = _thick(_distance(self.small, ground) <= _CONTRAST)
         return [seen for region in _regions(~empty) for seen in self._region(region, ground)]
@@ -235,7 +246,7 @@ def _grown(mask: Bool[np.ndarray, "h w"], by: int = 1) -> Bool[np.ndarray, "h w"
 
 
 def _thick(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Without what is less than two pixels wide."""
+    """The mask without what is less than two pixels wide."""
     return np.asarray(ndimage.binary_opening(mask, np.ones((2, 2))))
 
 

@@ -56,9 +56,10 @@ PERIODS = 64  # of a finish, across the picture
 def render(
     scene: Scene, resolution: int, window: tuple[int, int, int] | None = None
 ) -> UInt8[np.ndarray, "s s 3"]:
-    """The scene at `resolution` pixels squared, or a square part of that.
+    """Draw the scene at `resolution` pixels squared, or a square part of that.
 
-    window: (y0, x0, size), in pixels of that resolution. ValueError where it leaves the picture.
+    window: (y0, x0, size) in pixels of that resolution; None is the whole. Raises ValueError where
+    it leaves the picture.
     """
     top, left, side = (0, 0, resolution) if window is None else window
     if resolution < 1 or side < 1 or min(top, left) < 0 or max(top, left) + side > resolution:
@@ -76,7 +77,10 @@ def render(
 def coverage(
     item: Object, resolution: int, rows: tuple[int, int], columns: tuple[int, int]
 ) -> Float[np.ndarray, "h w"]:
-    """How much of each pixel the object covers, in [0, 1]. rows, columns: half-open ranges."""
+    """How much of each pixel the object covers, in [0, 1].
+
+    The picture has `resolution` pixels squared; rows, columns: half-open ranges of them.
+    """
     # Pixel centres are halves: exact in float32, whatever the window.
     y = np.arange(*rows, dtype=np.float32)[:, None] + (0.5 - item.y * resolution)
     x = np.arange(*columns, dtype=np.float32)[None, :] + (0.5 - item.x * resolution)
@@ -86,10 +90,10 @@ def coverage(
 
 @functools.lru_cache(maxsize=8)
 def finish_pattern(finish: Finish, resolution: int) -> Float[np.ndarray, "s s"]:
-    """The finish over the whole picture, in [-1, 1].
+    """The finish over the whole picture of `resolution` pixels squared, in [-1, 1].
 
     Each pixel is the mean over its square of a pattern of +1 and -1, whose mean over every period
-    is 0. Read-only: it is shared.
+    is 0. The array is read-only, for it is shared.
     """
     edges = np.arange(resolution + 1) * (PERIODS / resolution)  # in periods
     if finish == "striped":
@@ -111,9 +115,9 @@ def finish_pattern(finish: Finish, resolution: int) -> Float[np.ndarray, "s s"]:
 
 
 def tones(colour: Colour) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
-    """The colour, and how far a finish moves it up and down.
+    """(the colour, how far a finish moves it up and down), in levels 0..255.
 
-    64 levels in each channel, or what the gamut allows both ways.
+    It moves each channel by 64 levels, or as far as the gamut allows both ways.
     """
     base = np.array(COLOURS[colour], np.float32)
     return base, np.minimum(np.minimum(base, 255 - base), 64).astype(np.float32)

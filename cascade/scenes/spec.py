@@ -92,27 +92,36 @@ ROOM: dict[Shape, tuple[float, float]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Object:
-    """One shape: centre (x, y) and radius in units of the picture's width, y downward."""
+    """One shape somewhere in the picture. Lengths are in units of the picture's width."""
 
     shape: Shape
+    """Which shape."""
     colour: Colour
+    """Its colour, on the average over a period of its finish."""
     size: Size
+    """What a caption calls its radius."""
     finish: Finish
+    """What its surface is like."""
     x: float
+    """The centre's distance from the left edge, in (0, 1)."""
     y: float
+    """The centre's distance from the upper edge, in (0, 1)."""
     radius: float
+    """Half the longer side of its bounding box."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
     """One to four objects, drawn in this order, on a background.
 
-    Objects equal in shape and colour are copies: they share size, finish and radius, and are told
-    by their number.
+    Objects equal in shape and colour are copies: they share size, finish and radius, and a caption
+    tells their number.
     """
 
     background: Background
+    """The colour behind them."""
     objects: tuple[Object, ...]
+    """The objects, of which a later one is drawn over an earlier one."""
 
     def groups(self) -> list[tuple[Object, ...]]:
         """The objects gathered into copies of one another, in drawing order."""
@@ -144,7 +153,10 @@ def scene_at(
 def generator(
     seed: int, index: int, split: Split = "train", purpose: int = 0
 ) -> np.random.Generator:
-    """Random numbers for one scene. purpose: 0 the scene, 1 its caption; others are free."""
+    """The source of random numbers for one scene.
+
+    purpose: 0 is the scene, 1 its caption; each other number is free for another use.
+    """
     words = (seed, SPLITS.index(split), index, purpose)
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
@@ -157,14 +169,15 @@ def sample_scene(
     max_objects: int = 4,
     within: float = 1.0,
 ) -> Scene:
-    """Draw a scene.
+    """Choose a scene by `rng`.
 
-    split: "train" and "seen" draw from the same distribution, without HELD_OUT pairs (their streams
-    in `scene_at` differ); "unseen" has at least one held-out pair; "long" is "seen" with three or
-    four objects always, not all copies of one.
     About 35 % of scenes have one object, 40 % two, 25 % three or four; finishes are equally likely.
-    min_objects, max_objects: scenes of fewer or more are drawn anew. within: and those whose
-    objects lie in no square of that side; 0.4 holds any one object that holds no other.
+    split: "train" and "seen" have the same distribution, without HELD_OUT pairs (their streams in
+    `scene_at` differ); "unseen" has at least one held-out pair; "long" is "seen" with three or four
+    objects always, not all copies of one.
+    min_objects, max_objects: scenes of fewer or more objects are chosen anew. within: so are those
+    whose objects lie in no square of that side; 0.4 holds any one object that holds no other.
+    Raises ValueError for limits that no scene keeps.
     """
     check_counts(split, min_objects, max_objects)
     if within < 2 * BIG[1]:
@@ -200,7 +213,7 @@ def check_counts(split: str, min_objects: int, max_objects: int, *, prefix: str 
 
 
 def extent(objects: Sequence[Object]) -> tuple[float, float]:
-    """Width and height of the bounding box of all of them."""
+    """(width, height) of the bounding box of all of them, in units of the picture's width."""
     x, y = (
         max(getattr(item, axis) + item.radius for item in objects)
         - min(getattr(item, axis) - item.radius for item in objects)
@@ -228,7 +241,7 @@ def relation_holds(a: Sequence[Object], relation: Relation, b: Sequence[Object])
 
 
 def violations(scene: Scene) -> list[str]:
-    """Objects too near the frame or one another, in words; empty for every drawn scene."""
+    """What is too near the frame or another object, in words; empty for every chosen scene."""
     found = []
     for i, a in enumerate(scene.objects):
         if _frame_distance(a) < MARGIN - 1e-9:
@@ -379,8 +392,11 @@ def _unit(rng: np.random.Generator, looks, size: Size | None = None) -> _Unit:
 
 
 def _least_extent(units: list[_Unit], links: list[_Link]) -> float:
-    """A bound from below on the longer side of what `_place` can make: no unit is larger, and of
-    two, neither inside the other, the shorter sides and a gap lie side by side."""
+    """A bound from below on the longer side of what `_place` can make.
+
+    No unit is longer than it; and of two, neither inside the other, the shorter sides and a gap lie
+    side by side.
+    """
     sides = [2 * max(unit.half) for unit in units]
     for number, (unit, link) in enumerate(zip(units, links, strict=True)):
         for other in range(number):
@@ -392,7 +408,7 @@ def _least_extent(units: list[_Unit], links: list[_Link]) -> float:
 def _place(
     rng: np.random.Generator, units: list[_Unit], links: list[_Link]
 ) -> tuple[Object, ...] | None:
-    """Put the units one after the other; None where one does not fit."""
+    """Put the units in place one after the other; None if one does not fit."""
     centres: list[tuple[float, float]] = []
     boxes: list[tuple[float, float, float, float]] = []
     for unit, link in zip(units, links, strict=True):

@@ -58,10 +58,15 @@ class TextPretraining(Job):
     """Make a text encoder: a job whose examples are captions. It ends in WORKDIR/text_encoder."""
 
     batch_size: int = 64
+    """Captions a step, over all devices and microbatches."""
     ema_decay: float = 0.0
+    """What the average of the weights keeps of itself at each step; with 0 it is the weights."""
     log_every_images: int = 3_200
+    """Captions from one row of metrics.jsonl to the next."""
     save_every_images: int = 16_000
+    """Captions from one checkpoint to the next."""
     preview_every_images: int = 16_000
+    """Captions from one preview to the next; 0 is never."""
     encoder: T5Config
     """Sizes; its vocab_size counts the SentencePiece pieces and SENTINELS more."""
     described: float = 0.5
@@ -217,14 +222,14 @@ class TextBatches:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """Ids without end of sequence.
-
-    visible: whether the decoder is shown the encoder's output there (one more, for the end).
-    """
+    """What the encoder reads and the decoder is to write, as ids without end of sequence."""
 
     source: Int[np.ndarray, " l"]
+    """Ids of the text that the encoder reads."""
     target: Int[np.ndarray, " m"]
+    """Ids of the text that the decoder is to write."""
     visible: Bool[np.ndarray, " l+1"]
+    """Whether the decoder is shown the encoder's output there; the last is the end of sequence."""
 
 
 def example(

@@ -38,8 +38,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     ):
         """Example i of a split is scene i of (seed, split).
 
-        resolution: pixels squared. counts: examples of each split; None makes 10 000 of train and
-        1000 of the others. options: those of every TFDS builder, as data_dir.
+        resolution: side of the pictures in pixels. counts: examples of each split; None makes
+        10 000 of train and 1000 of each other. options: those of every TFDS builder, as data_dir.
         """
         self._resolution, self._seed = resolution, seed
         self._counts = counts or {"train": 10_000, "seen": 1000, "unseen": 1000, "long": 1000}

@@ -210,7 +210,7 @@ class Text(Condition):
     def null(self, value):
         if self.null_prompt is not None:
             raise ValueError(
-                f"guidance needs `negative`, the embedding of {self.null_prompt!r} unless it is "
+                f'guidance needs `negative`, the embedding of "{self.null_prompt}" unless it is '
                 "another text's; this stage knows no other way to have no text"
             )
         return TextInput(jnp.zeros_like(value[0]), jnp.zeros_like(value[1]))
@@ -271,6 +271,10 @@ class LowRes(Condition):
             )
         if self.residual and prediction != "x0":
             raise ValueError(f'LowRes.residual is for prediction="x0", got {prediction!r}')
+        if self.residual and space.shape()[-1] != 3:
+            raise ValueError(
+                f"LowRes.residual adds to a picture, which x0 in {type(space).__name__} is not"
+            )
 
     def widths(self, network: NetworkConfig) -> Widths:
         return Widths(channels=3)

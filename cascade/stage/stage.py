@@ -124,8 +124,9 @@ class Stage:
         if plain:
             both: Values = {}
         else:
+            away = negative or {}
             without = {
-                c.name: negative[c.name] if c.name in (negative or {}) else c.null(values[c.name])
+                c.name: away[c.name] if c.name in away else c.null(values[c.name])
                 for c in self.config.conditions
             }
             both = jax.tree.map(

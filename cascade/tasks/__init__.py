@@ -6,18 +6,21 @@ A task may define
     SampleOptions  options that it adds to `cascade sample`: a dataclass whose `steering` says what
                    steers each stage, and whose `record` what the JSON beside a picture says of it
 
-and is found by lying here: nothing names it.
+and is found by lying here: nothing names it. Options of a module elsewhere are found if the command
+line trusts it (`--trust MODULE`).
 """
 
 import importlib
 import pkgutil
 from typing import Any
 
+from cascade import config
+
 
 def that_have(attribute: str) -> dict[str, Any]:
-    """The tasks that define it: name -> what they define."""
+    """The tasks that define it, here and in trusted modules: name -> what they define."""
+    here = [f"{__name__}.{found.name}" for found in pkgutil.iter_modules(__path__)]
     modules = {
-        found.name: importlib.import_module(f"{__name__}.{found.name}")
-        for found in pkgutil.iter_modules(__path__)
+        name.rpartition(".")[2]: importlib.import_module(name) for name in (*here, *config.trusted)
     }
     return {n: getattr(m, attribute) for n, m in modules.items() if hasattr(m, attribute)}

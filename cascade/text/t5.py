@@ -41,7 +41,7 @@ CONVERT = (
 
 
 class T5Encoder:
-    """T5 v1.1's encoder, which is of use alone: texts in, an embedding of each of their tokens out.
+    """T5 v1.1's encoder without its decoder: texts in, an embedding of each of their tokens out.
 
     >>> encoder = T5Encoder.load("scenes")  # or a folder, or "google/t5-v1_1-xl"
     >>> embedding = encoder(["a red circle", "two stars"])
@@ -70,20 +70,22 @@ class T5Encoder:
         int8: bool = False,
         shardings: Callable[[Any], Any] | None = None,
     ) -> "T5Encoder":
-        """Read the shipped encoder ("scenes"), a local folder, or a name on the Hugging Face hub,
-        whichever of them, in this order, is there.
+        """Read an encoder: "scenes", which ships, a local folder or, failing both, a hub's name.
 
         A folder holds any google/t5-v1_1-* (the decoder of a full checkpoint is not read), or it is
         a DeepFloyd IF pipeline, or the text_encoder/ of one. Its weights are safetensors: one file,
         shards or a variant (fp16).
 
         max_tokens: the length in tokens that prompts are padded or cut to, or the config's
-        n_positions if that is less. captions: what is done to a prompt first; DeepFloyd IF takes
-        max_tokens=77, captions="clean". compute_dtype: parameters are float32, or with bfloat16 the
-        matrices of the layers are bfloat16. int8: these matrices take one byte a weight, rounded as
-        they are read, with scales for groups of inputs (`cascade.models.t5.quantized`); one layer's
-        at a time are floats. shardings: parameters as ShapeDtypeStructs -> where each is put, such
-        as `partial(cascade.devices.sharding.shardings, mesh=mesh)`; None is the default device.
+            n_positions if that is less.
+        captions: what is done to a prompt first; DeepFloyd IF takes max_tokens=77,
+            captions="clean".
+        compute_dtype: parameters are float32, or with bfloat16 the matrices of the layers are
+            bfloat16.
+        int8: these matrices take one byte a weight, rounded as they are read, with scales for
+            groups of inputs (`cascade.models.t5.quantized`); one layer's at a time are floats.
+        shardings: parameters as ShapeDtypeStructs -> where each is put, such as
+            `partial(cascade.devices.sharding.shardings, mesh=mesh)`; None is the default device.
         Raises UserError saying what is missing and what to do.
         """
         config, params, spiece = read_folder(

@@ -30,9 +30,10 @@ PLOT_SECONDS = 20.0
 
 
 class TrainingLog:
-    """Of all processes, the first writes. Rows past the resumed step are dropped first.
+    """The log of a run, which the first process alone writes.
 
-    For a workdir in object storage, it writes to a folder here, and each row copies it there.
+    It begins by dropping the rows past the resumed step. For a workdir in object storage, it writes
+    to a folder here, and each row copies it there.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class TrainingLog:
         lines = before.read_text().splitlines() if before.exists() else []
         self._path, self._picture = folder / "metrics.jsonl", folder / "loss.png"
         self._plotted = self._since[0]
-        self._rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
+        # A text encoder's run of an earlier version counted steps alone.
+        rows = [row for row in map(_parsed, lines) if row and row["step"] <= step]
+        self._rows = [{"images": row["step"] * batch_size, **row} for row in rows]
         with paths.writing(self._path) as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._writers = [_TensorBoard(folder, step)]

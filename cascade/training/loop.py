@@ -5,7 +5,8 @@ continues it with the numbers it would have had: parameters, optimizer, averages
 data and the random keys (all folded from seed and step) are restored. Progress is counted in
 images. In order:
 
-    1  the mesh, and what the job needs while it runs: all that may be wrong is found here
+    1  the mesh, the run that the folder holds, and what the job needs while it runs: all that may
+       be wrong is found here
     2  the state: restored from the newest checkpoint, or the job's own first weights
     3  until the last step: a batch, prepared; the step; figures, checkpoints, snapshots and
        previews when they are due; whether somebody asked to stop
@@ -54,13 +55,13 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
     workdir = paths.path(workdir)
     mesh = sharding.make_mesh(job.mesh)
     check_batch(job, mesh)
-    _check_kind(job, workdir)
+    saved = _saved_config(job, workdir)
     optimizer = job.transformation()
     running = job.open(mesh, workdir)
     data = running.batches
     paths.make_folder(workdir)  # after all that may be wrong with the config
     checkpoints = Checkpoints(workdir, keep=job.keep)
-    state, placement = _initial_state(job, optimizer, mesh, checkpoints, data)
+    state, placement = _initial_state(job, optimizer, mesh, checkpoints, saved, data)
     step = int(state["train"]["step"])
     last = job.steps if until is None else min(job.steps, -(-until // job.batch_size))
     train_step = jax.jit(
@@ -160,8 +161,10 @@ def check_batch(job: Job, mesh: Mesh) -> None:
 
 
 def _initial_state(
-    job: Job, optimizer: Any, mesh: Mesh, checkpoints: Checkpoints, data: Batches
+    job: Job, optimizer: Any, mesh: Mesh, checkpoints: Checkpoints, saved: Any, data: Batches
 ) -> tuple[State, Any]:
+    """The state, and where each array is put. saved: as `_saved_config` gave it."""
+
     def init(key):
         return begin(job, optimizer, job.fresh(key))
 
@@ -176,17 +179,12 @@ def _initial_state(
         begun = functools.partial(begin, job, optimizer)
         return jax.jit(begun, out_shardings=placement, donate_argnums=0)(params)
 
-    workdir = checkpoints.directory.parent
+    if saved is None:
+        return started(), placement
     if not checkpoints.steps():
-        earlier = workdir / "state.safetensors"
-        if not earlier.exists():
-            return started(), placement
-        _check_fixed(job, saved_job(read_json(workdir / "config.json"), str(workdir)), workdir)
-        state = landed.text_run_state(earlier, started())
+        state = landed.text_run_state(checkpoints.directory.parent / _EARLIER, started())
         data.set_state({"examples": int(state["train"]["step"]) * job.batch_size})
         return jax.device_put(state, placement), placement
-    saved = checkpoints.read_config()
-    _check_fixed(job, saved_job(saved, str(workdir)), workdir)
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
     )
@@ -209,11 +207,24 @@ def _key(job: Job) -> jax.Array:
     return jax.random.key(job.seed, impl="rbg")
 
 
-def _check_kind(job: Job, workdir: Path) -> None:
-    """UserError where a run of an earlier version holds another kind of job."""
-    earlier = (workdir / "state.safetensors").exists()
-    if earlier and type(job).__name__ != "TextPretraining":
-        raise UserError(f"{workdir}: holds a text encoder's run; name another --workdir")
+_EARLIER = "state.safetensors"
+"""What earlier versions kept a text encoder's run in."""
+
+
+def _saved_config(job: Job, workdir: Path) -> Any:
+    """The config of the run that the folder holds, as JSON; None if it holds none. UserError where
+    the job cannot go on with it."""
+    saved = None
+    if (workdir / "checkpoints").is_dir():
+        checkpoints = Checkpoints(workdir)
+        saved = checkpoints.read_config() if checkpoints.steps() else None
+        checkpoints.close()
+    if saved is None and (workdir / _EARLIER).exists():
+        saved = read_json(workdir / "config.json")
+    if saved is not None:
+        _check_fixed(job, saved_job(saved, str(workdir)), workdir)
+    multihost_utils.sync_global_devices("the run was looked at")  # before any process begins one
+    return saved
 
 
 def _check_fixed(job: Job, there: Job, workdir: Path) -> None:

@@ -29,7 +29,7 @@ def adapters(params: Mapping[str, Any], rank: int, key: Key[Array, ""]) -> dict[
     """
     found = _adapters(params, rank, key, "")
     if not found:
-        raise ValueError("lora_rank: this network has no attention whose projections to adapt")
+        raise ValueError("LoRA: this network has no attention whose projections to adapt")
     return found
 
 

@@ -28,26 +28,24 @@ def draw(
     if base and not prompts:
         return None
     n = len(prompts) if base else min(4, len(next(iter(batch.values()))))
-    given, negative = {}, {}
+    given, negative, shown = {}, {}, {} if base else dict(batch)
     for condition in config.conditions:
         if base:
             given[condition.name] = condition.of_prompts(prompts, embed)
         away = condition.away(None, embed)
         if away is not None:
             negative[condition.name] = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), away)
-    negative, params, batch, given = sharding.fetch((negative, params, dict(batch), given))
+    negative, params, shown, given = sharding.fetch((negative, params, shown, given))
     if jax.process_index() != 0:
         return None
-    batch = {name: value[:n] for name, value in batch.items()}
-    sides = None
-    if not base:
-        low, sides = images.to_float(batch["lowres"]), batch["image"].shape[1:3]
-        given = {c.name: c.of_examples(batch) for c in config.conditions}
     keys = jax.vmap(jax.random.key)(jnp.arange(n))
-    options = {"settings": config.sampling, "negative": negative, "sides": sides}
-    drawn = images.to_uint8(stage.sample(params, given, keys, **options))
+    options: dict[str, Any] = {"settings": config.sampling, "negative": negative}
     if base:
-        return images.grid(drawn)
-    shown = images.to_uint8(images.upsample(low, sides))
-    columns = zip(shown, drawn, batch["image"], strict=True)
+        return images.grid(images.to_uint8(stage.sample(params, given, keys, **options)))
+    shown = {name: value[:n] for name, value in shown.items()}
+    given = {c.name: c.of_examples(shown) for c in config.conditions}
+    sides = shown["image"].shape[1:3]
+    drawn = images.to_uint8(stage.sample(params, given, keys, sides=sides, **options))
+    small = images.to_uint8(images.upsample(images.to_float(shown["lowres"]), sides))
+    columns = zip(small, drawn, shown["image"], strict=True)
     return images.grid([image for row in columns for image in row], columns=3)

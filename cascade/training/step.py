@@ -26,9 +26,8 @@ def begin(job: Job, optimizer: optax.GradientTransformation, params: Any) -> Sta
     power-function average of each width, named by it. Where something is frozen, "frozen" holds it;
     that is in no checkpoint.
     """
-    if job.trainable.freezes:
-        params = jax.tree.map(lambda x: x.astype(jnp.dtype(job.frozen_dtype)), params)
     trained, frozen = job.trainable.split(params, jax.random.key(job.seed, impl="rbg"))
+    frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(job.frozen_dtype)), frozen)
     train = {"params": trained, "opt_state": optimizer.init(trained), "step": jnp.int32(0)}
     if job.ema_profiles:
         train["profiles"] = {str(w): jax.tree.map(jnp.copy, trained) for w in job.ema_profiles}

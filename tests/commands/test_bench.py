@@ -7,6 +7,8 @@ from cascade import config
 from cascade.commands import bench
 from cascade.commands.bench import CompileOptions, TrainOptions
 from cascade.errors import UserError
+from cascade.models.t5 import T5Config
+from cascade.scenes.text_pretraining import TextPretraining
 from cascade.stage import Stage
 
 SMALL = """
@@ -72,3 +74,15 @@ def test_a_config_gets_its_arguments_and_overrides_from_the_command_line(tmp_pat
         bench.main(words)
     with pytest.raises(UserError, match="--config is missing"):
         bench.main(["train", "--steps", "1"])
+    file.write_text("def config():\n    return None\n")
+    with pytest.raises(UserError, match="must return a job, such as a StageTraining"):
+        bench.main(["train", "--config", str(file)])
+
+
+def test_whatever_learns_can_be_timed():
+    encoder = T5Config(vocab_size=460, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    job = TextPretraining(encoder=encoder, images=8, batch_size=8)
+    got = bench.bench_train(job, TrainOptions(steps=1, tokens=4))
+    shapes = jax.eval_shape(job.fresh, jax.random.key(0))
+    assert got["parameters"] == sum(x.size for x in jax.tree.leaves(shapes))
+    assert got["stage"] == "text encoder" and got["images_per_second"] > 0

@@ -6,7 +6,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from cascade import testing
 from cascade.devices import flops
-from cascade.models import Conditioning
 from cascade.models.layers import attend, conv3x3
 from cascade.stage import Stage
 
@@ -155,8 +154,13 @@ def test_work_split_over_devices_counts_on_all_of_them():
 def test_a_networks_forward_pass_agrees_with_the_compilers_figure():
     """XLA counts a loop's body once; without loops it differs by elementwise work alone."""
     stage = Stage(testing.base_stage())
-    x, time, params = zeros(4, 8, 8, 3), zeros(4), stage.abstract()
-    cond = Conditioning(text=zeros(4, 12, 8), text_mask=jax.ShapeDtypeStruct((4, 12), bool))
-    ours = flops.count(stage.network, params, x, time, cond)
-    theirs = jax.jit(stage.network).lower(params, x, time, cond).cost_analysis()["flops"]
+    args = stage.abstract(), zeros(4, 8, 8, 3), zeros(4), zeros(4, 12, 8)
+    args += (jax.ShapeDtypeStruct((4, 12), bool),)
+
+    def forward(params, x, time, text, mask):
+        signals = stage.conditions["text"](params["conditions"]["text"], text, mask)
+        return stage.network(params["network"], x, time, signals)
+
+    ours = flops.count(forward, *args)
+    theirs = jax.jit(forward).lower(*args).cost_analysis()["flops"]
     assert 0.7 * theirs < ours < theirs

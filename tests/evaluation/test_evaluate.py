@@ -14,7 +14,7 @@ from cascade import images, testing
 from cascade.commands import eval as evaluate
 from cascade.errors import UserError
 from cascade.evaluation import page, quality, scenes
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.evaluation.page import SETS, Judged
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
 from cascade.runner.cascade import Cascade, Picture
@@ -22,7 +22,7 @@ from cascade.scenes.captions import Caption, Facts, Thing, caption_at
 from cascade.scenes.judge import judge
 from cascade.scenes.render import render
 from cascade.scenes.spec import scene_at
-from cascade.stage import Stage, StageConfig
+from cascade.stage import LowRes, Pixels, Stage, StageConfig, Text
 
 # Distances.
 
@@ -91,13 +91,19 @@ class Renderer(Cascade):
     """
 
     def __init__(self, spoil=lambda side, picture: picture):
-        base = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8, text_width=8)
-        upper = EfficientUNetConfig(
-            levels=(EfficientLevel(width=8, blocks=1),), head_width=8, text_width=8, lowres=True
-        )
+        base = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8)
+        upper = EfficientUNetConfig(levels=(EfficientLevel(width=8, blocks=1),), head_width=8)
+        text = Text(width=8, head_width=8)
         configs = [
-            StageConfig(name="base64", resolution=64, network=base),
-            StageConfig(name="sr256", resolution=256, lowres_resolution=64, network=upper),
+            StageConfig(
+                name="base64", space=Pixels(resolution=64), conditions=(text,), network=base
+            ),
+            StageConfig(
+                name="sr256",
+                space=Pixels(resolution=256),
+                conditions=(LowRes(resolution=64), text),
+                network=upper,
+            ),
         ]
         super().__init__([(Stage(c), {}) for c in configs], testing.FakeEncoder(), name="renderer")
         self.spoil = spoil
@@ -221,8 +227,12 @@ def test_a_sweep_has_a_row_for_every_combination(renderer, tmp_path, capsys):
 
 
 def test_a_sweep_stops_before_the_last_stage(renderer, tmp_path, capsys):
+    before = renderer.stages[1][0].config
     last = dataclasses.replace(
-        renderer.stages[1][0].config, name="sr1024", resolution=1024, lowres_resolution=256
+        before,
+        name="sr1024",
+        space=Pixels(resolution=1024),
+        conditions=(LowRes(resolution=256), before.text),
     )
     renderer.stages = [*renderer.stages, (Stage(last), {})]
     argv = ["--guidance", "1", "--aug-level", "0.1", "--prompts", 2, "--out", tmp_path / "out"]
@@ -287,16 +297,17 @@ def test_a_model_whose_pictures_cannot_be_read_is_refused(monkeypatch, tmp_path)
 def test_super_resolution_can_be_kept_from_the_prompt(monkeypatch, null):
     told = {}
 
-    def sample(self, params, cond, keys, *, settings, lowres=None, **rest):
-        told[self.config.name] = bool(cond.text_mask.any()), bool(cond.text.any())
+    def sample(self, params, given, keys, *, settings, **rest):
+        told[self.config.name] = bool(given["text"].mask.any()), bool(given["text"].tokens.any())
         base = jax.random.uniform(keys[0], (1, 64, 64, 3), minval=-1)
+        lowres, *_ = given.get("lowres", (None,))
         return base if lowres is None else images.upsample(lowres, (256, 256))
 
     monkeypatch.setattr(Stage, "sample", sample)
     model = Cascade(Renderer().stages, testing.FakeEncoder())
     settings = {stage.config.name: stage.config.sampling for stage, _ in model.stages}
-    drawing = Drawing(cascade=model, settings=settings, null_text_in_sr=null)
-    drawn = drawing("red circle", 3)
+    drawer = Drawer(cascade=model, settings=settings, null_text_in_sr=null)
+    drawn = drawer("red circle", 3)
     assert told == {"base64": (True, True), "sr256": (not null, not null)}
     assert set(drawn) == {64, 256}
     expected = images.upsample(images.to_float(drawn[64])[None], (256, 256))[0]
@@ -306,8 +317,8 @@ def test_super_resolution_can_be_kept_from_the_prompt(monkeypatch, null):
 def test_the_words_of_an_evaluation_reach_it(renderer, tmp_path, capsys, monkeypatch):
     told = []
 
-    def spy(drawing, folder, *, seed, **_):
-        told.append((seed, drawing.null_text_in_sr))
+    def spy(drawer, folder, *, seed, **_):
+        told.append((seed, drawer.null_text_in_sr))
         return {}, []
 
     monkeypatch.setattr(scenes, "evaluate_scenes", spy)

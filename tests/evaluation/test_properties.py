@@ -12,17 +12,18 @@ import pytest
 
 from cascade import images, testing
 from cascade.commands import eval as evaluate
-from cascade.config import to_json
+from cascade.config import from_json, to_json
 from cascade.diffusion import process
 from cascade.errors import UserError
 from cascade.evaluation import augmentation, properties
 from cascade.evaluation.claims import NEEDED, Claim, Property, above, alike
-from cascade.evaluation.drawing import Drawing
+from cascade.evaluation.drawer import Drawer
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
+from cascade.published.landed import upgraded
 from cascade.runner.cascade import Cascade, Picture
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render
-from cascade.stage import Augmentation, Stage, StageConfig
+from cascade.stage import Augmentation, LowRes, Pixels, Sampling, Stage, StageConfig, Text
 from cascade.storage.checkpoint import Checkpoints
 
 REPOSITORY = Path(__file__).parents[2]
@@ -89,18 +90,19 @@ class Painter(Cascade):
     """64 -> 256 px; paint(prompt, seed, settings, lowres) makes its pictures."""
 
     def __init__(self, paint):
-        base = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8, text_width=8)
-        upper = EfficientUNetConfig(
-            levels=(EfficientLevel(width=8, blocks=1),), head_width=8, text_width=8, lowres=True
-        )
+        base = UNetConfig(levels=(Level(width=8, blocks=1),), head_width=8)
+        upper = EfficientUNetConfig(levels=(EfficientLevel(width=8, blocks=1),), head_width=8)
+        text = Text(width=8, head_width=8)
+        lowres = LowRes(resolution=64, augmentation=Augmentation(max_level=0.4))
         configs = [
-            StageConfig(name="base64", resolution=64, network=base),
+            StageConfig(
+                name="base64", space=Pixels(resolution=64), conditions=(text,), network=base
+            ),
             StageConfig(
                 name="sr256",
-                resolution=256,
-                lowres_resolution=64,
+                space=Pixels(resolution=256),
+                conditions=(lowres, text),
                 network=upper,
-                augmentation=Augmentation(max_level=0.4),
             ),
         ]
         super().__init__([(Stage(c), {}) for c in configs], testing.FakeEncoder(), name="painter")
@@ -111,10 +113,10 @@ class Painter(Cascade):
         yield Picture(prompts, seed, {until: self.paint(prompts, seed, settings[0], lowres)}, {})
 
 
-def drawing(paint):
+def drawer(paint):
     model = Painter(paint)
     settings = {stage.config.name: stage.config.sampling for stage, _ in model.stages}
-    return Drawing(cascade=model, settings=settings)
+    return Drawer(cascade=model, settings=settings)
 
 
 PROMPTS = properties.prompts_of(0, 8)
@@ -142,7 +144,7 @@ def test_seeds_share_neither_prompts_nor_noise():
 
 def test_a_model_that_obeys_guidance_follows_and_falls_to_chance():
     count = []
-    grows, falls = properties.following(drawing(obeys), PROMPTS, lambda: count.append(1))
+    grows, falls = properties.following(drawer(obeys), PROMPTS, lambda: count.append(1))
     assert grows.holds and falls.holds and len(count) == 3 * 24
     assert grows.figures["w=4"].min() == grows.figures["true pictures"].min() == 1
     # As true pictures, it is right about other prompts as often as these, exactly.
@@ -151,25 +153,25 @@ def test_a_model_that_obeys_guidance_follows_and_falls_to_chance():
 
 
 def test_prompt_following_that_falls_again_does_not_grow():
-    middle = properties.weights_of(drawing(obeys))[1]
+    middle = properties.weights_of(drawer(obeys))[1]
 
     def confused(prompt, seed, settings, lowres):
         told = settings.guidance == middle or seed % 4 < settings.guidance / 2
         return render(SCENES[prompt], 64) if told else deaf(prompt, seed, settings, lowres)
 
-    grows, _ = properties.following(drawing(confused), PROMPTS)
+    grows, _ = properties.following(drawer(confused), PROMPTS)
     assert [claim.holds for claim in grows.claims] == [True, True, False] and not grows.holds
 
 
 def test_a_model_that_is_deaf_to_its_prompt_neither_follows_nor_falls():
-    grows, falls = properties.following(drawing(deaf), PROMPTS)
+    grows, falls = properties.following(drawer(deaf), PROMPTS)
     assert not grows.holds and not falls.holds
     assert [claim.margin for claim in grows.claims] == [0, 0, np.inf]
     assert falls.figures["own prompt"].mean() == pytest.approx(falls.chance, abs=0.1)
 
 
 def test_captions_that_are_all_the_same_do_not_fall_to_chance():
-    model = drawing(lambda prompt, *rest: render(SCENES[prompt], 64))
+    model = drawer(lambda prompt, *rest: render(SCENES[prompt], 64))
     same = [[dataclasses.replace(p, said=row[0].said) for p in row] for row in PROMPTS]
     _, falls = properties.following(model, same)
     assert not falls.holds and not falls.claims[0].holds and not falls.claims[1].holds
@@ -189,12 +191,12 @@ def saturating(shares):
 
 def test_saturation_holds_in_the_order_of_imagen_alone():
     right = {"none": 0.3, "static": 0.2, "dynamic": 0.1}
-    one = properties.saturation(drawing(saturating(right)), PROMPTS)
+    one = properties.saturation(drawer(saturating(right)), PROMPTS)
     assert one.holds and one.chance == 0
     for kind, share in right.items():
         assert one.figures[kind].mean() == pytest.approx(share, abs=0.01)
     for wrong in ({"none": 0.2, "static": 0.2}, {"static": 0.1, "dynamic": 0.2}):
-        assert not properties.saturation(drawing(saturating(right | wrong)), PROMPTS).holds
+        assert not properties.saturation(drawer(saturating(right | wrong)), PROMPTS).holds
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_sensitivity_is_how_far_pictures_go_with_their_prompts(reach, holds):
         fill = reach[round(settings.aug_level, 1)] * (len(prompt) % 2) + seed % 3
         return np.full((256, 256, 3), round(fill), np.uint8)
 
-    one = properties.sensitivity(drawing(paint), PROMPTS[:2])
+    one = properties.sensitivity(drawer(paint), PROMPTS[:2])
     assert one.holds == holds and list(one.figures) == ["level 0", "level 0.2", "level 0.4"]
     apart = np.mean(
         [
@@ -233,11 +235,12 @@ class Enlarger(Stage):
         config = testing.super_resolution_stage(16)
         levels = tuple(dataclasses.replace(level, stride=1) for level in config.network.levels)
         network = dataclasses.replace(config.network, levels=levels)
-        super().__init__(dataclasses.replace(config, resolution=64, network=network))
+        space = Pixels(resolution=64)
+        super().__init__(dataclasses.replace(config, space=space, network=network))
         self.enlarge = enlarge
 
-    def sample(self, params, cond, keys, *, settings, lowres=None, size=None):
-        return self.enlarge(lowres, keys, settings.aug_level)
+    def sample(self, params, given, keys, *, settings, sides=None):
+        return self.enlarge(given["lowres"][0], keys, settings.aug_level)
 
 
 def noisy(lowres, keys, level, brighter=0.0):
@@ -251,7 +254,7 @@ def larger(enlarge):
     model = Cascade([(stage, {})], testing.FakeEncoder())
     settings = {stage.config.name: stage.config.sampling}
     few = properties.quarter(PROMPTS)
-    return properties.larger_pictures(Drawing(cascade=model, settings=settings), few)
+    return properties.larger_pictures(Drawer(cascade=model, settings=settings), few)
 
 
 def test_a_stage_that_draws_alike_at_any_size_runs_on_larger_images():
@@ -303,9 +306,12 @@ def test_survival_is_of_the_one_stage_and_not_of_the_other(augmented, plain, hol
 
 def test_the_pair_is_alike_but_for_the_augmentation():
     augmented, plain = augmentation.pair_of_configs(3)
-    assert augmented.stage.augmentation.max_level >= augmentation.LEVEL
-    assert plain.stage.augmentation.max_level == 0
-    stage = dataclasses.replace(plain.stage, augmentation=augmented.stage.augmentation)
+    assert augmented.stage.lowres.augmentation.max_level >= augmentation.LEVEL
+    assert plain.stage.lowres.augmentation.max_level == 0
+    lowres = dataclasses.replace(
+        plain.stage.lowres, augmentation=augmented.stage.lowres.augmentation
+    )
+    stage = dataclasses.replace(plain.stage, conditions=(lowres,))
     assert dataclasses.replace(plain, stage=stage) == augmented
 
 
@@ -317,14 +323,14 @@ def test_a_trained_stage_has_the_averaged_weights_of_the_trainer(tmp_path, monke
         checkpoints.close()
         return True
 
-    monkeypatch.setattr(augmentation.train, "train", train)
+    monkeypatch.setattr(augmentation.loop, "fit", train)
     config, _ = augmentation.pair_of_configs(0)
     stage, params = augmentation.trained(config, tmp_path)
     assert stage.config == config.stage and params["w"].tolist() == [1, 1]
 
 
 def test_a_stage_whose_training_was_stopped_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(augmentation.train, "train", lambda config, folder: False)
+    monkeypatch.setattr(augmentation.loop, "fit", lambda config, folder: False)
     with pytest.raises(KeyboardInterrupt):
         augmentation.trained(augmentation.pair_of_configs(0)[0], tmp_path)
 
@@ -381,8 +387,11 @@ def test_the_committed_report_is_of_the_weights_and_settings_that_ship():
     report = json.loads((REPOSITORY / "launch/properties.json").read_text())
     model = Cascade.load("scenes")
     assert report["model_sha256"] == model.digest
-    shipped = {stage.config.name: to_json(stage.config.sampling) for stage, _ in model.stages}
-    assert report["settings"] == json.loads(json.dumps(shipped))
+    measured = {
+        name: from_json(Sampling, upgraded(settings))
+        for name, settings in report["settings"].items()
+    }
+    assert measured == {stage.config.name: stage.config.sampling for stage, _ in model.stages}
     assert report["holds"] and all(one["holds"] for one in report["properties"].values())
 
 

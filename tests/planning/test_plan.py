@@ -16,6 +16,7 @@ from cascade.devices import xla_flags
 from cascade.devices.chips import chip_named
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
+from cascade.models.t5 import T5Config
 from cascade.planning import compiled, sampling, search
 from cascade.planning.figures import figures, table
 from cascade.planning.sampling import plan_sampling
@@ -23,8 +24,9 @@ from cascade.planning.search import suggest
 from cascade.planning.topology import Topology, open_topology, run_mesh
 from cascade.planning.training import plan_training
 from cascade.scenes.dataset import ScenesData
+from cascade.scenes.text_pretraining import TextPretraining
 from cascade.stage import Stage
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 TOKENS = 12
 BATCH_BYTES = 8 * 8 * 3 + TOKENS * 8 * 4 + TOKENS  # of one picture, its text and its mask
@@ -35,7 +37,7 @@ def config_of(remat=False, **changes):
     network = dataclasses.replace(stage.network, remat=remat)
     stage = dataclasses.replace(stage, network=network)
     fields = {"stage": stage, "data": ScenesData(), "images": 64, "batch_size": 16}
-    return TrainConfig(**fields | changes)
+    return StageTraining(**fields | changes)
 
 
 def config_file(folder):
@@ -43,10 +45,10 @@ def config_file(folder):
     file = folder / "config.py"
     file.write_text(
         "from cascade import testing\nfrom cascade.scenes.dataset import ScenesData\n"
-        "from cascade.training.loop import TrainConfig\n"
+        "from cascade.training.stage_training import StageTraining\n"
         "def config():\n"
-        "    return TrainConfig(stage=testing.smallest_stage(), data=ScenesData(), images=64,\n"
-        "                       batch_size=16)\n"
+        "    return StageTraining(stage=testing.smallest_stage(), data=ScenesData(), images=64,\n"
+        "                         batch_size=16)\n"
     )
     return str(file)
 
@@ -162,6 +164,17 @@ def test_a_tpu_is_planned_with_the_flags_that_training_sets(monkeypatch):
         open_topology("v5e:2x2")
 
 
+def test_any_job_can_be_planned_and_one_without_a_choice_of_remat_is_tried_once():
+    encoder = T5Config(vocab_size=460, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    job = TextPretraining(encoder=encoder, images=64, batch_size=16)
+    got = plan_training(job, gpus(8), tokens=TOKENS)
+    shapes = jax.eval_shape(job.fresh, jax.random.key(0))
+    assert got["parameters"] == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert got["stage"] == "text encoder" and got["flops"] == got["model_flops"] > 0
+    settings = [str(t["settings"]) for t in suggest(job, gpus(8), tokens=TOKENS)["tried"]]
+    assert len(set(settings)) == len(settings) and all("'remat': False" in s for s in settings)
+
+
 # Compiled: simulated devices stand for those of a TPU slice
 
 
@@ -258,6 +271,22 @@ def run(*words):
 def test_mistakes_are_one_line(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(*words)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    "file,words,message",
+    [
+        ("configs/scenes/text_encoder.py", ["--sample"], "--sample draws pictures, which only a"),
+        ("none.py", [], "config() must return a job, such as a StageTraining"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(file, words, message, capsys, tmp_path):
+    (tmp_path / "none.py").write_text("def config():\n    return None\n")
+    file = tmp_path / file if file == "none.py" else file
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(file), "--topology", "h100:8", *words])
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 

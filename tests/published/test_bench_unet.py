@@ -1,5 +1,8 @@
+import importlib.util
+import json
 import math
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,14 +13,30 @@ from cascade.published.deepfloyd import bench as bench_unet
 from cascade.published.deepfloyd.bench import FIELDS, UNetOptions
 from cascade.published.deepfloyd.reader import unet_config
 
+UNETS = json.loads(
+    (Path(__file__).parents[1] / "fixtures" / "deepfloyd" / "unets.json").read_text()
+)
+
 
 @pytest.mark.parametrize(
     "size,millions", [("S", 8.88), ("M", 82.76), ("IF-I-M", 371.61), ("SR-S", 33.05)]
 )
 def test_the_networks_that_are_timed_have_the_sizes_announced(size, millions):
-    shapes = Network(unet_config(FIELDS[size])).abstract()
+    config = unet_config(FIELDS[size])
+    shapes = Network(config, config.widths).abstract()
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert round(count / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_a_pass_is_timed_and_where_pytorch_is_it_computes_the_same(name, monkeypatch):
+    monkeypatch.setitem(FIELDS, "S", UNETS[name]["config"] | {"sample_size": 4})
+    got = bench_unet.bench_unet(UNetOptions(size="S", repeats=1))
+    sizes = (math.prod(shape) for shape in UNETS[name]["shapes"].values())
+    assert got["parameters"] == sum(sizes)
+    assert 0 < got["cascade_fastest_seconds"] <= got["cascade_seconds"]
+    there = all(importlib.util.find_spec(module) for module in ("torch", "diffusers"))
+    assert ("ratio" in got) == there and got.get("largest_difference", 0) < 1e-4
 
 
 def test_cores_are_held_to_before_anything_starts():

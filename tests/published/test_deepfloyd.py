@@ -23,13 +23,13 @@ from cascade.devices.sharding import MeshConfig, make_mesh, shardings
 from cascade.diffusion import samplers
 from cascade.diffusion.process import Discrete
 from cascade.errors import UserError
-from cascade.models import Conditioning, Network
+from cascade.models import Network, Signals
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd import reader as deepfloyd
 from cascade.published.deepfloyd.stage import stage_config
 from cascade.published.pipelines import pipelines
 from cascade.runner.cascade import Cascade, with_options
-from cascade.stage import Stage
+from cascade.stage import Stage, TextInput
 from cascade.storage import network as published
 from cascade.storage import weights
 from cascade.text import t5
@@ -54,22 +54,25 @@ def write_unet(folder, name="stage1", **changes):
 
 @functools.cache
 def inputs(name):
-    """The inputs of make_deepfloyd.unet_inputs, channels last: (x, time, Conditioning)."""
+    """The inputs of make_deepfloyd.unet_inputs, channels last: (x, time, Signals)."""
     config = UNETS[name]["config"]
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, config["in_channels"], 4, 6)).astype(np.float32)
     text = (rng.standard_normal((2, 5, config["encoder_hid_dim"])) + 1).astype(np.float32)
     x = x.transpose(0, 2, 3, 1)
-    cond = Conditioning(
-        text=jnp.asarray(text),
-        lowres=jnp.asarray(x[..., 3:]) if name == "stage2" else None,
-        lowres_time=jnp.array([250.0, 0.0]) if name == "stage2" else None,
+    lowres, level = jnp.asarray(x[..., 3:]), jnp.array([[250.0], [0.0]])
+    signals = Signals(
+        channels=(lowres,) if name == "stage2" else (),
+        vectors=(level,) if name == "stage2" else (),
+        tokens=jnp.asarray(text),
+        mask=jnp.ones(text.shape[:2], bool),
     )
-    return jnp.asarray(x[..., :3]), jnp.array([990.0, 7.0]), cond
+    return jnp.asarray(x[..., :3]), jnp.array([990.0, 7.0]), signals
 
 
 def run(config, params, name):
-    return np.asarray(jax.jit(Network(config).__call__)(params, *inputs(name)))
+    network = Network(config, config.widths)
+    return np.asarray(jax.jit(network.__call__)(params, *inputs(name)))
 
 
 def relative_error(output, expected):
@@ -96,7 +99,7 @@ def test_the_unet_equals_the_reference_implementation(name, tmp_path):
 @pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith("IF")])
 def test_every_tensor_of_a_published_unet_has_one_place(name):
     config = deepfloyd.unet_config(PUBLISHED[name]["config"])
-    shapes, target = PUBLISHED[name]["shapes"], Network(config).abstract()
+    shapes, target = PUBLISHED[name]["shapes"], Network(config, config.widths).abstract()
     origins = published.by_name(target)
     weights.fit(name, shapes, origins, target)
     assert sorted(n for o in origins.values() for n in o.names) == sorted(shapes)
@@ -125,7 +128,7 @@ def test_everything_missing_misshapen_or_left_over_is_listed(stage1):
     del shapes["mid_block.attentions.0.to_k.weight"], shapes["conv_out.bias"]
     shapes["conv_in.weight"] = [8, 4, 3, 3]
     shapes["up_blocks.0.resnets.9.norm1.weight"] = [8]
-    target = Network(config).abstract()
+    target = Network(config, config.widths).abstract()
     with pytest.raises(UserError) as e:
         weights.fit("U-Net x", shapes, published.by_name(target), target)
     for expected in (
@@ -268,10 +271,11 @@ def test_hybrid_attention_goes_by_level():
 def test_remat_wraps_every_block_and_changes_no_parameter(stage1):
     _, config, params = stage1
     again = dataclasses.replace(config, remat="nothing_saveable")
-    assert jax.tree.map(jnp.shape, Network(again).abstract()) == jax.tree.map(jnp.shape, params)
+    abstract = Network(again, again.widths).abstract()
+    assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, params)
     # Down 1 + 1 + 1, middle 2, up 2 + 1 + 2 residual blocks; 1 + 1 + 2 attentions.
     for c, blocks in ((config, 0), (again, 10 + 4)):
-        jaxpr = jax.make_jaxpr(Network(c).__call__)(params, *inputs("stage1"))
+        jaxpr = jax.make_jaxpr(Network(c, c.widths).__call__)(params, *inputs("stage1"))
         assert sum(e.primitive.name in ("checkpoint", "remat2") for e in jaxpr.eqns) == blocks
 
 
@@ -321,30 +325,34 @@ def write_pipeline(folder, stage, changes=()):
 def test_a_stage_draws_what_the_pipeline_draws(number, tmp_path, monkeypatch):
     """Closer to what the reference computes in float64 than its own float32 is."""
     folder = write_pipeline(tmp_path, number)
-    stage, params = Stage(stage_config(folder)), deepfloyd.read_unet(folder / "unet")[1]
+    stage = Stage(stage_config(folder))
+    params = {"network": deepfloyd.read_unet(folder / "unet")[1]}
     settings, steps = stage.config.sampling, {1: 12, 2: 10}[number]
     exact, theirs = PICTURES[f"stage{number}_exact"], PICTURES[f"stage{number}"]
     drawn = [noise(k, (1, *exact.shape)) for k in range(steps + 2)]
-    text, negative = (Conditioning(text=jnp.asarray(INPUTS[k])) for k in ("text", "negative"))
-    first = 1
+    text, negative = (
+        TextInput(jnp.asarray(INPUTS[k]), jnp.ones(INPUTS[k].shape[:2], bool))
+        for k in ("text", "negative")
+    )
+    values, first = {"text": text}, 1
     if number == 2:
         level = jnp.array([settings.aug_level])
         low, first = jnp.asarray(INPUTS["low"]), 2
-        text, negative = (
-            stage._with_lowres(c, low, level, lambda shape: jnp.asarray(drawn[1]), exact.shape[:2])
-            for c in (text, negative)
+        values["lowres"] = stage.config.lowres._augmented(
+            low, level, lambda shape: jnp.asarray(drawn[1]), exact.shape[:2]
         )
-        assert text.lowres_time.tolist() == [250]
+        told = stage.conditions["lowres"]({}, *values["lowres"])
+        assert told.vectors[0].tolist() == [[250]]
 
     @jax.jit
     def step(params, x, logsnr_t, logsnr_s, last, drawn):
         monkeypatch.setattr(samplers, "_normal", lambda keys, shape: drawn)
         denoiser = stage.denoiser(
             params,
-            text,
+            values,
             guidance=jnp.float32(settings.guidance),
             threshold=settings.threshold,
-            negative=negative,
+            negative={"text": negative},
         )
         keys = jax.random.split(jax.random.key(0), 1)
         leg = samplers.Leg(logsnr_t[None], logsnr_s[None], last, keys)
@@ -442,9 +450,10 @@ def test_a_hub_name_gets_advice_about_licence_spelling_or_network(monkeypatch):
 
 def test_guidance_without_the_embedding_of_no_text_is_refused(tmp_path):
     stage = Stage(stage_config(write_pipeline(tmp_path, 1)))
+    values = {"text": TextInput(jnp.asarray(INPUTS["text"]), jnp.ones((1, 7), bool))}
     with pytest.raises(ValueError, match='guidance needs `negative`, the embedding of ""'):
         stage.denoiser(
-            {}, Conditioning(), guidance=jnp.float32(7), threshold=stage.config.sampling.threshold
+            {}, values, guidance=jnp.float32(7), threshold=stage.config.sampling.threshold
         )
 
 

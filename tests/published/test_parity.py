@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cascade import cli
-from cascade.models import Conditioning, Network
+from cascade.models import Network, Signals
 from cascade.published.deepfloyd import reader as deepfloyd
 from cascade.text import T5Encoder, captions
 
@@ -37,6 +37,11 @@ UNETS = {
 }
 
 
+def tokens(text):
+    """Those of Signals, all of which are seen."""
+    return {"tokens": jnp.asarray(text), "mask": jnp.ones(text.shape[:2], bool)}
+
+
 @pytest.mark.parametrize("name", UNETS)
 def test_unets_equal_diffusers(name, tmp_path):
     fields = UNETS[name]
@@ -47,13 +52,14 @@ def test_unets_equal_diffusers(name, tmp_path):
     expected = reference.unet_output(theirs, inputs).transpose(0, 2, 3, 1)
     config, params = deepfloyd.read_unet(tmp_path)
     x = jnp.asarray(inputs["x"].transpose(0, 2, 3, 1))
-    cond = Conditioning(text=jnp.asarray(inputs["text"]))
+    told = {}
     if config.lowres:
         x, lowres = jnp.split(x, 2, axis=-1)
         level = jnp.asarray(inputs["level"], jnp.float32)
-        cond = Conditioning(text=cond.text, lowres=lowres, lowres_time=level)
+        told = {"channels": (lowres,), "vectors": (level[:, None],)}
+    signals = Signals(**tokens(inputs["text"]), **told)
     time = jnp.asarray(inputs["time"], jnp.float32)
-    output = jax.jit(Network(config).__call__)(params, x, time, cond)
+    output = jax.jit(Network(config, config.widths).__call__)(params, x, time, signals)
     assert np.abs(output - expected).max() < 1e-4 * np.abs(expected).max()
 
 
@@ -66,8 +72,8 @@ def test_a_unet_in_bfloat16_is_the_same_up_to_rounding(tmp_path):
     config, params = deepfloyd.read_unet(tmp_path, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     x = jnp.asarray(inputs["x"].transpose(0, 2, 3, 1))
-    time, cond = jnp.array([990.0, 7.0]), Conditioning(text=jnp.asarray(inputs["text"]))
-    output = jax.jit(Network(config).__call__)(params, x, time, cond)
+    time, signals = jnp.array([990.0, 7.0]), Signals(**tokens(inputs["text"]))
+    output = jax.jit(Network(config, config.widths).__call__)(params, x, time, signals)
     assert 1e-4 < np.abs(output - expected).max() / np.abs(expected).max() < 0.1
 
 

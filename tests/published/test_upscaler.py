@@ -25,7 +25,7 @@ from cascade.diffusion import samplers
 from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.process import Discrete
 from cascade.errors import UserError
-from cascade.models import AutoencoderConfig, CLIPTextConfig, Conditioning, Network
+from cascade.models import AutoencoderConfig, CLIPTextConfig, Network, Signals
 from cascade.models.autoencoder import _Attention
 from cascade.models.layers import attend
 from cascade.planning import sampling
@@ -34,12 +34,13 @@ from cascade.published.pipelines import pipelines
 from cascade.published.x4_upscaler import reader as readers
 from cascade.published.x4_upscaler import stage as upscaler
 from cascade.runner.cascade import Cascade, with_options
+from cascade.runner.model_folder import open_model
 from cascade.scenes.dataset import ScenesData
-from cascade.stage import Stage
+from cascade.stage import Stage, TextInput
 from cascade.storage import network as published
 from cascade.storage import weights
 from cascade.text import clip
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "upscaler"
 TINY = json.loads((FIXTURES / "pipeline.json").read_text())
@@ -80,10 +81,9 @@ def test_every_tensor_of_the_published_networks_has_one_place(tmp_path):
         "text_encoder": CLIPTextConfig.from_hf_dict,
     }
     for name, parse in networks.items():
-        shapes, target = (
-            PUBLISHED[name]["shapes"],
-            Network(parse(PUBLISHED[name]["config"])).abstract(),
-        )
+        shapes, config = PUBLISHED[name]["shapes"], parse(PUBLISHED[name]["config"])
+        given = (config.widths,) if name == "unet" else ()
+        target = Network(config, *given).abstract()
         find = clip.origins if name == "text_encoder" else published.by_name
         origins = find(target, shapes)
         weights.fit(name, shapes, origins, target)
@@ -92,8 +92,7 @@ def test_every_tensor_of_the_published_networks_has_one_place(tmp_path):
 
 def quiet(params, network):
     """The same network with `quiet_tensors` for weights."""
-    target = network.abstract()
-    origins = published.by_name(target)
+    origins = published.by_name(network.abstract())
 
     def scaled(path, leaf):
         name = origins[jax.tree_util.keystr(path, simple=True, separator="/")].names[0]
@@ -107,15 +106,39 @@ def test_the_unet_equals_the_reference_implementation(folder):
     rng = np.random.default_rng(0)  # as make_upscaler.unet_inputs
     x = rng.standard_normal((2, 7, 4, 8)).astype(np.float32).transpose(0, 2, 3, 1)
     text = (rng.standard_normal((2, 5, 12)) + 1).astype(np.float32)
-    cond = Conditioning(
-        text=jnp.asarray(text), lowres=jnp.asarray(x[..., 4:]), lowres_time=jnp.array([350.0, 20])
+    signals = Signals(
+        channels=(jnp.asarray(x[..., 4:]),),
+        vectors=(jnp.array([[350.0], [20]]),),
+        tokens=jnp.asarray(text),
+        mask=jnp.ones(text.shape[:2], bool),
     )
-    run = jax.jit(Network(network.config).__call__)
+    run = jax.jit(Network(network.config, *network.given).__call__)
     params = network.read("float32")
     # Quiet weights show a wrong epsilon.
     for name, values in (("unet", params), ("quiet_unet", quiet(params, network))):
-        output = run(values, x[..., :4], jnp.array([963.0, 1.0]), cond)
+        output = run(values, x[..., :4], jnp.array([963.0, 1.0]), signals)
         assert relative_error(np.asarray(output), OUTPUTS[name]) < 2e-6, name
+
+
+def test_remat_wraps_every_block_and_changes_no_value(folder):
+    network = readers.unet(folder / "unet")
+    config, params = network.config, network.read("float32")
+    x, picture = jnp.asarray(noise(1, (1, 4, 6, 4))), jnp.asarray(noise(2, (1, 4, 6, 3)))
+    signals = Signals(
+        channels=(picture,),
+        vectors=(jnp.array([[20.0]]),),
+        tokens=jnp.asarray(noise(3, (1, 5, 12))),
+        mask=jnp.ones((1, 5), bool),
+    )
+    outputs = []
+    # Down 1 + 1, middle 2, up 2 + 2 residual blocks; 1 + 1 + 2 transformer blocks.
+    for c, blocks in ((config, 0), (dataclasses.replace(config, remat="dots_saveable"), 8 + 4)):
+        run = Network(c, *network.given)
+        assert jax.tree.map(jnp.shape, run.abstract()) == jax.tree.map(jnp.shape, params)
+        jaxpr = jax.make_jaxpr(run.__call__)(params, x, jnp.array([963.0]), signals)
+        assert sum(e.primitive.name in ("checkpoint", "remat2") for e in jaxpr.eqns) == blocks
+        outputs.append(jax.jit(run.__call__)(params, x, jnp.array([963.0]), signals))
+    np.testing.assert_array_equal(*outputs)
 
 
 def test_the_autoencoder_equals_the_reference_implementation(folder):
@@ -242,9 +265,9 @@ def test_the_stage_has_the_published_settings(folder):
     assert (config.name, config.resolution, config.lowres_resolution) == ("x4_1024", 1024, 256)
     assert (config.sampling.steps, config.sampling.guidance) == (75, 9.0)
     assert config.sampling.threshold == Threshold(kind="none")
-    assert config.autoencoder.scaling == 0.08333
+    assert config.space.autoencoder.scaling == 0.08333
     schedule = Discrete(betas="scaled linear")
-    assert config.schedule == config.augmentation.schedule == schedule
+    assert config.schedule == config.lowres.augmentation.schedule == schedule
     times = config.sampling.grid(75, config.schedule)
     entries = np.asarray(schedule.entry(schedule.logsnr(times))).tolist()
     assert entries == [*range(963, 0, -13), 0]  # the last is no step's: DDIM ends there
@@ -261,11 +284,16 @@ def test_what_latents_cannot_have_is_refused(folder):
     ):
         with pytest.raises(ValueError, match=message):
             config.check(dataclasses.replace(config.sampling, **change))
-    with pytest.raises(ValueError, match="autoencoder must be None: .* not trained"):
-        TrainConfig(stage=config, data=ScenesData(), images=8, batch_size=8)
-    wider = dataclasses.replace(config.autoencoder, latent_channels=8)
-    with pytest.raises(ValueError, match="has 8 latent channels of 1/4"):
-        dataclasses.replace(config, autoencoder=wider)
+    with pytest.raises(ValueError, match="stage x4_32 diffuses in Latents: .* not trained"):
+        StageTraining(stage=config, data=ScenesData(), images=8, batch_size=8)
+    wider = dataclasses.replace(config.space.autoencoder, latent_channels=8)
+    with pytest.raises(ValueError, match="in_channels must be the 8 channels of Latents, got 4"):
+        dataclasses.replace(config, space=dataclasses.replace(config.space, autoencoder=wider))
+    with pytest.raises(ValueError, match="resolution must be a multiple of 4, .* got 30"):
+        dataclasses.replace(config.space, resolution=30)
+    adding = dataclasses.replace(config.lowres, residual=True)
+    with pytest.raises(ValueError, match="residual adds to a picture, which .* Latents is not"):
+        dataclasses.replace(config, prediction="x0", conditions=(adding, config.text))
 
 
 def test_attention_over_many_pixels_in_parts_is_attention_over_all():
@@ -294,16 +322,17 @@ def test_the_stage_draws_what_the_pipeline_draws(folder, monkeypatch):
         lambda keys, shape: jnp.asarray(noise(shape[-1] - 3, (1, *shape))),
     )
     text, negative = (
-        Conditioning(text=jnp.asarray(noise(k, (1, 7, 12)) + np.float32(0.5))) for k in (201, 202)
+        TextInput(jnp.asarray(noise(k, (1, 7, 12)) + np.float32(0.5)), jnp.ones((1, 7), bool))
+        for k in (201, 202)
     )
+    low = jnp.clip(noise(203, (1, 8, 8, 3)), -1, 1)
     drawn = stage.sample(
         params,
-        text,
+        {"text": text, "lowres": (low,)},
         jax.random.split(jax.random.key(0), 1),
         settings=settings,
-        lowres=jnp.clip(noise(203, (1, 8, 8, 3)), -1, 1),
-        negative=negative,
-        size=32,
+        negative={"text": negative},
+        sides=(32, 32),
     )
     exact, theirs = PICTURES["picture_exact"], PICTURES["picture"]
     found = np.clip(np.asarray(drawn[0]) / 2 + 0.5, 0, 1)
@@ -361,7 +390,7 @@ def test_converted_in_half_precision_it_is_read_in_any(folder, tmp_path):
     )
     config = upscaler.stage_config(folder)
     whole = upscaler.UpscalePipeline(folder=folder, config=config).params()
-    half = read_converted(out / "x4_1024", config)
+    half = open_model(out).read(config)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float16), b), whole, half)
     with safetensors.safe_open(
         out / "x4_1024" / "text_encoder" / "model.safetensors", "np"

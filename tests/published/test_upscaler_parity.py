@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cascade import cli
-from cascade.models import Conditioning, Network
+from cascade.models import Network, Signals
 from cascade.published.x4_upscaler import reader as upscaler
 from cascade.text import clip
 
@@ -61,9 +61,12 @@ def test_unets_equal_diffusers(name, tmp_path):
     network = upscaler.unet(tmp_path)
     x, lowres = jnp.split(jnp.asarray(inputs["x"].transpose(0, 2, 3, 1)), [4], axis=-1)
     level = jnp.asarray(inputs["level"], jnp.float32)
-    cond = Conditioning(text=jnp.asarray(inputs["text"]), lowres=lowres, lowres_time=level)
+    signals = Signals(
+        channels=(lowres,), vectors=(level[:, None],), **test_parity.tokens(inputs["text"])
+    )
     time = jnp.asarray(inputs["time"], jnp.float32)
-    output = jax.jit(Network(network.config).__call__)(network.read("float32"), x, time, cond)
+    run = jax.jit(Network(network.config, *network.given).__call__)
+    output = run(network.read("float32"), x, time, signals)
     assert np.abs(output - expected).max() < 1e-5 * np.abs(expected).max()
 
 

@@ -3,6 +3,7 @@ import pathlib
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import storage
@@ -18,16 +19,17 @@ from cascade.data.inspection import inspect
 from cascade.errors import UserError
 from cascade.evaluation import super_resolution
 from cascade.models.t5 import T5Config
-from cascade.published.deepfloyd import stage as deepfloyd
-from cascade.scenes import text_pretraining
+from cascade.runner.model_folder import open_model
 from cascade.scenes.captions import caption_at
 from cascade.scenes.dataset import ScenesData
-from cascade.scenes.text_pretraining import TextPretraining, pretrain
+from cascade.scenes.text_pretraining import TextPretraining
 from cascade.storage import paths
+from cascade.storage.checkpoint import Checkpoints
 from cascade.storage.paths import WholeFolder, write_json
 from cascade.storage.weights import load_safetensors, save_safetensors
 from cascade.training import loop as train
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.training.job import Optimizer
+from cascade.training.stage_training import StageTraining
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def bucket(tmp_path, monkeypatch):
     paths._check_bucket.cache_clear()
 
 
-CONFIG = TrainConfig(
+CONFIG = StageTraining(
     stage=testing.smallest_stage(text_width=128),
     data=ScenesData(split="train"),
     images=16,
@@ -60,9 +62,9 @@ def test_a_run_lives_in_object_storage_as_it_does_here(bucket, tmp_path, monkeyp
     """Trains, resumes, is exported, and draws, with no file of it here."""
     alone = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: alone)  # for less to compile
-    train.train(CONFIG, tmp_path / "here")
-    train.train(CONFIG, "gs://bucket/run", until=8)
-    train.train(CONFIG, "gs://bucket/run")
+    train.fit(CONFIG, tmp_path / "here")
+    train.fit(CONFIG, "gs://bucket/run", until=8)
+    train.fit(CONFIG, "gs://bucket/run")
     names = {p.name for p in (bucket / "run").iterdir()}
     assert names == {"checkpoints", "metrics.jsonl", "loss.png", "tensorboard"}
     assert len(list((bucket / "run" / "tensorboard").iterdir())) == 2
@@ -135,13 +137,13 @@ def test_scenes_are_made_in_object_storage_and_read_from_it(bucket, capsys):
 
 
 def test_a_report_is_written_to_object_storage(bucket, monkeypatch, capsys):
-    def evaluated(drawing, folder, **_):
+    def evaluated(drawer, folder, **_):
         images.save_png(folder / "sr.png", np.zeros((2, 2, 3), np.uint8))
         return {}
 
     monkeypatch.setattr(super_resolution, "evaluate_super_resolution", evaluated)
-    drawing = types.SimpleNamespace(settings={})
-    monkeypatch.setattr(evaluate, "_drawing", lambda *_, **__: drawing)
+    drawer = types.SimpleNamespace(settings={})
+    monkeypatch.setattr(evaluate, "_drawer", lambda *_, **__: drawer)
     monkeypatch.setattr(evaluate, "_described", lambda *_: {"model": "none"})
     evaluate.main(["sr", "--out", "gs://bucket/report", "--pictures", "2"])
     report = json.loads((bucket / "report" / "results.json").read_text())
@@ -150,29 +152,40 @@ def test_a_report_is_written_to_object_storage(bucket, monkeypatch, capsys):
 
 def test_a_text_encoder_is_trained_in_object_storage_as_it_is_here(bucket, tmp_path, monkeypatch):
     """Stopped and resumed there, with the files and the rows of a run here."""
+    alone = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: alone)
 
     def step(state, batch):  # quicker to compile than the real one
-        params = jax.tree.map(lambda x: 0.9 * x, state["params"])
-        return {**state, "params": params, "step": state["step"] + 1}, batch["inputs"].mean()
+        run, figures = state["train"], ("loss", "grad_norm", "update_norm", "param_norm")
+        params = jax.tree.map(lambda x: 0.9 * x, run["params"])
+        run = {**run, "params": params, "step": run["step"] + 1}
+        metrics = dict.fromkeys(figures, batch["inputs"].mean()) | {"skipped": jnp.array(False)}
+        return {**state, "train": run, "ema": params}, metrics
 
-    monkeypatch.setattr(text_pretraining, "_train_step", lambda *_: step)
+    monkeypatch.setattr(train, "make_train_step", lambda *_: step)
     encoder = T5Config(vocab_size=460, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     config = TextPretraining(
         encoder=encoder,
-        examples=16,
+        images=16,
         batch_size=4,
         length=8,
         vocabulary_captions=50,
-        log_every_steps=1,
+        log_every_images=4,
+        preview_every_images=0,
     )
-    pretrain(config, tmp_path / "here")
-    pretrain(config, "gs://bucket/run", until=2)
-    pretrain(config, "gs://bucket/run")
+    train.fit(config, tmp_path / "here")
+    train.fit(config, "gs://bucket/run", until=8)
+    train.fit(config, "gs://bucket/run")
+    names = {p.name for p in (bucket / "run").iterdir()}
+    assert names == {p.name for p in (tmp_path / "here").iterdir()}
     files = {
-        str(p.relative_to(tmp_path / "here")) for p in (tmp_path / "here").rglob("*") if p.is_file()
+        str(p.relative_to(tmp_path / "here"))
+        for p in [tmp_path / "here" / "spiece.model", *(tmp_path / "here").glob("text_encoder/*")]
     }
-    for name in files - {"metrics.jsonl", "loss.png"}:
+    for name in files:
         assert (bucket / "run" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    ends = [Checkpoints(run).restore_ema() for run in ("gs://bucket/run", tmp_path / "here")]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
     there = losses((bucket / "run" / "metrics.jsonl").read_text())
     assert there == losses((tmp_path / "here" / "metrics.jsonl").read_text())
     assert "text_encoder/model.safetensors" in files and (bucket / "run" / "loss.png").exists()
@@ -222,9 +235,9 @@ def test_a_model_of_object_storage_is_copied_once_and_its_text_encoder_named_the
     stage = testing.smallest_stage()
     write_json(bucket / "model" / "base8" / "config.json", to_json(stage))
     write_json(bucket / "model" / "config.json", {"format": "cascade", "stages": ["base8"]})
-    start = deepfloyd.Start(model="gs://bucket/model")
-    assert start.stages() == [stage] and start.max_tokens() > 0 and start.captions() == "verbatim"
-    assert start.text_encoder() == "gs://bucket/model/text_encoder"
+    model = open_model("gs://bucket/model")
+    assert model.stages == [stage] and model.max_tokens > 0 and model.captions == "verbatim"
+    assert model.text_encoder == "gs://bucket/model/text_encoder"
     assert len(copies) == 1
 
 
@@ -250,4 +263,4 @@ def test_storage_without_its_client_is_one_line(monkeypatch):
     monkeypatch.setattr(kind, "_get_filesystem", missing)
     paths._check_bucket.cache_clear()
     with pytest.raises(UserError, match=r"s3://there: needs s3fs; pip install .*storage"):
-        train.train(CONFIG, "s3://there/run")
+        train.fit(CONFIG, "s3://there/run")

@@ -10,81 +10,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_deepfloyd import write_pipeline
+from pipelines import IF8, IF16, T5, write_model, write_pipeline
 
 from cascade import cli, testing
 from cascade.commands.export import export
 from cascade.config import load, load_with, read_json, to_json
-from cascade.diffusion import denoise, loss, process, samplers
 from cascade.errors import UserError
-from cascade.published.deepfloyd import stage as deepfloyd
-from cascade.published.deepfloyd.unet import IFLevel, IFUNetConfig
 from cascade.runner.cascade import Cascade
+from cascade.runner.model_folder import open_model
 from cascade.scenes.dataset import ScenesData
-from cascade.stage import Augmentation, Sampling, Stage, StageConfig
+from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints
 from cascade.storage.paths import write_json
-from cascade.storage.weights import load_safetensors, save_safetensors
+from cascade.storage.weights import load_safetensors
 from cascade.text import T5Encoder
 from cascade.text.t5 import SHIPPED
-from cascade.training import loop as train
 from cascade.training import lora
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining, make_embedder
+from cascade.training.step import begin
+from cascade.training.trainable import LoRA
 
-T5 = Path(__file__).parents[1] / "fixtures" / "t5"
 CONFIGS = Path(__file__).parents[2] / "configs" / "if"
 CONFIG, CONFIG_2 = (str(CONFIGS / f"finetune_{name}.py") for name in ("base64", "sr256"))
-STAGE = StageConfig(
-    name="if8",
-    resolution=8,
-    network=IFUNetConfig(
-        levels=(IFLevel(width=16, blocks=1),),
-        text_width=16,
-        cross_width=32,
-        emb_width=16,
-        head_width=8,
-        pool_heads=2,
-        groups=4,
-    ),
-    schedule=process.Discrete(),
-    prediction="eps",
-    loss=loss.Loss(space="eps"),
-    variance=loss.LearnedVariance(),
-    sampling=Sampling(
-        steps=4, sampler=samplers.Ancestral(gamma="learned"), threshold=denoise.Threshold(cap=1.5)
-    ),
-)
-
-STAGE_2 = dataclasses.replace(
-    STAGE,
-    name="if16",
-    resolution=16,
-    lowres_resolution=8,
-    network=dataclasses.replace(STAGE.network, lowres=True, residual_scale=0.7071),
-    augmentation=Augmentation(schedule=process.Discrete(), after_upsampling=True),
-    sampling=dataclasses.replace(STAGE.sampling, aug_level=0.251),
-)
-
-
-def write_model(folder, *stages):
-    """A converted IF of tiny stages."""
-    shutil.copytree(T5, folder / "text_encoder")
-    names = [stage.name for stage in stages]
-    about = {"format": "cascade", "stages": names, "max_tokens": 77, "captions": "clean"}
-    write_json(folder / "config.json", about)
-    for stage in stages:
-        where = folder / stage.name
-        where.mkdir()
-        write_json(where / "config.json", to_json(stage))
-        save_safetensors(where / "model.safetensors", testing.lively(Stage(stage)))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model, and eight pictures to train it on."""
     folder = tmp_path_factory.mktemp("finetuning")
-    write_model(folder / "if", STAGE, STAGE_2)
+    write_model(folder / "if", IF8, IF16)
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for i in range(8):
@@ -94,7 +48,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def weights(file, stage=STAGE):
+def weights(file, stage=IF8):
     return load_safetensors(file / stage.name / "model.safetensors", Stage(stage).abstract())
 
 
@@ -107,18 +61,18 @@ def loss_of(folder):
     batch = {"image": jnp.asarray(image), "text": text.values, "text_mask": text.mask}
 
     def loss(params):
-        return Stage(STAGE).loss(params, batch, jax.random.key(7))[0]
+        return Stage(IF8).loss(params, batch, jax.random.key(7))[0]
 
     return jax.jit(jax.value_and_grad(loss))
 
 
 def test_all_weights_learn_from_where_they_were(folder, loss_of):
-    config = TrainConfig(
-        stage=STAGE, data=ScenesData(), images=64, batch_size=8, init=str(folder / "if")
+    config = StageTraining(
+        stage=IF8, data=ScenesData(), images=64, batch_size=8, init=str(folder / "if")
     )
-    params = train.init_params(config)
+    params = config.start()
     jax.tree.map(np.testing.assert_array_equal, params, weights(folder / "if"))
-    state = train.begin(config, train.make_optimizer(config), params)
+    state = begin(config, config.transformation(), params)
     assert "frozen" not in state and state["train"]["params"] is params
     first, gradient = loss_of(params)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
@@ -158,19 +112,20 @@ def test_lora_trains_beside_the_weights_and_merges_into_them(folder, loss_of, tm
         np.testing.assert_allclose(new, old + part["a"] @ part["b"], atol=1e-6)
 
     jax.tree.map_with_path(compare, before, after)
-    attention = "mid_block/attentions/0"
+    attention = "network/mid_block/attentions/0"
     projections = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out/0")
     assert changed == {f"{attention}/{name}/kernel" for name in projections}
     assert loss_of(after)[0] < 0.97 * loss_of(before)[0]
     cascade = Cascade.load(out)
     assert (cascade.encoder.max_tokens, cascade.encoder.tokenizer.captions) == (77, "clean")
-    assert_beside(STAGE_2, base, run, tmp_path / "whole")
+    assert_beside(IF16, base, run, tmp_path / "whole")
     # Adapters of other weights would be nonsense.
     shutil.copytree(base, other := tmp_path / "other")
     capsys.readouterr()
     for changes, message in (
-        (["--init", str(other)], f"holds a run with init={base}, not {other}"),
-        (["--lora-rank", "0"], "holds a run with lora_rank=2, not 0"),
+        (["--init", str(other)], f"another config (init: {base} there, {other} here)"),
+        (["--lora-rank", "3"], "another config (trainable.rank: 2 there, 3 here)"),
+        (["--lora-rank", "0"], "another config (trainable.rank: 2 there, None here)"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*words[:2], *changes, *(w for w in _without(words[2:], changes[0]))])
@@ -199,7 +154,7 @@ def test_the_second_stage_trains_beside_its_weights_and_goes_beside_the_first(fo
     words += ["--optimizer.learning-rate", 0.1, "--preview-every-images", 0]
     words += ["--optimizer.warmup-images", 16]
     cli.main(list(map(str, words)))
-    assert_beside(STAGE, base, run, tmp_path / "whole")
+    assert_beside(IF8, base, run, tmp_path / "whole")
     text = T5Encoder.load(T5, 77)([f"picture number {i % 8}" for i in range(16)])
     files = [Image.open(folder / "pictures" / f"{i % 8}.png") for i in range(16)]
     pictures, low = (
@@ -207,14 +162,14 @@ def test_the_second_stage_trains_beside_its_weights_and_goes_beside_the_first(fo
         for side in (16, 8)
     )
     batch = {"image": pictures, "lowres": low, "text": text.values, "text_mask": text.mask}
-    loss = jax.jit(lambda params: Stage(STAGE_2).loss(params, batch, jax.random.key(7))[0])
-    before, after = (weights(model, STAGE_2) for model in (base, tmp_path / "whole"))
+    loss = jax.jit(lambda params: Stage(IF16).loss(params, batch, jax.random.key(7))[0])
+    before, after = (weights(model, IF16) for model in (base, tmp_path / "whole"))
     assert loss(after) < 0.97 * loss(before)
 
 
 def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
-    config = TrainConfig(
-        stage=STAGE,
+    config = StageTraining(
+        stage=IF8,
         data=ScenesData(),
         images=8,
         batch_size=8,
@@ -246,7 +201,7 @@ def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
 def made_run(workdir, name="base8", **changes):
     """A run of one checkpoint, which nothing has trained."""
     stage = dataclasses.replace(testing.smallest_stage(), name=name)
-    config = TrainConfig(stage=stage, data=ScenesData(), images=8, batch_size=8, **changes)
+    config = StageTraining(stage=stage, data=ScenesData(), images=8, batch_size=8, **changes)
     weights = jax.tree.map(lambda x: jnp.zeros(x.shape), Stage(stage).abstract())
     checkpoints = Checkpoints(workdir)
     checkpoints.save(1, train=weights, ema=weights, config=to_json(config), data={})
@@ -275,7 +230,7 @@ def test_a_text_encoder_of_the_hub_is_named_and_a_folder_copied(tmp_path, monkey
 
 def test_two_stages_that_draw_from_text_alone_are_no_cascade(tmp_path):
     runs = [made_run(tmp_path / name, name) for name in ("one", "two")]
-    with pytest.raises(UserError, match="stages one and two draw from text alone"):
+    with pytest.raises(UserError, match="stages one and two make no cascade: two draws from text"):
         export(runs, tmp_path / "out")
 
 
@@ -295,9 +250,9 @@ def test_adapters_change_nothing_to_begin_with_in_any_network():
 
 def test_text_is_dropped_to_the_embedding_of_no_text():
     encoder = T5Encoder.load(T5, 12)
-    config = TrainConfig(stage=STAGE, data=ScenesData(), images=64, batch_size=64)
+    config = StageTraining(stage=IF8, data=ScenesData(), images=64, batch_size=64)
     tokens = encoder.tokenize([f"a red circle number {i}" for i in range(64)])
-    embed = jax.jit(train.make_embedder(config, encoder))
+    embed = jax.jit(make_embedder(config, encoder))
     own, empty = encoder.embed(tokens), encoder([""])
     dropped = []
     for step in (0, 0, 1):
@@ -310,19 +265,27 @@ def test_text_is_dropped_to_the_embedding_of_no_text():
 
 
 def test_a_start_is_read_in_either_layout(folder, tmp_path):
-    published = deepfloyd.Start(model=str(write_pipeline(tmp_path, 1)))
-    (config,) = published.stages()
-    assert config.loss.space == "eps" and published.text_encoder() == str(tmp_path)
-    params = published.params(config, "bfloat16")
+    def started(model, stage, **options):
+        config = StageTraining(stage=stage, data=ScenesData(), images=8, batch_size=8, init=model)
+        return dataclasses.replace(config, **options).start()
+
+    published = open_model(pipeline := str(write_pipeline(tmp_path, 1)))
+    (config,) = published.stages
+    assert config.loss.space == "eps" and published.text_encoder == pipeline
+    assert {leaf.dtype for leaf in jax.tree.leaves(started(pipeline, config))} == {
+        jnp.dtype("float32")
+    }
+    half = config.computing_in("bfloat16")
+    params = started(pipeline, half, trainable=LoRA(rank=2))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-    converted = deepfloyd.Start(model=str(folder / "if"))
-    assert converted.stages() == [STAGE, STAGE_2]
-    params = converted.params(STAGE, "float32")
+    converted = str(folder / "if")
+    assert open_model(converted).stages == [IF8, IF16]
+    params = started(converted, IF8)
     jax.tree.map(np.testing.assert_array_equal, params, weights(folder / "if"))
     with pytest.raises(UserError, match="the network of its if8 is not that of the config"):
-        converted.params(config, "float32")
+        started(converted, config)
     with pytest.raises(UserError, match="has no stage if32, only if8, if16"):
-        converted.params(dataclasses.replace(STAGE, name="if32"), "float32")
+        started(converted, dataclasses.replace(IF8, name="if32"))
 
 
 def test_a_config_that_needs_a_start_says_so(tmp_path, capsys):

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from test_finetuning import STAGE, write_model
+from pipelines import IF8, write_model
 
 from cascade.cli import main
 from cascade.devices.chips import chip_named
@@ -20,7 +20,7 @@ from cascade.text.t5 import read_config, target
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("memory") / "if", STAGE)
+    return write_model(tmp_path_factory.mktemp("memory") / "if", IF8)
 
 
 def on_devices():
@@ -47,7 +47,7 @@ def test_a_plan_needs_no_weights_and_adds_up_what_each_part_takes(model):
     topology = Topology("simulated", chip_named("v5e"), 1, jax.devices()[:1])
     options = {"tokens": 7, "batch_size": 2, "dtype": "bfloat16", "int8": True}
     got = sampling.plan_model(str(model), topology, **options)
-    network = jax.tree.leaves(Network(STAGE.network).abstract())
+    network = jax.tree.leaves(Network(IF8.network, IF8.widths).abstract())
     stage, text = got["parts"]["if8"], got["parts"]["text encoder"]
     assert stage["weight_bytes"] == 2 * sum(math.prod(leaf.shape) for leaf in network)
     encoder = dataclasses.replace(

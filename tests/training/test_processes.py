@@ -23,11 +23,13 @@ from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints
 from cascade.training import log as training_log
-from cascade.training import loop as train
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.training import stage_training
+from cascade.training.job import Optimizer
+from cascade.training.loop import fit
+from cascade.training.stage_training import StageTraining
 
 STEPS = 12
-CONFIG = TrainConfig(
+SETTINGS = dict(
     stage=testing.smallest_stage(text_width=128),  # every process traces and compiles it
     data=ScenesData(split="train"),
     images=STEPS * 8,
@@ -38,12 +40,14 @@ CONFIG = TrainConfig(
     save_every_images=32,
     preview_every_images=0,
 )
+CONFIG = StageTraining(**SETTINGS)
 
 
-class Weights(Stage):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights(StageTraining):
     """In place of a network: large weights, moved by pictures, text and noise; quick to compile."""
 
-    def init(self, key):
+    def fresh(self, key):
         parts = jax.random.normal(key, (8, 128, 128))
         return {str(i): {"kernel": part} for i, part in enumerate(parts)}
 
@@ -57,17 +61,16 @@ class Weights(Stage):
 
 def run_weights(workdir, seconds_a_step=0.0):
     """`run`, longer, of Weights, with a checkpoint after every step."""
-    train.Stage = Weights
-    run(workdir, seconds_a_step, dataclasses.replace(CONFIG, images=40 * 8, save_every_images=8))
+    run(workdir, seconds_a_step, Weights(**SETTINGS | {"images": 40 * 8, "save_every_images": 8}))
 
 
 def run(workdir, seconds_a_step=0.0, config=CONFIG):
     """What `cascade train` does with its config; notes which rows of each batch were loaded.
 
-    Exits with STOPPED where `train` says so.
+    Exits with STOPPED where `fit` says so.
     """
     training_log._plot_loss = lambda *_: None  # half of the time of a small step
-    load = train.batches
+    load = stage_training.batches
 
     class Slow:
         def __init__(self, **options):
@@ -81,9 +84,9 @@ def run(workdir, seconds_a_step=0.0, config=CONFIG):
             time.sleep(seconds_a_step)
             return next(self.batches)
 
-    train.batches = lambda _, **options: Slow(**options)
+    stage_training.batches = lambda _, **options: Slow(**options)
     with distributed.processes():
-        ended = train.train(config, workdir)
+        ended = fit(config, workdir)
     if not ended:
         sys.exit(STOPPED)
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from types import SimpleNamespace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 import safetensors
-from PIL import Image
 
 from cascade import images, testing
 from cascade.commands.export import _reconstructed, export
@@ -22,22 +21,27 @@ from cascade.devices import sharding
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
 from cascade.models import Level, UNetConfig
+from cascade.published import landed
 from cascade.runner.cascade import Cascade
 from cascade.scenes.dataset import ScenesData
-from cascade.scenes.text_pretraining import pretrain
 from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints
 from cascade.storage.weights import load_safetensors
+from cascade.text import T5Encoder
 from cascade.training import ema as averages
-from cascade.training import loop as train
+from cascade.training import loop, preview, stage_training
+from cascade.training.job import Job, Optimizer
 from cascade.training.log import TrainingLog
-from cascade.training.loop import Optimizer, TrainConfig
+from cascade.training.loop import fit
+from cascade.training.stage_training import StageTraining
+from cascade.training.step import begin, make_train_step
+from cascade.training.trainable import LoRA
 
 ENCODER = testing.FakeEncoder()
 
 
 def config_of(**changes):
-    return TrainConfig(
+    return StageTraining(
         **{
             "stage": testing.base_stage(),
             "data": ScenesData(),
@@ -57,16 +61,15 @@ def batch_of(n=8):
 
 
 def run(config, mesh_config, steps, optimizer=None):
-    """State and metrics after each step on one batch, with everything placed as `train` does."""
+    """State and metrics after each step on one batch, with everything placed as `fit` does."""
     n = abs(mesh_config.data * mesh_config.fsdp * mesh_config.tensor)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n])
-    stage, optimizer = Stage(config.stage), optimizer or train.make_optimizer(config)
-    state = jax.jit(lambda params: train.init_state(optimizer, params, config.ema_profiles))(
-        testing.lively(stage)
-    )
+    optimizer = optimizer or config.transformation()
+    begun = functools.partial(begin, config, optimizer)
+    state = jax.jit(begun)(testing.lively(Stage(config.stage)))
     placement = sharding.shardings(state, mesh)
     step = jax.jit(
-        train.make_train_step(config, stage, optimizer, mesh),
+        make_train_step(config, optimizer, mesh),
         in_shardings=(placement, sharding.batch_sharding(mesh)),
         out_shardings=(placement, sharding.replicated(mesh)),
     )
@@ -78,9 +81,7 @@ def run(config, mesh_config, steps, optimizer=None):
     return after
 
 
-ONE_LEVEL = UNetConfig(
-    levels=(Level(width=16, blocks=1, attention=True),), head_width=8, text_width=8
-)
+ONE_LEVEL = UNetConfig(levels=(Level(width=16, blocks=1, attention=True),), head_width=8)
 
 
 def moved_by_the_gradient(mesh, microbatches=1):
@@ -126,29 +127,37 @@ def test_parts_of_a_batch_are_given_the_noise_that_the_whole_batch_gives_them():
     assert np.isclose(np.mean(parts), whole, rtol=1e-5)
 
 
-class Pulled(Stage):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pulled(Job):
     """A weight that is pulled to 1, in place of a network: its sums and limits are known."""
 
-    def __init__(self, config=None):
-        pass
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
-    def abstract(self):
-        return {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    def fresh(self, key):
+        return {"w": jnp.array([0.0, 3.0, -2.0])}
 
     def loss(self, params, batch, key, part=None):
         value = jnp.mean(jnp.square(params["w"] - 1))
         return value, {"loss": value}
 
+    def transformation(self):
+        return self.optimizer.build(self.batch_size, self.steps)
 
-def pull(config):
-    """A compiled step of Pulled, and its state before the first."""
-    optimizer = train.make_optimizer(config)
-    state = train.init_state(optimizer, {"w": jnp.array([0.0, 3.0, -2.0])}, config.ema_profiles)
-    return jax.jit(train.make_train_step(config, Pulled(), optimizer)), state
+
+def pulled(**changes):
+    defaults = {"images": 64, "batch_size": 8, "optimizer": Optimizer(learning_rate=1e-2)}
+    return Pulled(**{**defaults, **changes})
+
+
+def pull(job):
+    """A compiled step of a job, and its state before the first."""
+    optimizer = job.transformation()
+    state = begin(job, optimizer, job.fresh(jax.random.key(0)))
+    return jax.jit(make_train_step(job, optimizer)), state
 
 
 def test_ema_follows_its_recursion_with_warm_up():
-    step, state = pull(config_of(ema_decay=0.3))
+    step, state = pull(pulled(ema_decay=0.3))
     for n in range(1, 6):
         before, (state, _) = state["ema"]["w"], step(state, {})
         # (1 + n) / (10 + n) passes 0.3 at the third step.
@@ -158,14 +167,14 @@ def test_ema_follows_its_recursion_with_warm_up():
 
 
 def test_averages_kept_besides_follow_their_profiles_and_make_others(tmp_path, monkeypatch):
-    config = config_of(ema_profiles=(0.05, 0.1))
+    config = pulled(ema_profiles=(0.05, 0.1))
     step, state = pull(config)
     path = []
     for i in range(1, 13):
         state, _ = step(state, {})
         path.append(np.asarray(state["train"]["params"]["w"]))
         if i % 4 == 0:
-            train._snapshot(state["train"]["profiles"], tmp_path, i)
+            loop._snapshot(state["train"]["profiles"], tmp_path, i)
 
     def expected(width):
         # The weights after step i hold from i - 1 to i; gamma is the profile's exponent.
@@ -176,30 +185,36 @@ def test_averages_kept_besides_follow_their_profiles_and_make_others(tmp_path, m
         kept = state["train"]["profiles"][str(width)]["w"]
         np.testing.assert_allclose(kept, expected(width), atol=1e-5)
     assert np.all(np.abs(expected(0.05) - expected(0.1)) > 1e-4)
-    monkeypatch.setattr("cascade.stage.Stage", Pulled)
+
+    class Abstract:
+        def __init__(self, config):
+            pass
+
+        def abstract(self):
+            return {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
+
+    monkeypatch.setattr("cascade.stage.Stage", Abstract)
+    monkeypatch.setattr(landed, "old_path_of", lambda job: str)
+    config = config_of()
     for width, tolerance in [(0.05, 1e-5), (0.07, 1e-3), (0.1, 1e-5)]:
-        last, weights = _reconstructed(tmp_path, None, 12, width)
+        last, weights = _reconstructed(tmp_path, config, 12, width)
         assert last == 12
         np.testing.assert_allclose(weights["w"], expected(width), atol=tolerance)
-    assert _reconstructed(tmp_path, None, 11, 0.1)[0] == 8  # as if set back to before the last
+    assert _reconstructed(tmp_path, config, 11, 0.1)[0] == 8  # as if set back to before the last
 
 
 def test_the_rate_warms_up_stays_and_cools_down():
-    config = config_of(
-        images=80,
-        optimizer=Optimizer(learning_rate=1.0, warmup_images=16, cooldown_images=32),
-    )
-    rates = [float(train.learning_rate(config, step)) for step in range(11)]
+    rule = Optimizer(learning_rate=1.0, warmup_images=16, cooldown_images=32)
+    rates = [float(rule.rate(step, batch_size=8, steps=10)) for step in range(11)]
     assert np.allclose(rates, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
 def test_weight_decay_spares_biases_and_norms():
-    config = config_of(optimizer=Optimizer(name="adamw", learning_rate=1.0, weight_decay=0.5))
     params = {
         "conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
         "norm": {"scale": jnp.ones(2)},
     }
-    rule = train.make_optimizer(config)
+    rule = Optimizer(name="adamw", learning_rate=1.0, weight_decay=0.5).build(8, 8)
     updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
     assert float(updates["conv"]["kernel"][0, 0]) == -0.5
     assert float(updates["conv"]["bias"][0]) == float(updates["norm"]["scale"][0]) == 0
@@ -208,7 +223,7 @@ def test_weight_decay_spares_biases_and_norms():
 @pytest.mark.parametrize("name", ["adam", "adamw", "adafactor"])
 def test_every_optimizer_lowers_the_loss(name):
     rate = 0.1 if name == "adafactor" else 1e-2
-    step, state = pull(config_of(images=4_000, optimizer=Optimizer(name=name, learning_rate=rate)))
+    step, state = pull(pulled(images=4_000, optimizer=Optimizer(name=name, learning_rate=rate)))
     losses = []
     for _ in range(500):
         state, metrics = step(state, {})
@@ -230,9 +245,9 @@ FROM_ZERO = ("seed", "workers", "preview_every_images", "profile_steps")
         ({"crop": 4}, "crop is for super-resolution"),
         ({"degradation": BSR()}, "degradation is for super-resolution"),
         ({"stage": testing.super_resolution_stage(), "crop": 5}, "upsampling factor 2"),
-        ({"lora_rank": 2}, "lora_rank must be 0, or positive with an init"),
-        *(({name: 0}, rf"TrainConfig\.{name} must be at least 1, got 0") for name in POSITIVE),
-        *(({name: -1}, rf"TrainConfig\.{name} must be at least 0, got -1") for name in FROM_ZERO),
+        ({"trainable": LoRA(rank=2)}, r"trainable must be Weights\(\) without an init"),
+        *(({name: 0}, rf"StageTraining\.{name} must be at least 1, got 0") for name in POSITIVE),
+        *(({name: -1}, rf"StageTraining\.{name} must be at least 0, got -1") for name in FROM_ZERO),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):
@@ -267,8 +282,8 @@ def rows(workdir):
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch):
     """On the same mesh; on other ones it goes on with the same numbers, up to rounding."""
     config = scenes_config(ema_profiles=(0.05, 0.1), ema_snapshot_images=32, text_tokens=16)
-    assert train.train(config, tmp_path / "whole") is True
-    assert train.train(config, tmp_path / "parts", until=24) is True
+    assert fit(config, tmp_path / "whole") is True
+    assert fit(config, tmp_path / "parts", until=24) is True
     assert rows(tmp_path / "parts")[-1]["images"] == 24
     alone = jax.devices()[:1]
     for name, mesh in (("three", MeshConfig(data=2, fsdp=2, tensor=2)), ("none", MeshConfig())):
@@ -276,13 +291,13 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, monkey
         with monkeypatch.context() as patched:
             if name == "none":
                 patched.setattr(jax, "devices", lambda: alone)
-            train.train(dataclasses.replace(config, mesh=mesh), tmp_path / name)
+            fit(dataclasses.replace(config, mesh=mesh), tmp_path / name)
         losses = [[r["loss"] for r in rows(tmp_path / run)] for run in ("whole", name)]
         assert len(losses[0]) == 8 and np.allclose(*losses, rtol=1e-5)
         (_, there), (_, here) = weights(tmp_path / "whole"), weights(tmp_path / name)
         # As a whole: Adam makes as much of gradients that are rounding alone as of any.
         assert optax.tree.norm(_minus(there, here)) < 1e-3 * optax.tree.norm(there)
-    train.train(config, tmp_path / "parts")
+    fit(config, tmp_path / "parts")
     (n, whole), (m, parts) = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert n == m == 8
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
@@ -323,7 +338,7 @@ def test_a_run_that_is_told_again_to_end_finishes_its_checkpoint(tmp_path, monke
     monkeypatch.setattr(Checkpoints, "close", lambda self: (terminate(), terminate(), close(self)))
     before = signal.signal(signal.SIGTERM, lambda number, frame: usual.append(number))
     try:
-        assert train.train(scenes_config(), tmp_path) is False
+        assert fit(scenes_config(), tmp_path) is False
         assert usual == []
         terminate()
         assert usual == [signal.SIGTERM]
@@ -340,7 +355,7 @@ def _minus(a, b):
 def test_a_finished_run_writes_its_pictures_and_holds_no_text_encoder(tmp_path):
     config = scenes_config(preview_prompts=("a red circle", "a blue square"))
     config = dataclasses.replace(config, profile_steps=2)
-    train.train(dataclasses.replace(config, preview_every_images=64), tmp_path)
+    fit(dataclasses.replace(config, preview_every_images=64), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         *("checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "previews", "profile"),
     }
@@ -356,18 +371,18 @@ def test_a_finished_run_writes_its_pictures_and_holds_no_text_encoder(tmp_path):
 
 @pytest.mark.parametrize("base", [True, False])
 def test_a_preview_encodes_the_prompts_of_a_base_and_fetches_the_batch_of_the_others(
-    base, tmp_path, monkeypatch
+    base, monkeypatch
 ):
     encoded, fetched, fetch = [], [], sharding.fetch
     monkeypatch.setattr(sharding, "fetch", lambda tree: fetched.append(tree) or fetch(tree))
 
-    class Drawer:
-        def sample(self, params, cond, keys, *, settings, negative, lowres=None, size=8):
-            assert params == {"w": 1} and len(cond.text) == len(cond.text_mask) == len(keys)
-            return jnp.zeros((len(keys), size, size, 3))
+    class Drawer(Stage):
+        def sample(self, params, given, keys, *, settings, negative, sides=(8, 8)):
+            assert params == {"w": 1} and {len(x) for x in given["text"]} == {len(keys)}
+            assert set(given) == ({"text"} if base else {"text", "lowres"})
+            return jnp.zeros((len(keys), *sides, 3))
 
     stage = testing.base_stage() if base else testing.super_resolution_stage()
-    config = config_of(stage=stage, preview_prompts=("a b", "c"))
     batch = batch_of() | {"lowres": batch_of()["image"]}
     batch["image"] = batch["image"].repeat(2, 1).repeat(2, 2)
 
@@ -375,53 +390,55 @@ def test_a_preview_encodes_the_prompts_of_a_base_and_fetches_the_batch_of_the_ot
         encoded.append(texts)
         return ENCODER(texts)
 
-    train._preview(config, Drawer(), {"w": 1}, encoder, batch, tmp_path, 4)
+    drawn = preview.draw(Drawer(stage), {"w": 1}, batch, ["a b", "c"], encoder)
     assert encoded == ([["a b", "c"]] if base else [])
-    used = {"text", "text_mask"} if base else set(batch)
+    used = {"text"} if base else set(batch)
     assert {name for tree in fetched for part in tree if part for name in part} == {"w", *used}
-    assert [p.name for p in (tmp_path / "previews").iterdir()] == ["0000000032.png"]
+    assert drawn.shape == ((8, 18, 3) if base else (4 * 18 - 2, 3 * 18 - 2, 3))
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """The folder of a run of scenes_config() that stopped after two steps."""
     workdir = tmp_path_factory.mktemp("started") / "run"
-    train.train(scenes_config(), workdir, until=16)
+    fit(scenes_config(), workdir, until=16)
     return workdir
 
 
 def test_resuming_with_another_network_is_refused(started):
     config = scenes_config()
-    other = dataclasses.replace(
-        config, stage=dataclasses.replace(config.stage, condition_dropout=0.5)
-    )
-    with pytest.raises(UserError, match="condition_dropout: 0.1 there, 0.5 here"):
-        train.train(other, started)
+    text = dataclasses.replace(config.stage.text, dropout=0.5)
+    other = dataclasses.replace(config, stage=dataclasses.replace(config.stage, conditions=(text,)))
+    with pytest.raises(UserError, match="conditions.0.dropout: 0.1 there, 0.5 here"):
+        fit(other, started)
 
 
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"batch_size": 16}, "batch_size=8, not 16"),
-        ({"optimizer": Optimizer(name="adafactor")}, "optimizer.name=adam, not adafactor"),
-        ({"ema_profiles": (0.05,)}, r"ema_profiles=\(\), not \(0.05,\)"),
+        ({"batch_size": 16}, "batch_size: 8 there, 16 here"),
+        ({"optimizer": Optimizer(name="adafactor")}, "optimizer.name: adam there, adafactor here"),
+        ({"ema_profiles": (0.05,)}, r"ema_profiles: \[\] there, \[0.05\] here"),
     ],
 )
 def test_resuming_with_what_a_run_cannot_change_is_refused_by_name(changes, message, started):
     config = dataclasses.replace(scenes_config(), **changes)
-    with pytest.raises(UserError, match=f"run: holds a run with {message}; give that, or another"):
-        train.train(config, started)
+    told = rf"run: holds a run with another config \({message}\); use its config, or another"
+    with pytest.raises(UserError, match=told):
+        fit(config, started)
     assert [p.name for p in (started / "checkpoints").iterdir()] == ["2"]
 
 
 def test_a_stage_and_a_text_encoder_do_not_share_a_folder(started, tmp_path):
     files = {p: p.read_bytes() for p in started.rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match="holds a stage's run; name another --workdir"):
-        pretrain(load("configs/scenes/text_encoder.py"), started)
+    another = r"another kind \(StageTraining, this is a TextPretraining\); name another --workdir"
+    with pytest.raises(UserError, match=another):
+        fit(load("configs/scenes/text_encoder.py"), started)
     assert {p: p.read_bytes() for p in started.rglob("*") if p.is_file()} == files
-    (tmp_path / "state.safetensors").touch()
-    with pytest.raises(UserError, match="holds a text encoder's run; name another --workdir"):
-        train.train(scenes_config(), tmp_path)
+    earlier = Path(__file__).parents[1] / "fixtures" / "landed" / "text_run"
+    another = r"another kind \(TextPretraining, this is a StageTraining\); name another --workdir"
+    with pytest.raises(UserError, match=another):
+        fit(scenes_config(), shutil.copytree(earlier, tmp_path / "earlier"))
 
 
 def test_a_run_from_before_a_field_existed_goes_on_with_its_default(started, tmp_path, monkeypatch):
@@ -429,11 +446,11 @@ def test_a_run_from_before_a_field_existed_goes_on_with_its_default(started, tmp
 
     def read_older(self):
         saved = read_config(self)
-        del saved["stage"]["residual"]
+        del saved["stage"]["variance"], saved["trainable"]
         return saved
 
     monkeypatch.setattr(Checkpoints, "read_config", read_older)
-    train.train(scenes_config(), workdir, until=24)
+    fit(scenes_config(), workdir, until=24)
     assert rows(workdir)[-1]["images"] == 24
 
 
@@ -444,18 +461,18 @@ def test_a_run_may_start_from_the_weights_of_a_model(started, tmp_path):
     start = scenes_config(
         init=str(tmp_path / "model"), optimizer=Optimizer(learning_rate=0.0), seed=1
     )
-    train.train(start, tmp_path / "second", until=16)
+    fit(start, tmp_path / "second", until=16)
     (_, first), (_, second) = weights(started), weights(tmp_path / "second")
     jax.tree.map(np.testing.assert_array_equal, first, second)
     renamed = dataclasses.replace(start, stage=dataclasses.replace(start.stage, name="other"))
     with pytest.raises(UserError, match="has no stage other"):
-        train.train(renamed, tmp_path / "third")
+        fit(renamed, tmp_path / "third")
 
 
 def test_a_diverging_run_skips_updates_then_stops_with_the_state_that_was_good(tmp_path):
     wild = scenes_config(skip_limit=3, optimizer=Optimizer(learning_rate=1e30, clip=1e30))
     with pytest.raises(UserError, match="training diverged: the last 3 updates"):
-        train.train(wild, tmp_path)
+        fit(wild, tmp_path)
     skipped = [row["skipped"] for row in rows(tmp_path)]
     assert skipped[-3:] == [1, 1, 1] and rows(tmp_path)[-1]["loss"] is None
     step, ema = weights(tmp_path)
@@ -465,8 +482,9 @@ def test_a_diverging_run_skips_updates_then_stops_with_the_state_that_was_good(t
 
 def test_text_of_another_width_is_refused_before_training(tmp_path):
     config = dataclasses.replace(scenes_config(), stage=testing.base_stage(text_width=8))
-    with pytest.raises(UserError, match="text_width=8"):
-        train.train(config, tmp_path)
+    told = r"embeddings are 128 wide, and stage base8 takes 8 \(its Text.width\)"
+    with pytest.raises(UserError, match=told):
+        fit(config, tmp_path)
 
 
 def test_updates_have_the_size_of_the_rate_and_of_the_clip():
@@ -474,8 +492,7 @@ def test_updates_have_the_size_of_the_rate_and_of_the_clip():
     o = Optimizer(
         learning_rate=2.0, warmup_images=16, cooldown_images=32, b1=0.0, b2=0.0, eps=1e-20
     )
-    config = config_of(images=80, optimizer=o)
-    rule = train.make_optimizer(config)
+    rule = o.build(batch_size=8, steps=10)
     params = {"w": jnp.array([3.0, -4.0])}
     state, sizes = rule.init(params), []
     for _ in range(10):
@@ -483,11 +500,12 @@ def test_updates_have_the_size_of_the_rate_and_of_the_clip():
         sizes.append(-updates["w"])
     np.testing.assert_allclose(sizes, np.outer([1, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5], [1, -1]))
     clipped = Optimizer(learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, clip=0.5)  # of a norm of 5
-    rule = train.make_optimizer(config_of(optimizer=clipped))
+    rule = clipped.build(batch_size=8, steps=10)
     updates, _ = rule.update(params, rule.init(params), params)
     np.testing.assert_allclose(updates["w"], [-0.3 / 1.3, 0.4 / 1.4], rtol=1e-5)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Noisy(Pulled):
     """Its loss is the first number of the step's key."""
 
@@ -499,10 +517,7 @@ class Noisy(Pulled):
 def test_every_step_of_every_seed_has_noise_of_its_own():
     seen = []
     for seed in (0, 1):
-        config = config_of(seed=seed)
-        rule = train.make_optimizer(config)
-        step = jax.jit(train.make_train_step(config, Noisy(), rule))
-        state = train.init_state(rule, {"w": jnp.ones(3)})
+        step, state = pull(Noisy(images=64, batch_size=8, seed=seed))
         for _ in range(3):
             state, metrics = step(state, {})
             seen.append(float(metrics["loss"]))
@@ -511,9 +526,9 @@ def test_every_step_of_every_seed_has_noise_of_its_own():
 
 def test_what_is_exported_is_the_average_of_the_weights(started, tmp_path):
     config = scenes_config()
-    rule = train.make_optimizer(config)
+    rule = config.transformation()
     target = jax.eval_shape(
-        lambda params: train.init_state(rule, params), Stage(config.stage).abstract()
+        lambda params: begin(config, rule, params), Stage(config.stage).abstract()
     )
     _, state, ema, _ = Checkpoints(started).restore(**target)
     report = export([started], tmp_path / "model", dtype="float16")
@@ -531,14 +546,14 @@ def test_the_config_says_what_a_run_reads(tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
-    given, load = {}, train.T5Encoder.load
+    given, load = {}, T5Encoder.load
 
     def batches(data, **options):
         given.update(options)
         raise Stop
 
-    monkeypatch.setattr(train, "batches", batches)
-    monkeypatch.setattr(train.T5Encoder, "load", lambda *a, **k: given.update(k) or load(*a, **k))
+    monkeypatch.setattr(stage_training, "batches", batches)
+    monkeypatch.setattr(T5Encoder, "load", lambda *a, **k: given.update(k) or load(*a, **k))
     config = dataclasses.replace(
         scenes_config(
             seed=5,
@@ -551,19 +566,25 @@ def test_the_config_says_what_a_run_reads(tmp_path, monkeypatch):
         degradation=BSR(),
     )
     with pytest.raises(Stop):
-        train.train(config, tmp_path)
+        fit(config, tmp_path)
     names = ("seed", "workers", "captions", "crop", "degradation", "batch_size")
     assert {n: given[n] for n in names} == {n: getattr(config, n) for n in names}
     assert given["int8"] is True and given["lowres_resolution"] == 8
 
 
-def test_a_seed_decides_the_first_weights():
+class NoData:
+    def __next__(self):
+        raise StopIteration
+
+    get_state = set_state = __next__
+
+
+def test_a_seed_decides_the_first_weights(tmp_path):
     def first(seed):
         config = scenes_config(seed=seed)
-        none = SimpleNamespace(steps=lambda: [])
-        mesh = sharding.make_mesh(config.mesh)
-        rule = train.make_optimizer(config)
-        return train._initial_state(config, Stage(config.stage), rule, mesh, none, None)[0]["ema"]
+        mesh, rule = sharding.make_mesh(config.mesh), config.transformation()
+        none = Checkpoints(tmp_path), None, NoData()
+        return loop._initial_state(config, rule, mesh, *none)[0]["ema"]
 
     assert (
         optax.tree.norm(_minus(first(0), first(0)))
@@ -572,17 +593,14 @@ def test_a_seed_decides_the_first_weights():
     )
 
 
-def test_a_preview_shows_small_drawn_and_true(tmp_path):
-    class Drawer:
-        def sample(self, params, cond, keys, *, lowres, size, **_):
-            return jnp.full((len(keys), size, size, 3), 1.0)
+def test_a_preview_shows_small_drawn_and_true():
+    class Drawer(Stage):
+        def sample(self, params, given, keys, *, sides, **_):
+            return jnp.full((len(keys), *sides, 3), 1.0)
 
     batch = batch_of() | {"lowres": batch_of()["image"]}
     batch["image"] = 255 - batch["image"].repeat(2, 1).repeat(2, 2)
-    config = config_of(stage=testing.super_resolution_stage())
-    train._preview(config, Drawer(), {}, None, batch, tmp_path, 1)
-    with Image.open(tmp_path / "previews/0000000008.png") as file:
-        got = np.asarray(file)
+    got = preview.draw(Drawer(testing.super_resolution_stage()), {}, batch, [], ENCODER)
     low = images.to_uint8(images.upsample(images.to_float(batch["lowres"][:4]), (16, 16)))
     for i in range(4):
         row = got[18 * i : 18 * i + 16]

@@ -70,7 +70,7 @@ def bench_unet(options: UNetOptions) -> dict[str, Any]:
     time_, level = np.array([500.0], np.float32), np.array([250.0], np.float32)
     x, lowres = picture[..., :3], picture[..., 3:] if config.lowres else None
     told = {} if lowres is None else {"channels": (lowres,), "vectors": (level[:, None],)}
-    signals = Signals(tokens=text, **told)
+    signals = Signals(tokens=text, mask=np.ones(text.shape[:2], bool), **told)
 
     theirs = None
     if all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):

@@ -122,6 +122,7 @@ class IFUNetConfig(NetworkConfig):
             )
 
     def build(self, widths: Widths, *, rngs: nnx.Rngs) -> IFUNet:
+        self.check(widths)
         return IFUNet(self, widths, rngs)
 
     @property
@@ -213,13 +214,14 @@ class IFUNet(nnx.Module):
 
     def _inputs(self, x: Array, signals: Signals) -> tuple[Array, Array]:
         """Give x, with the low-resolution picture behind it in stage II, and the float32 text."""
-        config = self.config
-        if x.shape[1] % config.side_multiple or x.shape[2] % config.side_multiple:
-            raise ValueError(
-                f"image sides must be multiples of {config.side_multiple} (strides of "
-                f"IFUNetConfig), got {x.shape[1]}x{x.shape[2]}"
-            )
+        self.config.check_sides(x)
         check_signals("IFUNetConfig", self.widths, x, signals)
+        levels = [vector.shape for vector in signals.vectors]
+        if levels != (wanted := [(len(x), 1)] * self.config.lowres):
+            raise ValueError(
+                f"IFUNetConfig.lowres is {self.config.lowres}: Signals.vectors, the noise on the "
+                f"low-resolution picture, must be {wanted or 'none'}, got {levels or 'none'}"
+            )
         x = jnp.concatenate([x, *(c.astype(x.dtype) for c in signals.channels)], axis=-1)
         return x, signals.tokens.astype(jnp.float32)
 

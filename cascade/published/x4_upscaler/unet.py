@@ -90,6 +90,7 @@ class UpscalerUNetConfig(NetworkConfig):
             )
 
     def build(self, widths: Widths, *, rngs: nnx.Rngs) -> UpscalerUNet:
+        self.check(widths)
         return UpscalerUNet(self, widths, rngs)
 
     @property
@@ -104,7 +105,8 @@ class UpscalerUNetConfig(NetworkConfig):
     def check(self, widths: Widths) -> None:
         if widths != self.widths:
             raise ValueError(
-                f"UpscalerUNetConfig is told {self.widths}, but the conditions give {widths}"
+                f"UpscalerUNetConfig with lowres_channels={self.lowres_channels} and text_width="
+                f"{self.text_width} is told {self.widths}, but the stage's conditions give {widths}"
             )
 
     @property
@@ -169,13 +171,14 @@ class UpscalerUNet(nnx.Module):
             return self.conv_out(self.conv_norm_out(h.astype(jnp.float32), activate=True))
 
     def _check(self, x: Array, signals: Signals) -> None:
-        multiple = self.config.side_multiple
-        if x.shape[1] % multiple or x.shape[2] % multiple:
-            raise ValueError(
-                f"latents' sides must be multiples of {multiple} (strides of UpscalerUNetConfig), "
-                f"got {x.shape[1]}x{x.shape[2]}"
-            )
+        self.config.check_sides(x)
         check_signals("UpscalerUNetConfig", self.widths, x, signals)
+        levels = [vector.shape for vector in signals.vectors]
+        if levels != (wanted := [(len(x), 1)]):
+            raise ValueError(
+                "UpscalerUNetConfig enlarges a picture: Signals.vectors, the level of its noise, "
+                f"must be {wanted}, got {levels or 'none'}"
+            )
 
 
 class _Down(nnx.Module):

@@ -1,4 +1,4 @@
-"""Draws one picture at a time for an evaluation, each from a seed of its own."""
+"""What an evaluation draws with: a cascade, its settings fixed, one picture at a time."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ from cascade.text import TextEmbedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """A cascade and how it draws.
-
-    settings: by stage name. null_text_in_sr: super-resolution stages get the null condition instead
-    of the prompt, and must draw from the small picture alone.
-    """
+class Drawer:
+    """A cascade with fixed settings, which draws one picture at a time."""
 
     cascade: Cascade
+    """The model."""
     settings: Mapping[str, Sampling]
+    """Stage name -> the settings it samples with; of every stage that draws."""
     null_text_in_sr: bool = False
+    """Whether super-resolution stages get the null condition in place of the prompt, and so must
+    draw from the small picture alone."""
 
     def __call__(
         self,
@@ -33,7 +33,11 @@ class Drawing:
         until: int | None = None,
         lowres: UInt8[np.ndarray, "h w 3"] | None = None,
     ) -> dict[int, UInt8[np.ndarray, "s s 3"]]:
-        """Side in pixels -> picture, as Cascade.draw. lowres: start from this picture."""
+        """Draw the prompt from its own seed: side in pixels -> picture, as `Cascade.draw`.
+
+        until: the side in pixels of the last stage that draws; None draws with all. lowres: the
+        picture that the stages above its size start from; None starts from the prompt.
+        """
         if lowres is not None:
             return self._draw(prompt, seed, until, lowres)
         sides = [stage.config.resolution for stage, _ in self.cascade.select(until=until)]
@@ -42,8 +46,8 @@ class Drawing:
         small = self._draw(prompt, seed, sides[0], None)
         return {**small, **self._draw(prompt, seed, until, small[sides[0]])}
 
-    def replaced(self, stages: Sequence[str], **fields: Any) -> "Drawing":
-        """With these fields of the named stages' settings replaced."""
+    def replaced(self, stages: Sequence[str], **fields: Any) -> "Drawer":
+        """This drawer, with these fields of the named stages' settings replaced."""
         changed = {name: dataclasses.replace(self.settings[name], **fields) for name in stages}
         return dataclasses.replace(self, settings={**self.settings, **changed})
 
