@@ -219,6 +219,7 @@ class Kind(Open):
 def evil(tmp_path, monkeypatch):
     """A module that can be imported, notes that it was, and has a class that would fit."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(config, "trusted", [])
     (tmp_path / "evil_kinds.py").write_text(EVIL)
     package = tmp_path / "evil_package"
     (package / "inner").mkdir(parents=True)

@@ -134,7 +134,7 @@ def test_a_task_imports_no_other_and_nothing_names_it():
                 assert not named, f"{file.relative_to(ROOT.parent)} names the task {name}"
 
 
-def test_no_more_than_public_weights_needs_them_named():
+def test_public_weights_are_named_only_where_they_are_read():
     """In code, comments, help texts or files that ship."""
     allowed = {ROOT / "commands" / "bench.py", ROOT / "commands" / "convert.py"}
     for file in ROOT.rglob("*"):
