@@ -101,7 +101,8 @@ def test_what_stays_is_as_noisy_as_the_rest_unless_the_network_is_ifs(tmp_path):
         (testing.base_stage(), False),
         (Pipelines([write_pipeline(tmp_path, 1)]).stages[0], True),
     ):
-        assert config.noises_what_is_kept is not clean
+        (made,) = edits([config], [config.sampling], np.zeros((9, 8, 3), np.uint8))
+        assert isinstance(made, Edit) and made.clean is clean
         edit = Edit(
             picture=jnp.full((1, 32, 32, 3), 0.5),
             repaint=mask.at[:, :, 16:].set(True),
