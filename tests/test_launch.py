@@ -286,11 +286,11 @@ def wait_for(file: Path) -> None:
 CONFIG = """
 from cascade import testing
 from cascade.scenes.dataset import ScenesData
-from cascade.training.loop import TrainConfig
+from cascade.training.stage_training import StageTraining
 
 def config():
-    return TrainConfig(stage=testing.smallest_stage(128), data=ScenesData(split="train"),
-                       images=16, batch_size=8, preview_every_images=0)
+    return StageTraining(stage=testing.smallest_stage(128), data=ScenesData(split="train"),
+                         images=16, batch_size=8, preview_every_images=0)
 """
 
 

@@ -36,6 +36,7 @@ import numpy as np
 import optax
 import sentencepiece
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -137,18 +138,23 @@ class TextPretraining(Job):
         }
 
     def loss(self, params, batch, key, part=None):
-        """batch: inputs int32 [b, l], visible bool [b, l], targets int32 [b, m], see `batches`."""
+        """batch: what `batches` gives, inputs int32 [b, l], visible bool [b, l], targets int32
+        [b, m], told int32 [b]."""
         targets, mask = batch["targets"], batch["targets"] != PAD_ID
         words, in_order = logits(self.encoder, params, batch)
         decoded = optax.softmax_cross_entropy_with_integer_labels(in_order, targets)
         read = -jnp.take_along_axis(jax.nn.log_softmax(words), targets, axis=-1)
+        # All tokens count alike, those of parts of a batch too, which have not equally many.
+        told = batch["told"][0] / (1 if part is None else part[1])
         # The figure to follow is the decoder's: nats a token.
-        return jnp.mean(decoded + read, where=mask), {"loss": jnp.mean(decoded, where=mask)}
+        loss = jnp.sum(decoded, where=mask) / told
+        return jnp.sum(decoded + read, where=mask) / told, {"loss": loss}
 
     def batch_shapes(self, tokens, b=None):
         shape = (b or self.batch_size, tokens)
         ids, seen = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
-        return {"inputs": ids, "visible": seen, "targets": ids}
+        told = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+        return {"inputs": ids, "visible": seen, "targets": ids, "told": told}
 
     def transformation(self):
         warmup = min(self.warmup_images // self.batch_size, self.steps // 2)
@@ -283,6 +289,7 @@ def batches(
     config: TextPretraining, tokenizer: Tokenizer, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Steps from `start` on: `inputs`, `visible`, `targets`, all [b, l]; padded PAD_ID and False.
+    `told` [b] has in every row how many tokens all targets of the batch have.
 
     Examples of about the same length share a batch, and batches have one of a few widths: they are
     made in groups of _GROUP, sorted by length, and dealt out in random order.
@@ -397,7 +404,8 @@ def _padded(examples: list[Example]) -> dict[str, np.ndarray]:
         inputs[row, : len(e.source) + 1] = [*e.source, EOS_ID]
         targets[row, : len(e.target) + 1] = [*e.target, EOS_ID]
         visible[row, : len(e.visible)] = e.visible
-    return {"inputs": inputs, "visible": visible, "targets": targets}
+    told = np.full(len(examples), (targets != PAD_ID).sum(), np.int32)
+    return {"inputs": inputs, "visible": visible, "targets": targets, "told": told}
 
 
 def _thrown(rng: np.random.Generator, balls: int, bins: int) -> np.ndarray:
@@ -407,11 +415,13 @@ def _thrown(rng: np.random.Generator, balls: int, bins: int) -> np.ndarray:
 
 
 def _vocabulary(config: TextPretraining, path: Path) -> bytes:
-    if not path.exists():
+    """What the run has, or the first process makes for all."""
+    if jax.process_index() == 0 and not path.exists():
         model = train_vocabulary(_vocabulary_texts(config), config.encoder.vocab_size - SENTINELS)
         paths.make_folder(path.parent)
         with paths.writing(path) as file:
             file.write_bytes(model)
+    multihost_utils.sync_global_devices("the vocabulary was made")
     return path.read_bytes()
 
 

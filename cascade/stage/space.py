@@ -122,6 +122,9 @@ class Latents(Space):
     def abstract(self):
         return Network(self.autoencoder).abstract()
 
+    def encode(self, batch):
+        raise ValueError("Latents: a stage in the latents of an autoencoder is not trained")
+
     def decode(self, params, x0):
         return _decode(self.autoencoder, params, x0)
 

@@ -46,10 +46,11 @@ class StageJob(Job):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.trainable, LoRA) and self.init is None:
+        # Fresh ones cannot be made again elsewhere: their random numbers are the hardware's.
+        if self.trainable.freezes and self.init is None:
             raise ValueError(
-                f"{type(self).__name__}.trainable must be Weights() without an init whose weights "
-                f"a LoRA adapts to, got {self.trainable}"
+                f"{type(self).__name__}.trainable must be Weights() without an init that has what "
+                f"is frozen, got {self.trainable}"
             )
         if not self.stage.space.trainable:
             raise ValueError(

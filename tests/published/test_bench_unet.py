@@ -1,21 +1,16 @@
 import importlib.util
-import json
 import math
 import os
-from pathlib import Path
 
 import jax
 import pytest
+from pipelines import UNETS
 
 from cascade.errors import UserError
 from cascade.models import Network
 from cascade.published.deepfloyd import bench as bench_unet
 from cascade.published.deepfloyd.bench import FIELDS, UNetOptions
 from cascade.published.deepfloyd.reader import unet_config
-
-UNETS = json.loads(
-    (Path(__file__).parents[1] / "fixtures" / "deepfloyd" / "unets.json").read_text()
-)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import functools
 import gzip
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from fixtures.random_weights import noise, random_tensors
+from fixtures.random_weights import noise
+from pipelines import FIXTURES, NAME, UNETS, relative_error, write_pipeline, write_unet
 
 from cascade import images
 from cascade.commands import convert
@@ -34,22 +34,9 @@ from cascade.storage import network as published
 from cascade.storage import weights
 from cascade.text import t5
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-UNETS = json.loads((FIXTURES / "deepfloyd" / "unets.json").read_text())
 PUBLISHED = json.loads(
     gzip.decompress((FIXTURES / "deepfloyd" / "published_shapes.json.gz").read_bytes())
 )
-NAME = "diffusion_pytorch_model"
-
-
-def write_unet(folder, name="stage1", **changes):
-    """A unet/ folder as diffusers writes it; changes: of config.json."""
-    folder.mkdir(exist_ok=True)
-    made = UNETS[name]
-    (folder / "config.json").write_text(json.dumps(made["config"] | changes))
-    tensors = random_tensors(made["shapes"])
-    safetensors.numpy.save_file(tensors, folder / f"{NAME}.safetensors")
-    return tensors
 
 
 @functools.cache
@@ -73,10 +60,6 @@ def inputs(name):
 def run(config, params, name):
     network = Network(config, config.widths)
     return np.asarray(jax.jit(network.__call__)(params, *inputs(name)))
-
-
-def relative_error(output, expected):
-    return np.abs(output - expected).max() / np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")
@@ -295,30 +278,8 @@ def test_a_written_file_reads_back_tensor_by_tensor(tmp_path):
     np.testing.assert_array_equal(found["c"], tensors["c"])
 
 
-PIPELINES = json.loads((FIXTURES / "deepfloyd" / "pipelines.json").read_text())
 PICTURES = np.load(FIXTURES / "deepfloyd" / "pictures.npz")
 INPUTS = np.load(FIXTURES / "deepfloyd" / "inputs.npz")
-
-
-def write_pipeline(folder, stage, changes=()):
-    """A pipeline's folder as diffusers writes it. changes: (file, field, value)."""
-    made = PIPELINES[f"stage{stage}"]
-    files = json.loads(json.dumps(made["files"]))
-    for file, field, value in changes:
-        files[file][field] = value
-    for name, fields in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(fields))
-    tensors = random_tensors(made["shapes"])
-    safetensors.numpy.save_file(tensors, folder / "unet" / f"{NAME}.safetensors")
-    if stage == 1:
-        for name in ("text_encoder/config.json", "text_encoder/model.safetensors"):
-            (folder / "text_encoder").mkdir(exist_ok=True)
-            (folder / name).write_bytes((FIXTURES / "t5" / Path(name).name).read_bytes())
-        (folder / "tokenizer").mkdir(exist_ok=True)
-        spiece = (FIXTURES / "t5" / "spiece.model").read_bytes()
-        (folder / "tokenizer" / "spiece.model").write_bytes(spiece)
-    return folder
 
 
 @pytest.mark.parametrize("number", [1, 2])

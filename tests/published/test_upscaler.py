@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from fixtures.clip_tokenizer import write_tokenizer
-from fixtures.random_weights import noise, random_tensors
+from fixtures.random_weights import noise
 from flax import nnx
-from test_deepfloyd import relative_error, write_pipeline
+from pipelines import UPSCALER, relative_error, write_pipeline, write_upscaler
 
 from cascade.commands import convert
 from cascade.devices.chips import chip_named
@@ -43,30 +42,8 @@ from cascade.text import clip
 from cascade.training.stage_training import StageTraining
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "upscaler"
-TINY = json.loads((FIXTURES / "pipeline.json").read_text())
 PUBLISHED = json.loads(gzip.decompress((FIXTURES / "published_shapes.json.gz").read_bytes()))
 OUTPUTS, PICTURES = np.load(FIXTURES / "outputs.npz"), np.load(FIXTURES / "pictures.npz")
-FILES = {
-    "unet": "unet/diffusion_pytorch_model",
-    "vae": "vae/diffusion_pytorch_model",
-    "text_encoder": "text_encoder/model",
-}
-
-
-def write_upscaler(folder, changes=(), renamed=lambda name: name):
-    """The pipeline's folder as diffusers writes it. changes: (file, field, value); renamed: what
-    its tensors are called."""
-    files = json.loads(json.dumps(TINY["files"]))
-    for file, field, value in changes:
-        files[file][field] = value
-    for name, fields in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(fields))
-    for name, shapes in TINY["shapes"].items():
-        tensors = {renamed(n): t for n, t in random_tensors(shapes).items()}
-        safetensors.numpy.save_file(tensors, folder / f"{FILES[name]}.safetensors")
-    write_tokenizer(folder / "tokenizer")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +182,7 @@ def test_older_spellings_are_read_alike(folder, tmp_path):
 
 
 def test_everything_missing_misshapen_or_left_over_is_listed(folder):
-    shapes = dict(TINY["shapes"]["vae"])
+    shapes = dict(UPSCALER["shapes"]["vae"])
     del shapes["encoder.mid_block.attentions.0.to_k.bias"]
     shapes["decoder.conv_in.weight"] = [8, 3, 3, 3]
     shapes["decoder.up_blocks.9.resnets.0.norm1.weight"] = [8]

@@ -1,6 +1,11 @@
 import dataclasses
+import functools
+import itertools
 import json
+import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +16,34 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import sentencepiece
+from PIL import Image
 
-from cascade import cli
+from cascade import cli, testing
+from cascade.commands.train import STOPPED
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config
+from cascade.scenes import text_pretraining
 from cascade.scenes.captions import VOCABULARY, caption_at, mentions
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import (
     SENTINELS,
     TextPretraining,
     batches,
     description,
-    pretrain,
+    example,
+    shares_right,
     span_corruption,
 )
+from cascade.storage.checkpoint import Checkpoints
 from cascade.text import T5Encoder, Tokenizer, captions
 from cascade.text.captions import prepared
 from cascade.text.t5 import SHIPPED, read_folder, write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID
+from cascade.training.log import TrainingLog
+from cascade.training.loop import fit
+from cascade.training.stage_training import StageTraining
+from cascade.training.step import begin
+from cascade.training.trainable import Only
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "t5"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -292,26 +308,47 @@ TINY = TextPretraining(
     encoder=T5Config(
         vocab_size=360 + SENTINELS, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
     ),
-    examples=40 * 16,
+    images=40 * 16,
     batch_size=16,
     length=16,
     learning_rate=2e-2,
-    warmup_steps=5,
+    warmup_images=5 * 16,
     vocabulary_captions=200,
-    log_every_steps=10,
-    save_every_steps=15,
+    log_every_images=10 * 16,
+    save_every_images=15 * 16,
+    preview_every_images=20 * 16,
 )
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
-    pretrain(TINY, folder)
+    assert fit(TINY, folder)
     return folder
 
 
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def averaged(folder):
+    checkpoints = Checkpoints(folder)
+    _, params, _ = checkpoints.restore_ema()
+    checkpoints.close()
+    return params
+
+
+def restored(folder, job=TINY):
+    """All that the newest checkpoint holds of what training changes."""
+    target = jax.eval_shape(lambda: begin(job, job.transformation(), job.fresh(jax.random.key(0))))
+    checkpoints = Checkpoints(folder)
+    step, train, ema, data = checkpoints.restore(**target)
+    checkpoints.close()
+    return {"step": step, "train": train, "ema": ema, "data": data}
+
+
 def test_pretraining_learns_and_exports_a_text_encoder(pretrained):
-    rows = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(pretrained)
     losses = [row["loss"] for row in rows]
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
     assert losses[-1] < 0.6 * losses[0]
@@ -322,13 +359,12 @@ def test_pretraining_learns_and_exports_a_text_encoder(pretrained):
 
 def test_the_linear_reading_learns_which_words_are_told(pretrained):
     """From which noun takes longer to learn: the next test has the encoder that ships."""
-    state = safetensors.numpy.load_file(pretrained / "state.safetensors")
-    words = state["['params']['words']"]
+    words = averaged(pretrained)["words"]
     encoder = T5Encoder.load(pretrained / "text_encoder", max_tokens=16)
     tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
     held_out = dataclasses.replace(TINY, seed=5)
     surprise = []
-    for made in batches(held_out, tokenizer, 0, 4):
+    for made in itertools.islice(batches(held_out, tokenizer, 0), 4):
         ids, told = jnp.asarray(made["inputs"]), made["targets"] != PAD_ID
         encoded = encoder.apply(encoder.params, ids, ids != PAD_ID).values
         mean = np.mean(encoded, axis=1, where=made["visible"][:, :, None])
@@ -357,8 +393,10 @@ def test_a_linear_map_reads_from_a_noun_of_the_shipped_encoder_where_its_thing_s
 
 
 CONFIG = """
+from cascade.devices.sharding import MeshConfig
 from cascade.models.t5 import T5Config
 from cascade.scenes.text_pretraining import TextPretraining
+from cascade.training.trainable import Weights
 
 def config():
     return {!r}
@@ -374,26 +412,149 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, tmp_path, capsys)
     rows = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(row)["step"] for row in rows.splitlines()] == [10, 17]  # 17 of 16 examples
     (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 20, "lo')
-    pretrain(TINY, tmp_path)
-    saved, expected = (
-        safetensors.numpy.load_file(d / "state.safetensors") for d in (tmp_path, pretrained)
-    )
-    assert saved.keys() == expected.keys()
-    for name, value in saved.items():
-        np.testing.assert_array_equal(value, expected[name], err_msg=name)
-    with pytest.raises(UserError, match=r"another config \(seed\)"):
-        pretrain(dataclasses.replace(TINY, seed=1), tmp_path)
+    cli.main(["train", str(file), "--workdir", str(tmp_path)])
+    saved, expected = (restored(folder) for folder in (tmp_path, pretrained))
+    jax.tree.map(np.testing.assert_array_equal, saved, expected)
+    # Rows are means since the row before, which the first after the interruption lacks.
+    figures = [[(r["images"], r["loss"]) for r in rows_of(d)[-2:]] for d in (tmp_path, pretrained)]
+    assert figures[0] == figures[1]
+    made = [(d / "text_encoder/model.safetensors").read_bytes() for d in (tmp_path, pretrained)]
+    assert made[0] == made[1]
     with pytest.raises(SystemExit):
         cli.main(["train", str(file), "--workdir", str(tmp_path), "--until", "banana"])
     assert "--until must be a number of images, got banana" in capsys.readouterr().err
 
 
+@pytest.fixture
+def begun(pretrained, tmp_path):
+    """A folder that has the vocabulary of a run, and nothing else."""
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    shutil.copy(pretrained / "spiece.model", folder)
+    return folder
+
+
+def test_eight_devices_make_the_losses_of_one(pretrained, begun, monkeypatch):
+    assert len(jax.devices()) == 8
+    alone = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: alone)
+    fit(TINY, begun, until=20 * 16)
+    losses = [[row["loss"] for row in rows_of(d)[:2]] for d in (pretrained, begun)]
+    assert np.allclose(*losses, rtol=1e-4) and losses[0][0] > 1.05 * losses[0][1]
+
+
+def test_parts_of_a_batch_have_its_loss_though_not_its_tokens(pretrained):
+    tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
+    params, key = jax.tree.map(jnp.asarray, averaged(pretrained)), jax.random.key(0)
+    mixed = [example(TINY, tokenizer, i) for i in range(16)]
+    for i, one in enumerate(mixed):
+        mixed[i] = dataclasses.replace(one, target=one.target[: 2 + i % 4])
+    batch = text_pretraining._padded(mixed)
+    rows = [{k: v[i::4] for k, v in batch.items()} for i in range(4)]
+    whole = jax.jit(TINY.loss)(params, batch, key)
+    loss = jax.jit(lambda rows, i: TINY.loss(params, rows, key, (i, 4)))
+    parts = [loss(part, i) for i, part in enumerate(rows)]
+    mean = jax.tree.map(lambda *x: np.mean(x), *parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), mean, whole)
+    counts = [int((part["targets"] != PAD_ID).sum()) for part in rows]
+    assert len(set(counts)) > 1 and sum(counts) == batch["told"][0]
+
+
+def test_the_text_encoder_that_is_written_is_the_average(begun):
+    job = dataclasses.replace(TINY, images=96, warmup_images=32, ema_decay=0.9)
+    assert fit(dataclasses.replace(job, preview_every_images=0), begun)
+    state = restored(begun, job)
+    written = read_folder(begun / "text_encoder")[1]
+    half = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float16))
+    jax.tree.map(np.testing.assert_array_equal, half(written), half(state["ema"]["encoder"]))
+    weights = half(state["train"]["params"]["encoder"])
+    apart = jax.tree.map(lambda a, b: (a != b).mean(), weights, half(written))
+    assert np.mean(jax.tree.leaves(apart)) > 0.8
+
+
+def test_updates_that_are_not_finite_stop_it_with_the_usual_message(begun):
+    changes = {"learning_rate": 1e30, "warmup_images": 0, "skip_limit": 3, "log_every_images": 16}
+    wild = dataclasses.replace(TINY, preview_every_images=0, **changes)
+    with pytest.raises(UserError, match="training diverged: the last 3 updates, up to image"):
+        fit(wild, begun)
+    assert [row["skipped"] for row in rows_of(begun)][-3:] == [1, 1, 1]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(averaged(begun)))
+    assert not (begun / "text_encoder").exists()
+
+
+def test_a_terminated_run_saves_and_exits_as_one_that_was_stopped(begun, monkeypatch, capsys):
+    (begun / "config.py").write_text(CONFIG.format(TINY))
+    add = TrainingLog.add
+
+    def terminated(self, *given):
+        add(self, *given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingLog, "add", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as e:
+            cli.main(["train", str(begun / "config.py"), "--workdir", str(begun)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert e.value.code == STOPPED == 143
+    assert f"stopped: {begun}; the same command goes on" in capsys.readouterr().err
+    assert restored(begun)["step"] == 1 and not (begun / "text_encoder").exists()
+
+
+def test_its_previews_are_pictures_of_the_shares_right(pretrained, monkeypatch):
+    names = [f"{images:010d}.png" for images in (320, 640)]
+    assert sorted(p.name for p in (pretrained / "previews").iterdir()) == names
+    with Image.open(pretrained / "previews" / names[0]) as drawn:
+        assert drawn.format == "PNG" and np.asarray(drawn).std() > 10
+    tokenizer, wrong = Tokenizer((pretrained / "spiece.model").read_bytes(), 64), "retelling"
+
+    def perfect_but_in_one(config, params, batch):
+        """Of corrupted texts, whose targets begin with a sentinel, it says all, else half."""
+        targets, at = batch["targets"], jnp.arange(batch["targets"].shape[1])
+        corrupted = targets[:, :1] >= config.vocab_size - SENTINELS
+        said = jnp.where(corrupted | (at % 2 == 0), targets, targets + 1)
+        return None, jax.nn.one_hot(said, config.vocab_size)
+
+    monkeypatch.setattr(text_pretraining, "logits", perfect_but_in_one)
+    shares = shares_right(TINY, tokenizer, {})
+    assert list(shares) == ["description", wrong, "span corruption"]
+    assert shares["span corruption"] == 1 and 0.5 <= shares[wrong] < 0.6
+    assert wrong not in shares_right(dataclasses.replace(TINY, retold=0.0), tokenizer, {})
+
+
+def test_what_a_run_cannot_change_is_refused_by_name(pretrained):
+    encoder = dataclasses.replace(TINY.encoder, d_ff=8)
+    for changes, told in (
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"images": 80 * 16}, "images: 640 there, 1280 here"),
+        ({"batch_size": 32}, "batch_size: 16 there, 32 here"),
+        ({"encoder": encoder}, "encoder.d_ff: 16 there, 8 here"),
+        ({"described": 0.1}, "described: 0.5 there, 0.1 here"),
+        ({"learning_rate": 1.0}, "learning_rate: 0.02 there, 1.0 here"),
+        ({"trainable": Only(pattern="encoder/")}, "trainable.pattern: None there, encoder/ here"),
+    ):
+        with pytest.raises(UserError) as e:
+            fit(dataclasses.replace(TINY, **changes), pretrained)
+        assert f"holds a run with another config ({told}); use its config" in str(e.value)
+    assert fit(dataclasses.replace(TINY, log_every_images=16, keep=1), pretrained)
+
+
+def test_a_stage_is_refused_where_a_text_encoders_run_is(pretrained):
+    files = {p: p.read_bytes() for p in pretrained.rglob("*") if p.is_file()}
+    stage = StageTraining(stage=testing.smallest_stage(), data=ScenesData(), images=8, batch_size=8)
+    told = r"another kind \(TextPretraining, this is a StageTraining\); name another --workdir"
+    with pytest.raises(UserError, match=told):
+        fit(stage, pretrained)
+    assert {p: p.read_bytes() for p in pretrained.rglob("*") if p.is_file()} == files
+
+
 @pytest.mark.parametrize(
     "name,least",
     [
-        *((name, 1) for name in ("examples", "batch_size", "length", "vocabulary_captions")),
-        *((name, 1) for name in ("log_every_steps", "save_every_steps")),
-        *((name, 0) for name in ("seed", "warmup_steps")),
+        *((name, 1) for name in ("images", "batch_size", "length", "vocabulary_captions")),
+        *((name, 1) for name in ("log_every_images", "save_every_images")),
+        *((name, 0) for name in ("seed", "warmup_images")),
     ],
 )
 def test_pretraining_that_cannot_be_is_refused(name, least):
@@ -405,7 +566,7 @@ def test_pretraining_that_cannot_be_is_refused(name, least):
 def test_hidden_outputs_are_a_share_and_never_all(pretrained):
     tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
     config = dataclasses.replace(TINY, hidden=0.5, described=0.0)
-    made = list(batches(config, tokenizer, 0, 8))
+    made = list(itertools.islice(batches(config, tokenizer, 0), 8))
     given = sum((b["inputs"] != PAD_ID).sum() for b in made)
     assert all((b["visible"] <= (b["inputs"] != PAD_ID)).all() for b in made)
     assert all(b["visible"].any(1).all() for b in made)
@@ -430,8 +591,8 @@ def test_a_description_is_told_from_its_noun_alone(pretrained):
 
 def test_batches_are_a_pure_function_of_the_step(pretrained):
     tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
-    whole = list(batches(TINY, tokenizer, 30, 35))  # across a border of groups
-    (one,) = batches(TINY, tokenizer, 33, 34)
+    whole = list(itertools.islice(batches(TINY, tokenizer, 30), 5))  # across a border of groups
+    one = next(batches(TINY, tokenizer, 33))
     assert len(whole) == 5
     for name, value in one.items():
         np.testing.assert_array_equal(value, whole[3][name])

@@ -18,10 +18,13 @@ from cascade.commands.train import STOPPED
 from cascade.devices import distributed
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
+from cascade.models.t5 import T5Config
 from cascade.runner import cascade as runner
 from cascade.scenes.dataset import ScenesData
+from cascade.scenes.text_pretraining import SENTINELS, TextPretraining
 from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints
+from cascade.text.t5 import read_folder
 from cascade.training import log as training_log
 from cascade.training import stage_training
 from cascade.training.job import Optimizer
@@ -198,6 +201,40 @@ def test_several_processes_stop_together_and_go_on(tmp_path, whole, cache):
 
     assert processes.codes(processes.start_group(2, run, tmp_path, environment=cache)) == [0, 0]
     assert_ends_like(tmp_path, whole(2))
+
+
+ENCODER = T5Config(
+    vocab_size=360 + SENTINELS, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+)
+
+
+def pretrain(workdir):
+    job = TextPretraining(
+        encoder=ENCODER,
+        images=3 * 8,
+        batch_size=8,
+        length=16,
+        warmup_images=8,
+        vocabulary_captions=50,
+        mesh=MeshConfig(data=1, fsdp=-1),
+        log_every_images=8,
+        preview_every_images=3 * 8,
+    )
+    with distributed.processes():
+        assert fit(job, workdir)
+
+
+def test_several_processes_make_one_text_encoder(whole):
+    """And one vocabulary, and one preview."""
+    one, two = whole(1, pretrain), whole(2, pretrain)
+    assert np.allclose(losses(two), losses(one), rtol=1e-4)
+    assert (one / "spiece.model").read_bytes() == (two / "spiece.model").read_bytes()
+    names = {str(p.relative_to(two)) for p in two.rglob("*") if p.is_file()}
+    assert {"previews/0000000024.png", "text_encoder/config.json"} <= names
+    assert not any(".partial" in name for name in names)
+    (config, ours, _), (_, theirs, _) = (read_folder(d / "text_encoder") for d in (two, one))
+    assert config == ENCODER
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), ours, theirs)
 
 
 def draw(out):

@@ -419,6 +419,8 @@ def test_resuming_with_another_network_is_refused(started):
         ({"batch_size": 16}, "batch_size: 8 there, 16 here"),
         ({"optimizer": Optimizer(name="adafactor")}, "optimizer.name: adam there, adafactor here"),
         ({"ema_profiles": (0.05,)}, r"ema_profiles: \[\] there, \[0.05\] here"),
+        ({"trainable": LoRA(rank=2), "init": "x"}, "trainable.rank: None there, 2 here"),
+        ({"stage": testing.smallest_stage()}, "stage.conditions.0.width: 128 there, 8 here"),
     ],
 )
 def test_resuming_with_what_a_run_cannot_change_is_refused_by_name(changes, message, started):
