@@ -1,5 +1,6 @@
 """The words of `cascade sample`: what is accepted, what is refused, what is written."""
 
+import dataclasses
 import errno
 import json
 import subprocess
@@ -92,6 +93,14 @@ def test_a_list_may_count_all_stages_of_the_model_or_those_that_draw():
     assert sr16.aug_level == 0.1
     with pytest.raises(UserError, match="--aug-level 0.1: no super-resolution stage draws"):
         override(every[:1], every, aug_level="0.1")
+
+
+def test_a_number_of_steps_replaces_a_list_that_has_another():
+    (base, *_) = testing.stage_configs()
+    listed = grids.Respaced(name="smart27")
+    sampling = dataclasses.replace(base.sampling, steps=27, grid=listed)
+    (got,) = override([dataclasses.replace(base, sampling=sampling)], steps="9")
+    assert (got.steps, got.grid) == (9, grids.OnTable())
 
 
 def test_a_prompt_without_its_quotes_is_warned_of(fake, tmp_path, capsys):

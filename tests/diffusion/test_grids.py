@@ -55,3 +55,19 @@ def test_a_grid_stays_within_a_schedule_that_ends_early(grid):
 def test_mistakes_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_every_grid_has_one_that_takes_any_number_of_steps():
+    for grid in GRIDS:
+        assert grid.of_any_length == grid
+    fixed = Respaced(name="smart27")
+    fixed.of_any_length.check(26)
+    assert fixed.of_any_length == OnTable() and fixed.steps == 27
+    with pytest.raises(ValueError, match="steps must be 27"):
+        fixed.check(26)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_grid_of_no_steps_is_refused(grid):
+    with pytest.raises(ValueError, match="steps must be"):
+        grid.check(0)

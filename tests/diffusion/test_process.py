@@ -223,3 +223,10 @@ def test_mistakes_are_refused_by_name():
         Sigmoid(tau=0.0)
     with pytest.raises(ValueError, match="steps"):
         Discrete(steps=1)
+
+
+def test_a_schedule_says_whether_it_ends_in_noise_alone():
+    for schedule in SCHEDULES:
+        alpha, _ = alpha_sigma(schedule.logsnr(jnp.ones(1)))
+        assert not schedule.ends_in_noise and alpha[0] > 1e-5
+        assert ZeroTerminal(schedule=schedule).ends_in_noise
