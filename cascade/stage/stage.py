@@ -114,6 +114,12 @@ class Stage:
         the conditional half alone. rescale: phi of `denoise.rescale`.
         A network that has learned the variance makes it a `denoise.WithVariance`.
         """
+        away = dict(negative or {})
+        if strange := set(away) - set(self.conditions):
+            raise ValueError(
+                f"negative: stage {self.config.name} is told {', '.join(self.conditions)}, not "
+                f"{', '.join(sorted(strange))}"
+            )
         kind, learned = self.config.prediction, self.config.variance is not None
         plain = isinstance(guidance, (int, float)) and guidance == 1
 
@@ -124,7 +130,6 @@ class Stage:
         if plain:
             both: Values = {}
         else:
-            away = negative or {}
             without = {
                 c.name: away[c.name] if c.name in away else c.null(values[c.name])
                 for c in self.config.conditions
@@ -136,9 +141,9 @@ class Stage:
         def guided(x_t, logsnr):
             twice = jnp.concatenate([x_t, x_t]), jnp.concatenate([logsnr, logsnr])
             prediction, gamma = self._predict(params, *twice, both)
-            towards, away = jnp.split(prediction, 2)
+            towards, from_here = jnp.split(prediction, 2)
             w = guidance(logsnr) if callable(guidance) else guidance
-            mixed = denoise.guide(towards, away, w)
+            mixed = denoise.guide(towards, from_here, w)
             if rescale > 0:
                 mixed = denoise.rescale(mixed, towards, rescale)
             # Guidance is for the mean: the variance is that of the conditional half.

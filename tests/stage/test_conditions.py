@@ -377,3 +377,17 @@ def test_a_cascade_draws_from_a_readers_condition_on_prompts():
     one, other, two = (model(prompt, seed=1)[0].image for prompt in ("red", "blue", "a b"))
     np.testing.assert_array_equal(one, other)
     assert not np.array_equal(one, two)
+
+
+def test_a_negative_of_a_condition_that_the_stage_has_not_is_refused():
+    stage = Stage(testing.base_stage())
+    text = testing.FakeEncoder()(["red"])
+    given = {"text": TextInput(text.values, text.mask)}
+    with pytest.raises(ValueError, match="negative: stage base8 is told text, not txet"):
+        stage.sample(
+            testing.lively(stage),
+            given,
+            jax.random.split(jax.random.key(0), 1),
+            settings=stage.config.sampling,
+            negative={"txet": given["text"]},
+        )
