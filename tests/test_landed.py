@@ -202,6 +202,8 @@ def text_run():
     )
 
 
+STAGES = {"native_run": native_run, "profiles_run": profiles_run, "lora_run": lora_run}
+
 # Adam moves a bias of attention's keys, whose gradient is rounding alone, by as much as any other.
 ROUNDING = 3e-4
 OF_KEYS = ("keys_values.bias", "attention.text.bias")
