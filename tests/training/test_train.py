@@ -13,7 +13,7 @@ import optax
 import pytest
 import safetensors
 
-from cascade import images, testing
+from cascade import testing
 from cascade.commands.export import _reconstructed, export
 from cascade.config import load
 from cascade.data import BSR
@@ -593,19 +593,3 @@ def test_a_seed_decides_the_first_weights(tmp_path):
         == 0
         < optax.tree.norm(_minus(first(0), first(1)))
     )
-
-
-def test_a_preview_shows_small_drawn_and_true():
-    class Drawer(Stage):
-        def sample(self, params, given, keys, *, sides, **_):
-            return jnp.full((len(keys), *sides, 3), 1.0)
-
-    batch = batch_of() | {"lowres": batch_of()["image"]}
-    batch["image"] = 255 - batch["image"].repeat(2, 1).repeat(2, 2)
-    got = preview.draw(Drawer(testing.super_resolution_stage()), {}, batch, [], ENCODER)
-    low = images.to_uint8(images.upsample(images.to_float(batch["lowres"][:4]), (16, 16)))
-    for i in range(4):
-        row = got[18 * i : 18 * i + 16]
-        np.testing.assert_array_equal(row[:, :16], low[i])
-        assert (row[:, 18:34] == 255).all()
-        np.testing.assert_array_equal(row[:, 36:52], batch["image"][i])

@@ -1,0 +1,27 @@
+"""What a sheet of previews shows."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from cascade import images, testing
+from cascade.stage import Stage
+from cascade.training import preview
+
+
+def test_a_preview_shows_small_drawn_and_true():
+    class Drawer(Stage):
+        def sample(self, params, given, keys, *, sides, **_):
+            return jnp.full((len(keys), *sides, 3), 1.0)
+
+    encoder = testing.FakeEncoder()
+    text = encoder(["red"] * 6)
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    batch = {"lowres": small, "text": text.values, "text_mask": text.mask}
+    batch["image"] = 255 - small.repeat(2, 1).repeat(2, 2)
+    got = preview.draw(Drawer(testing.super_resolution_stage()), {}, batch, [], encoder)
+    low = images.to_uint8(images.upsample(images.to_float(batch["lowres"][:4]), (16, 16)))
+    for i in range(4):
+        row = got[18 * i : 18 * i + 16]
+        np.testing.assert_array_equal(row[:, :16], low[i])
+        assert (row[:, 18:34] == 255).all()
+        np.testing.assert_array_equal(row[:, 36:52], batch["image"][i])
