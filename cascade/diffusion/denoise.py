@@ -3,7 +3,7 @@
 A sampler sees nothing else: whatever the network predicts, its denoiser returns x0. The order of
 wrapping is the order of Imagen (Saharia et al. 2022, sec. 2.3), guidance inside, threshold outside:
 
-    thresholded(guided(conditional, unconditional, 7.0), Threshold())
+    x0_hat = Threshold()(guide(x0_cond, x0_uncond, 7.0))
 
 Samplers re-derive eps from x_t and the x0 they are given, so that after clipping the two agree.
 A network that has learned the variance of its steps makes a WithVariance, a Denoiser that can say
@@ -59,17 +59,6 @@ def changed(denoiser: Denoiser, change: Callable[[Array, Array, Array], Array]) 
         return change(x0_hat, x_t, logsnr), gamma
 
     return WithVariance(estimate)
-
-
-def guided(conditional: Denoiser, unconditional: Denoiser, w: Weight) -> Denoiser:
-    """Classifier-free guidance of one denoiser away from another, with the w of `guide`.
-
-    The Python number 1 gives `conditional` itself: the other one is never evaluated. A network
-    that can answer both in one pass does so itself and calls `guide`.
-    """
-    if isinstance(w, int | float) and w == 1:
-        return conditional
-    return changed(conditional, lambda x0, x_t, logsnr: guide(x0, unconditional(x_t, logsnr), w))
 
 
 def guide(

@@ -10,7 +10,7 @@ not FID's, and cannot be compared with any published ones.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +43,6 @@ def bicubic(picture: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray,
 def features(pictures: Iterable[UInt8[np.ndarray, "s s 3"]]) -> Float[np.ndarray, "n d"]:
     """The mean activations of all layers of the random network, for n pictures of one size."""
     return np.stack([np.asarray(_features(picture), np.float64) for picture in pictures])
-
-
-def fd_proxy(
-    pictures: Sequence[UInt8[np.ndarray, "s s 3"]], truths: Sequence[UInt8[np.ndarray, "s s 3"]]
-) -> float:
-    """FD-proxy of two sets of pictures, 0 or more; smaller is closer.
-
-    It is biased upwards for small sets: compare only distances of sets of equal numbers. Raises
-    ValueError unless each has two pictures or more.
-    """
-    return frechet_distance(features(pictures), features(truths))
 
 
 def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:

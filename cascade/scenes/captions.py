@@ -147,39 +147,6 @@ def caption_at(
     return scene, caption(scene, spec.generator(seed, index, split, purpose=1))
 
 
-def false_facts(facts: Facts, scene: Scene) -> list[str]:
-    """What `facts` assert that is not so in `scene`, in words; empty where all hold.
-
-    The scene may come from anywhere, a reading of a generated picture included. Only its objects
-    and its background are looked at.
-    """
-    wrong = []
-    found: list[list[Object]] = []
-    for thing in facts.things:
-        alike = [
-            item
-            for item in scene.objects
-            if item.shape == thing.shape
-            and item.colour == thing.colour
-            and thing.size in (None, item.size)
-            and thing.finish in (None, item.finish)
-        ]
-        found.append(alike)
-        if len(alike) != thing.count:
-            wrong.append(f"{thing.count} of {_label(thing)}: there are {len(alike)}")
-    expected = sum(thing.count for thing in facts.things)
-    if len(scene.objects) != expected:
-        wrong.append(f"{expected} objects in all: there are {len(scene.objects)}")
-    for said in facts.relations:
-        a, b = found[said.subject], found[said.object]
-        if not (a and b and spec.relation_holds(a, said.relation, b)):
-            names = [_label(facts.things[i]) for i in (said.subject, said.object)]
-            wrong.append(f"{names[0]} {said.relation} {names[1]}")
-    if facts.background not in (None, scene.background):
-        wrong.append(f"on {facts.background}: it is on {scene.background}")
-    return wrong
-
-
 _SAY_SIZE = 0.6
 _SAY_FINISH = 0.97  # "a red circle" must be plain: equally likely finishes are drawn as patchwork
 _SAY_PLAIN = 0.08
@@ -388,8 +355,3 @@ def _pick(rng: np.random.Generator, options):
 def _usual(rng: np.random.Generator, options):
     """The first option two times in three, else any of them."""
     return options[0] if rng.random() < 0.65 else _pick(rng, options)
-
-
-def _label(thing: Thing) -> str:
-    words = [thing.size, thing.finish, thing.colour, thing.shape]
-    return " ".join(word for word in words if word)

@@ -94,14 +94,6 @@ def verdicts(reading: Reading, facts: Facts) -> list[Verdict]:
     return judged
 
 
-def judge_pictures(
-    pictures: Iterable[UInt8[np.ndarray, "s s 3"]], facts: Sequence[Facts]
-) -> dict[str, Any]:
-    """Judge pictures of one size, in the order of their prompts' facts, and give the `summary`."""
-    judged = [judge(picture, said) for picture, said in zip(pictures, facts, strict=True)]
-    return summary(judged, facts)
-
-
 def summary(judged: Sequence[Sequence[Verdict]], facts: Sequence[Facts]) -> dict[str, Any]:
     """The shares of facts and of prompts that are wholly right, as JSON values.
 

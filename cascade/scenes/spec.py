@@ -240,18 +240,6 @@ def relation_holds(a: Sequence[Object], relation: Relation, b: Sequence[Object])
     return start - end >= GAP - 1e-9 and abs(offset) <= ALIGN
 
 
-def violations(scene: Scene) -> list[str]:
-    """What is too near the frame or another object, in words; empty for every chosen scene."""
-    found = []
-    for i, a in enumerate(scene.objects):
-        if _frame_distance(a) < MARGIN - 1e-9:
-            found.append(f"object {i} is nearer than {MARGIN} to the frame")
-        for j, b in enumerate(scene.objects[:i]):
-            if _box_distance(a, b) < GAP - 1e-9 and not (_fits_inside(a, b) or _fits_inside(b, a)):
-                found.append(f"objects {j} and {i} are nearer than {GAP}")
-    return found
-
-
 _PLACE_TRIES = 100
 _JITTER = 0.06  # across the axis of a planned relation; below ALIGN
 _SLACK = 0.25  # largest gap beyond GAP along the axis of a planned relation

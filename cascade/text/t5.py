@@ -136,16 +136,6 @@ class T5Encoder:
         values = nnx.merge(self._graphdef, params)(ids, mask)
         return TextEmbedding(values=values, mask=mask)
 
-    def null(self, b: int) -> TextEmbedding:
-        """Make b embeddings of no text at all: zeros, with nothing unmasked.
-
-        They are not the embedding of "".
-        """
-        return TextEmbedding(
-            values=jnp.zeros((b, self.max_tokens, self.width)),
-            mask=jnp.zeros((b, self.max_tokens), bool),
-        )
-
     @functools.cached_property
     def _graphdef(self) -> Any:
         return nnx.graphdef(nnx.eval_shape(lambda: T5EncoderModel(self.config, nnx.Rngs(0))))

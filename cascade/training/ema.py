@@ -23,7 +23,6 @@ their own t, have the inner product, for t_a <= t_b,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,29 +32,17 @@ import numpy as np
 from jaxtyping import Float
 
 
-def power_beta(step: Any, gamma: float) -> jax.Array:
-    """(1): what the average keeps of itself at this step, counted from 1; step may be traced."""
-    return 1 - _rate(step, gamma)
-
-
 def track(mean: Any, params: Any, step: Any, gamma: float) -> Any:
     """(1) on a pytree: the average after `step` from the average before it.
 
-    More exact in float32 than `power_beta` can be, which late in training is 1 but for the last
-    bits.
+    It takes the rate 1 - beta, since beta itself is 1 but for the last bits late in training.
     """
     rate = _rate(step, gamma)
     return jax.tree.map(lambda m, p: m + rate * (p - m), mean, params)
 
 
-def sigma_rel_from_gamma(gamma: float) -> float:
-    """(2). gamma 0, the mean over the whole run, has 0.289, the widest; 6.94 has 0.10."""
-    _check_gammas(gamma)
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
-
-
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The inverse of `sigma_rel_from_gamma`; 0.05 gives 16.97."""
+    """The gamma of equation (2), 0 or more, of a width in (0, 0.2886]; 0.05 gives 16.97."""
     if not 0 < sigma_rel <= 12**-0.5:
         raise ValueError(f"sigma_rel must lie in (0, 0.2886], got {sigma_rel}")
     # (2) is the cubic x^3 + x^2 - a x + a = 0 of x = gamma + 2, whose largest root is the one.

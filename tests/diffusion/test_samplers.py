@@ -7,7 +7,7 @@ import pytest
 from oracle import Gaussian, Mixture
 
 from cascade.diffusion import samplers
-from cascade.diffusion.denoise import Threshold, WithVariance, guided, thresholded
+from cascade.diffusion.denoise import Threshold, WithVariance, changed, guide, thresholded
 from cascade.diffusion.process import Cosine, Schedule, corrupt
 from cascade.diffusion.samplers import (
     DDIM,
@@ -162,9 +162,7 @@ def test_eps_is_derived_again_from_the_thresholded_x0(step):
 
 @pytest.mark.parametrize("step", [DPMSolverPP2M(), Heun()])
 def test_thresholded_guidance_ends_in_range(step):
-    denoiser = thresholded(
-        guided(lambda x, _: jnp.sin(3 * x), lambda x, _: jnp.cos(x), 8.0), Threshold()
-    )
+    denoiser = thresholded(lambda x, _: guide(jnp.sin(3 * x), jnp.cos(x), 8.0), Threshold())
     out = draw(denoiser, normal(0, (2, 4, 4, 3)), 8, step)
     assert float(jnp.max(jnp.abs(out))) == 1.0
 
@@ -369,7 +367,8 @@ def test_learned_variance_is_each_coordinates_own():
     columns = jnp.repeat(jnp.array(gammas), 100)
     denoiser = WithVariance(lambda x, l: (point(x, l), jnp.broadcast_to(columns, x.shape)))
     # Its x0_hat is changed on the way, as guidance and thresholds do; the variance is not.
-    denoiser = thresholded(guided(denoiser, point, 3.0), Threshold(kind="static"))
+    denoiser = changed(denoiser, lambda x0, x_t, l: guide(x0, point(x_t, l), 3.0))
+    denoiser = thresholded(denoiser, Threshold(kind="static"))
     x_t = jnp.full((50, 300), -0.4)
     learned, _, _ = one_step(Ancestral(gamma="learned"), denoiser, x_t, -1.0, 0.3)
     for i, gamma in enumerate(gammas):
@@ -448,7 +447,11 @@ def test_guidance_sharpens_the_class_monotonically():
     positive = Mixture(means=means[2:], weights=np.ones(2) / 2, scale=0.5)
     x = initial_noise(keys(2000), (1,))
     w = jnp.repeat(jnp.array([1.0, 1.5, 2.5, 4.0]), 2000)
-    out = draw(guided(positive, everything, w), jnp.tile(x, (4, 1)), 50, DDIM()).reshape(4, 2000)
+
+    def guided(x_t, logsnr):
+        return guide(positive(x_t, logsnr), everything(x_t, logsnr), w)
+
+    out = draw(guided, jnp.tile(x, (4, 1)), 50, DDIM()).reshape(4, 2000)
     purity, shift = list(np.mean(out > 0, axis=1)), list(np.mean(out, axis=1))
     assert purity == sorted(purity) and shift == sorted(shift), (purity, shift)
     assert purity[0] < 0.9 and purity[-1] > 0.99

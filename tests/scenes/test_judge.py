@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from cascade.scenes import spec
 from cascade.scenes.captions import Facts, Related, Thing, caption_at
-from cascade.scenes.judge import CATEGORIES, judge, judge_pictures, share, summary
+from cascade.scenes.judge import CATEGORIES, judge, share, summary
 from cascade.scenes.reading import read
 from cascade.scenes.render import BACKGROUNDS, COLOURS, render
 from cascade.scenes.spec import Object, Scene
@@ -31,6 +31,12 @@ def spoilt(picture, rng, sigma=0.0, blur=0.0):
 
 
 # 2000 pictures of each size were all read right, outside of the daily tests.
+def judge_pictures(pictures, facts):
+    """The summary of pictures in the order of their prompts' facts."""
+    judged = [judge(picture, said) for picture, said in zip(pictures, facts, strict=True)]
+    return summary(judged, facts)
+
+
 @pytest.mark.parametrize("side,count", [(64, 2000), (256, 200), (1024, 20)])
 def test_true_pictures_show_what_was_asserted(side, count):
     scenes, facts = pairs(count)

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from scene_truth import false_facts, violations
 
 from cascade.scenes import render as rendering
 from cascade.scenes import spec
@@ -18,7 +19,6 @@ from cascade.scenes.captions import (
     caption,
     caption_at,
     captions,
-    false_facts,
     mentions,
 )
 from cascade.scenes.dataset import ScenesData
@@ -246,7 +246,7 @@ def masks(scene, resolution):
 def test_objects_are_apart_and_inside_the_frame():
     side, pixel = 128, 2  # pixels of 64
     for scene in scenes(count=60) + scenes("long", 60):
-        assert spec.violations(scene) == []
+        assert violations(scene) == []
         drawn = masks(scene, side)
         for mask in drawn:
             edge = np.ones_like(mask)

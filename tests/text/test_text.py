@@ -155,12 +155,8 @@ def test_tokenizing_needs_no_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_null_embeddings_are_zero_and_unmasked_nowhere():
-    encoder = T5Encoder.load(FIXTURE, max_tokens=5)
-    null = encoder.null(3)
-    assert null.values.shape == (3, 5, encoder.width) and null.mask.shape == (3, 5)
-    assert not null.values.any() and not null.mask.any()
-    assert encoder([""]).mask.sum() == 1  # the empty prompt is another thing
+def test_the_empty_prompt_is_a_token():
+    assert T5Encoder.load(FIXTURE, max_tokens=5)([""]).mask.sum() == 1
 
 
 def test_a_written_folder_reads_back(tmp_path):
