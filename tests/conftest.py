@@ -42,7 +42,7 @@ def pytest_xdist_auto_num_workers(config):
 # A file's tests run in one process, for they share what takes long to make; files are taken up one
 # after the other, so the longest come first.
 LONGEST = (
-    *("processes", "train", "notebooks", "end_to_end", "text", "landed", "models", "judge"),
+    *("processes", "train", "notebooks", "end_to_end", "text", "version_0_1_0", "models", "judge"),
     *("finetuning", "trainable"),
 )
 

@@ -224,7 +224,7 @@ def _others(start: Any, reading: Reading | None, trained: Sequence[str]) -> list
 
 def _reconstructed(workdir, job, last, sigma_rel):
     """(step, weights) of the average of this width at the newest snapshot, made of all of them."""
-    from cascade.published import landed
+    from cascade.published import earlier_versions
     from cascade.stage import Stage
     from cascade.storage.weights import load_safetensors
     from cascade.training import ema
@@ -247,6 +247,6 @@ def _reconstructed(workdir, job, last, sigma_rel):
         raise UserError(f"--ema: {e}") from None
     gammas = [ema.gamma_from_sigma_rel(width) for width in widths]
     shares = ema.posthoc_weights(steps, gammas, max(steps), wanted)
-    abstract, renamed = Stage(job.stage).abstract(), landed.old_path_of(job)
+    abstract, renamed = Stage(job.stage).abstract(), earlier_versions.old_path_of(job)
     trees = (load_safetensors(path, abstract, renamed) for path in files)
     return max(steps), ema.combine(shares, trees)

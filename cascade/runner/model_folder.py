@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from cascade.config import from_json, read_json
 from cascade.errors import UserError
-from cascade.published import landed
+from cascade.published import earlier_versions
 from cascade.published.pipelines import Pipelines, is_pipeline
 from cascade.stage import Stage, StageConfig
 from cascade.storage import paths, weights
@@ -115,7 +115,7 @@ class ModelFolder:
         own, old = self._stage(config.name)
         kind = jnp.dtype(dtype or config.weights_dtype)
         target = weights.as_target(Stage(config).abstract(), lambda _: kind, shardings)
-        renamed = landed.old_path(own) if old else str
+        renamed = earlier_versions.old_path(own) if old else str
         folder = self._folder / config.name
         with weights.opened(folder, "model", what="stage", convert="`cascade convert`") as opened:
             origins = weights.own_origins(target, renamed)
@@ -130,7 +130,8 @@ class ModelFolder:
         """Its config, and whether an earlier version wrote its folder."""
         file = self._folder / name / "config.json"
         value = read_json(file)
-        return from_json(StageConfig, landed.upgraded(value), str(file)), landed.is_old(value)
+        config = from_json(StageConfig, earlier_versions.upgraded(value), str(file))
+        return config, earlier_versions.is_old(value)
 
 
 def _found(name_or_dir: str | os.PathLike[str]) -> pathlib.Path:

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from cascade.config import from_json, read_json, to_json
 from cascade.devices import sharding
 from cascade.errors import UserError
-from cascade.published import landed
+from cascade.published import earlier_versions
 from cascade.storage import paths
 from cascade.storage.checkpoint import Checkpoints
 from cascade.storage.paths import Path
@@ -129,15 +129,15 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
 
 def saved_job(value: Any, where: str) -> Job:
     """The job whose config is in a checkpoint; fields added since have their defaults."""
-    return from_json(Job, landed.upgraded(value), where)
+    return from_json(Job, earlier_versions.upgraded(value), where)
 
 
 def saved_weights(job: Job, saved: Any, weights: Any) -> Any:
     """Averaged weights of a checkpoint with that saved config, with today's names."""
-    if not landed.is_old(saved):
+    if not earlier_versions.is_old(saved):
         return weights
     abstract = jax.eval_shape(lambda: begin(job, job.transformation(), job.fresh(_key(job))))
-    return landed.as_new(weights, abstract["ema"], landed.old_path_of(job))
+    return earlier_versions.as_new(weights, abstract["ema"], earlier_versions.old_path_of(job))
 
 
 def frozen(job: Job) -> Any:
@@ -182,17 +182,17 @@ def _initial_state(
     if saved is None:
         return started(), placement
     if not checkpoints.steps():
-        state = landed.text_run_state(checkpoints.directory.parent / _EARLIER, started())
+        state = earlier_versions.text_run_state(checkpoints.directory.parent / _EARLIER, started())
         data.set_state({"examples": int(state["train"]["step"]) * job.batch_size})
         return jax.device_put(state, placement), placement
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
     )
     target.pop("frozen", None)
-    if landed.is_old(saved):
-        renamed = landed.old_path_of(job)
-        _, train, ema, data_state = checkpoints.restore(**landed.as_old(target, renamed))
-        state = landed.as_new({"train": train, "ema": ema}, target, renamed)
+    if earlier_versions.is_old(saved):
+        renamed = earlier_versions.old_path_of(job)
+        _, train, ema, data_state = checkpoints.restore(**earlier_versions.as_old(target, renamed))
+        state = earlier_versions.as_new({"train": train, "ema": ema}, target, renamed)
     else:
         _, train, ema, data_state = checkpoints.restore(**target)
         state = {"train": train, "ema": ema}

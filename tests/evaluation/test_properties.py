@@ -19,7 +19,7 @@ from cascade.evaluation import augmentation, properties
 from cascade.evaluation.claims import NEEDED, Claim, Property, above, alike
 from cascade.evaluation.drawer import Drawer
 from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
-from cascade.published.landed import upgraded
+from cascade.published.earlier_versions import upgraded
 from cascade.runner.cascade import Cascade, Picture
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render

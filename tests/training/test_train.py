@@ -21,7 +21,6 @@ from cascade.devices import sharding
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
 from cascade.models import Level, UNetConfig
-from cascade.published import landed
 from cascade.runner.cascade import Cascade
 from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
@@ -194,7 +193,7 @@ def test_averages_kept_besides_follow_their_profiles_and_make_others(tmp_path, m
             return {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
 
     monkeypatch.setattr("cascade.stage.Stage", Abstract)
-    monkeypatch.setattr(landed, "old_path_of", lambda job: str)
+    monkeypatch.setattr("cascade.published.earlier_versions.old_path_of", lambda job: str)
     config = config_of()
     for width, tolerance in [(0.05, 1e-5), (0.07, 1e-3), (0.1, 1e-5)]:
         last, weights = _reconstructed(tmp_path, config, 12, width)
@@ -437,7 +436,7 @@ def test_a_stage_and_a_text_encoder_do_not_share_a_folder(started, tmp_path):
     with pytest.raises(UserError, match=another):
         fit(load("configs/scenes/text_encoder.py"), started)
     assert {p: p.read_bytes() for p in started.rglob("*") if p.is_file()} == files
-    earlier = Path(__file__).parents[1] / "fixtures" / "landed" / "text_run"
+    earlier = Path(__file__).parents[1] / "fixtures" / "version_0_1_0" / "text_run"
     another = r"another kind \(TextPretraining, this is a StageTraining\); name another --workdir"
     with pytest.raises(UserError, match=another):
         fit(scenes_config(), shutil.copytree(earlier, tmp_path / "earlier"))

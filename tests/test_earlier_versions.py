@@ -1,8 +1,8 @@
 """What version 0.1.0 wrote still opens.
 
-fixtures/landed, which it made, draws, goes on and is exported to the numbers that it recorded there
-(see its README). On the processor of the recordings the pictures are equal to the byte and the
-weights to 1e-6; the tolerances are for others.
+fixtures/version_0_1_0, which it made, draws, goes on and is exported to the numbers that it
+recorded there (see its README). On the processor of the recordings the pictures are equal to the
+byte and the weights to 1e-6; the tolerances are for others.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from cascade.models import (
     UNetConfig,
 )
 from cascade.models.t5 import T5Config
-from cascade.published import landed
 from cascade.published.deepfloyd.unet import IFLevel, IFUNetConfig
+from cascade.published.earlier_versions import is_old, old_path, old_path_of, upgraded
 from cascade.published.x4_upscaler.unet import UpscalerLevel, UpscalerUNetConfig
 from cascade.runner.cascade import Cascade
 from cascade.runner.model_folder import open_model
@@ -47,7 +47,7 @@ from cascade.training.loop import fit
 from cascade.training.stage_training import StageTraining
 from cascade.training.trainable import LoRA
 
-LANDED = Path(__file__).parent / "fixtures" / "landed"
+LANDED = Path(__file__).parent / "fixtures" / "version_0_1_0"
 CONFIGS = Path(__file__).parents[1] / "configs"
 CALLS, EXAMPLES, LOSSES = (
     json.loads((LANDED / f"{name}.json").read_text()) for name in ("pictures", "examples", "losses")
@@ -61,7 +61,7 @@ def here(tmp_path, monkeypatch):
     device, as there was."""
     alone = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: alone)
-    monkeypatch.chdir(shutil.copytree(LANDED, tmp_path / "landed"))
+    monkeypatch.chdir(shutil.copytree(LANDED, tmp_path / "version_0_1_0"))
 
 
 # Models.
@@ -84,7 +84,7 @@ def test_a_model_draws_the_recorded_pictures(loaded, name):
     for stage, steps in zip(stages, call["steps"], strict=True):
         changes = {"steps": steps}
         if "sampler" in call:
-            changes["sampler"] = from_json(samplers.Step, landed.upgraded(call["sampler"]))
+            changes["sampler"] = from_json(samplers.Step, upgraded(call["sampler"]))
         settings.append(dataclasses.replace(stage.sampling, **changes))
     steering = None
     if "init" in call:
@@ -236,7 +236,7 @@ def test_a_stages_run_goes_on_with_its_config_to_the_recorded_end(here, name):
     step, weights, saved = checkpoints.restore_ema()
     checkpoints.close()
     assert step == job.steps and from_json(Job, saved) == job
-    renamed = landed.old_path_of(job)
+    renamed = old_path_of(job)
     assert_equal(named(weights, renamed), f"{name}_end.safetensors")
 
 
@@ -246,9 +246,9 @@ def test_a_stages_run_is_exported_to_the_recorded_weights(here, name):
     model = open_model("model")
     (stage,) = model.stages
     assert stage == STAGES[name]().stage
-    found = named(model.read(stage), landed.old_path(stage))
+    found = named(model.read(stage), old_path(stage))
     if name == "lora_run":
-        frozen = named(open_model("converted_if").read(stage), landed.old_path(stage))
+        frozen = named(open_model("converted_if").read(stage), old_path(stage))
         found = {k: v for k, v in found.items() if (v != frozen[k]).any()}
     assert_equal(found, f"{name}_half.safetensors", 0.0)
 
@@ -428,16 +428,16 @@ SAID = {
 @pytest.mark.parametrize("name", SAID)
 def test_every_old_config_is_read_as_the_value_that_it_came_from(name):
     expected, *said = SAID[name]
-    assert [from_json(expected, landed.upgraded(value)) for value in EXAMPLES[name]] == said
+    assert [from_json(expected, upgraded(value)) for value in EXAMPLES[name]] == said
 
 
 def test_the_old_configs_and_stages_that_shipped_are_those_of_today():
     files = [file for file in sorted(CONFIGS.glob("*/*.py")) if file.parent.name != "if"]
     of_today = [load(str(file)) for file in files]
     for name, kind in (("TrainConfig", StageTraining), ("TextPretraining", TextPretraining)):
-        was = [from_json(Job, landed.upgraded(value)) for value in EXAMPLES[name]]
+        was = [from_json(Job, upgraded(value)) for value in EXAMPLES[name]]
         assert was == [job for job in of_today if isinstance(job, kind)]
-    stages = [from_json(StageConfig, landed.upgraded(value)) for value in EXAMPLES["StageConfig"]]
+    stages = [from_json(StageConfig, upgraded(value)) for value in EXAMPLES["StageConfig"]]
     assert stages == open_model("scenes").stages
 
 
@@ -448,4 +448,4 @@ def test_every_example_is_of_what_this_file_reads():
 def test_what_is_of_today_is_no_old_config():
     for job in (native_run(), profiles_run(), text_run()):
         value = json.loads(json.dumps(to_json(job)))
-        assert not landed.is_old(value) and landed.upgraded(value) == value
+        assert not is_old(value) and upgraded(value) == value
