@@ -197,7 +197,7 @@ def _rounded(value: float) -> float:
 
 def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
     """Do what `cascade bench VERB --config FILE ...` asks for, and print it."""
-    from cascade.training.job import Job
+    from cascade.commands.train import read_job
 
     prog = f"cascade bench {argv[0]} --config FILE"
     path, rest = config.take(argv[1:], "--config")
@@ -210,11 +210,7 @@ def _on_config(bench: Any, kind: Any, argv: Sequence[str]) -> None:
         value, rest = config.take(rest, f"--{field.name}")
         own += [] if value is None else [f"--{field.name}", value]
     options = config.parse(kind, own, prog=prog)
-    default, rest = config.load_with(path, rest)
-    if not isinstance(default, Job):
-        raise UserError(f"config {path}: config() must return a job, such as a StageTraining")
-    settings = config.parse(type(default), rest, default=default, prog=prog)
-    print(json.dumps(bench(settings, options), indent=2))
+    print(json.dumps(bench(read_job(path, rest, prog=prog), options), indent=2))
 
 
 def _random_batch(job: Job, tokens: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cascade import config
 from cascade.errors import UserError
 
 USAGE = """usage: cascade plan CONFIG --topology CHIP:SHAPE [--FIELD VALUE ...]
@@ -79,20 +78,17 @@ def _plan_config(path: str, options: argparse.Namespace, rest: list[str]) -> dic
         raise UserError("--suggest is for training: leave out --sample, or --suggest")
     import jax
 
+    from cascade.commands.train import read_job
     from cascade.planning.figures import table
     from cascade.planning.sampling import plan_sampling
     from cascade.planning.search import suggest
     from cascade.planning.topology import open_topology
     from cascade.planning.training import plan_training
     from cascade.text.tokenizer import DEFAULT_MAX_TOKENS
-    from cascade.training.job import Job
     from cascade.training.stage_training import StageTraining
 
     tokens = options.tokens or DEFAULT_MAX_TOKENS
-    default, rest = config.load_with(path, rest)
-    if not isinstance(default, Job):
-        raise UserError(f"config {path}: config() must return a job, such as a StageTraining")
-    settings: Any = config.parse(type(default), rest, default=default, prog=f"cascade plan {path}")
+    settings: Any = read_job(path, rest, prog=f"cascade plan {path}")
     if options.sample and not isinstance(settings, StageTraining):
         raise UserError(f"config {path}: --sample draws pictures, which only a stage can")
     jax.config.update("jax_platforms", "cpu")  # nothing runs; other platforms take long to start

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cascade import config
 from cascade.devices import distributed, xla_flags
@@ -21,12 +23,17 @@ Train one stage of a cascade, or a text encoder, as the config file says.
                  If it holds a checkpoint, the run continues from there. Here, or in object storage:
                  gs://BUCKET/NAME, s3://BUCKET/NAME (pip install 'cascade-diffusion[storage]').
   --until N      stop, with a checkpoint, after N images (of a text encoder: captions) in all
+  --lora-rank R  train adapters of rank R to the projections of attention (LoRA) instead of the
+                 weights of --init MODEL; 0 trains all weights
   --FIELD VALUE  override a field of the config; or an argument of its function config(), such as
                  the --init MODEL of configs/if/finetune_base64.py
 
 `cascade train CONFIG --help` lists the config's fields with their values.
 
 {distributed.HELP}"""
+
+if TYPE_CHECKING:
+    from cascade.training.job import Job
 
 STOPPED = 143
 """The exit status of a run that was told to stop before its end: that of SIGTERM, in a shell."""
@@ -45,14 +52,10 @@ def main(argv: Sequence[str]) -> None:
         )
     workdir, rest = config.take(rest, "--workdir")
     until, rest = config.take(rest, "--until")
-    defaults, rest = config.load_with(path, rest)
     xla_flags.apply(xla_flags.expected_backend(), os.environ)
-    from cascade.training.job import Job
+    job = read_job(path, rest, prog=f"cascade train {path}")
     from cascade.training.loop import fit
 
-    if not isinstance(defaults, Job):
-        raise UserError(f"config {path}: config() must return a job, such as a StageTraining")
-    job = config.parse(type(defaults), rest, default=defaults, prog=f"cascade train {path}")
     folder, images = _workdir(workdir), _images(until)
     with distributed.processes():
         ended = fit(job, folder, until=images)
@@ -60,6 +63,33 @@ def main(argv: Sequence[str]) -> None:
         print(f"stopped: {folder}; the same command goes on", file=sys.stderr)
         sys.exit(STOPPED)
     print(f"done: {folder}", file=sys.stderr)
+
+
+def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:
+    """What a config file returns, with the words laid over it. Raises UserError for no job.
+
+    words: overrides of fields, arguments of its function config(), and --lora-rank.
+    """
+    rank, words = config.take(words, "--lora-rank")
+    default, words = config.load_with(path, words)
+    from cascade.training.job import Job
+    from cascade.training.trainable import LoRA, Weights
+
+    if not isinstance(default, Job):
+        raise UserError(f"config {path}: config() must return a job, such as a StageTraining")
+    if rank is not None:
+        if not rank.isdecimal():
+            raise UserError(f"--lora-rank must be a whole number, 0 for all weights, got {rank}")
+        trainable = LoRA(rank=int(rank)) if int(rank) else Weights()
+        with_init, words = (
+            config.take(words, "--init") if hasattr(default, "init") else (None, words)
+        )
+        changes = {"trainable": trainable} | ({} if with_init is None else {"init": with_init})
+        try:
+            default = dataclasses.replace(default, **changes)
+        except (TypeError, ValueError) as e:
+            raise UserError(f"--lora-rank {rank}: {e}") from None
+    return config.parse(type(default), words, default=default, prog=prog)
 
 
 def _workdir(name: str | None) -> Path:

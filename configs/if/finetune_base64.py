@@ -20,10 +20,10 @@ from cascade.devices.sharding import MeshConfig
 from cascade.runner.model_folder import open_model
 from cascade.training.job import Optimizer
 from cascade.training.stage_training import StageTraining
-from cascade.training.trainable import LoRA, Weights
+from cascade.training.trainable import LoRA
 
 
-def config(init: str, lora_rank: str = "16") -> StageTraining:
+def config(init: str) -> StageTraining:
     model = open_model(init)
     stage = model.stages[0]
     network = dataclasses.replace(stage.network, compute_dtype="bfloat16", remat="nothing_saveable")
@@ -35,7 +35,7 @@ def config(init: str, lora_rank: str = "16") -> StageTraining:
         captions=model.captions,
         text_int8=True,
         init=init,
-        trainable=LoRA(rank=int(lora_rank)) if int(lora_rank) else Weights(),
+        trainable=LoRA(rank=16),
         images=16_000,
         batch_size=16,
         optimizer=Optimizer(name="adamw", learning_rate=1e-4, warmup_images=800),

@@ -23,10 +23,10 @@ from cascade.errors import UserError
 from cascade.runner.model_folder import open_model
 from cascade.training.job import Optimizer
 from cascade.training.stage_training import StageTraining
-from cascade.training.trainable import LoRA, Weights
+from cascade.training.trainable import LoRA
 
 
-def config(init: str, lora_rank: str = "16") -> StageTraining:
+def config(init: str) -> StageTraining:
     start = open_model(init)
     enlarging = [stage for stage in start.stages if stage.lowres_resolution is not None]
     if not enlarging:
@@ -42,7 +42,7 @@ def config(init: str, lora_rank: str = "16") -> StageTraining:
         captions=start.captions,
         text_int8=True,
         init=init,
-        trainable=LoRA(rank=int(lora_rank)) if int(lora_rank) else Weights(),
+        trainable=LoRA(rank=16),
         images=16_000,
         batch_size=8,
         optimizer=Optimizer(name="adamw", learning_rate=1e-4, warmup_images=800),
