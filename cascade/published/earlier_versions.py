@@ -39,7 +39,6 @@ MODULES = {
     "cascade.scenes.text_pretraining": "TextPretraining",
     "cascade.devices.sharding": "MeshConfig",
     "cascade.training.job": "Optimizer",
-    "cascade.training.stage_training": "TrainConfig",
 }
 """Module -> the classes that bare names in old JSON stand for."""
 
