@@ -144,9 +144,10 @@ def trust(module: str) -> None:
         sys.path.append(os.getcwd())
     try:
         importlib.import_module(module)
-    except ImportError as e:
+    except Exception as e:  # whatever the module raises
         raise UserError(
-            f"--trust {module}: {e}; name a module that lies here or is installed, without .py"
+            f"--trust {module}: {type(e).__name__}: {e}; name a module that lies here or is "
+            "installed, without .py"
         ) from None
     trusted.append(module)
 
@@ -154,6 +155,12 @@ def trust(module: str) -> None:
 def to_json(config: Any) -> Any:
     """A dataclass -> plain JSON values; each object carries its class's name under `type`."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        if type(config).__module__ == "<run_path>":
+            raise UserError(
+                f"{type(config).__name__} is a class of the config file, which cannot be read back "
+                "from what is saved: put it in a module beside that file, import it there, and add "
+                "--trust MODULE"
+            )
         fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"type": f"{type(config).__module__}.{type(config).__qualname__}", **fields}
     if isinstance(config, (list, tuple)):

@@ -126,18 +126,23 @@ def main(argv: Sequence[str]) -> None:
     if options.compilation_cache:
         use_compilation_cache()
     with distributed.processes():
-        _sample(options, [getattr(options, name) for name in tasks], prompts, folder)
+        _sample(options, [getattr(options, _field(name)) for name in tasks], prompts, folder)
 
 
 def _with_tasks(tasks: Mapping[str, Any]) -> Any:
     """Options, and beside its own flags those that the tasks add."""
     added = [
-        (name, Annotated[own, tyro.conf.arg(name="")], field(default_factory=own))
+        (_field(name), Annotated[own, tyro.conf.arg(name="")], field(default_factory=own))
         for name, own in tasks.items()
     ]
     made: Any = make_dataclass("Options", added, bases=(Options,), frozen=True, kw_only=True)
     made.__doc__ = Options.__doc__
     return made
+
+
+def _field(module: str) -> str:
+    """What holds a task's options: no option of ours is called so."""
+    return "of_" + module.replace(".", "_")
 
 
 def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: paths.Path) -> None:

@@ -80,14 +80,14 @@ def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:
     if rank is not None:
         if not rank.isdecimal():
             raise UserError(f"--lora-rank must be a whole number, 0 for all weights, got {rank}")
+        if not hasattr(default, "init"):
+            raise UserError(f"--lora-rank {rank}: is for stages, and this is {default.name}")
         trainable = LoRA(rank=int(rank)) if int(rank) else Weights()
-        with_init, words = (
-            config.take(words, "--init") if hasattr(default, "init") else (None, words)
-        )
-        changes = {"trainable": trainable} | ({} if with_init is None else {"init": with_init})
+        init, words = config.take(words, "--init")  # without which adapters are refused
+        changes = {"trainable": trainable} | ({} if init is None else {"init": init})
         try:
             default = dataclasses.replace(default, **changes)
-        except (TypeError, ValueError) as e:
+        except ValueError as e:
             raise UserError(f"--lora-rank {rank}: {e}") from None
     return config.parse(type(default), words, default=default, prog=prog)
 
@@ -104,6 +104,6 @@ def _workdir(name: str | None) -> Path:
 def _images(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"--until must be a number of images, got {text}")
     return int(text)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cascade.errors import UserError
 from cascade.storage.weights import leaves, load_tensors, nested
 
 MODULES = {
@@ -55,7 +56,19 @@ def is_old(value: Any) -> bool:
 
 
 def upgraded(value: Any) -> Any:
-    """The JSON of a config, of whatever version, as today's; what is no config stays as it is."""
+    """The JSON of a config, of whatever version, as today's; what is no config stays as it is.
+
+    UserError where a config of an earlier version is not whole.
+    """
+    try:
+        return _upgraded(value)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"a config of an earlier version is damaged: {e!r}") from None
+
+
+def _upgraded(value: Any) -> Any:
     if isinstance(value, list):
         return [upgraded(v) for v in value]
     if not isinstance(value, dict):

@@ -314,7 +314,10 @@ class _Run:
 
 
 def check_chain(stages: Sequence[StageConfig]) -> None:
-    """UserError unless each stage enlarges what the one before it draws."""
+    """UserError unless each stage enlarges what the one before it draws, under its own name."""
+    names = [stage.name for stage in stages]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two stages are named {twice[0]}: a cascade has one of each name")
     for below, above in itertools.pairwise(stages):
         if above.lowres_resolution is None:
             raise UserError(
@@ -392,6 +395,8 @@ def _remembering(encoder: Any) -> Callable[[Sequence[str]], TextEmbedding]:
     known: dict[tuple[str, ...], TextEmbedding] = {}
 
     def embed(texts: Sequence[str]) -> TextEmbedding:
+        if encoder is None:
+            raise UserError("a condition asks for a text encoder, and the model has none")
         if tuple(texts) not in known:
             known[tuple(texts)] = encoder(texts)
         return known[tuple(texts)]

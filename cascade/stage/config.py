@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +43,17 @@ class StageConfig:
     """How pictures are drawn unless the caller says otherwise."""
 
     def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name == "text_encoder":
+            raise ValueError(
+                "StageConfig.name must be of letters, digits, - and _, and not text_encoder, got "
+                f"{self.name!r}"
+            )
         names = [condition.name for condition in self.conditions]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"StageConfig.conditions must have one {min(twice)}, got {len(names)}")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"StageConfig.conditions must have one {name}, got {names.count(name)}"
+                )
         for condition in self.conditions:
             condition.check(self.space, self.prediction)
         self.network.check(self.widths)

@@ -18,9 +18,7 @@ from cascade import config
 
 
 def that_have(attribute: str) -> dict[str, Any]:
-    """The tasks that define it, here and in trusted modules: name -> what they define."""
+    """The tasks that define it, here and in trusted modules: module's name -> what they define."""
     here = [f"{__name__}.{found.name}" for found in pkgutil.iter_modules(__path__)]
-    modules = {
-        name.rpartition(".")[2]: importlib.import_module(name) for name in (*here, *config.trusted)
-    }
+    modules = {name: importlib.import_module(name) for name in (*here, *config.trusted)}
     return {n: getattr(m, attribute) for n, m in modules.items() if hasattr(m, attribute)}

@@ -56,7 +56,10 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
     mesh = sharding.make_mesh(job.mesh)
     check_batch(job, mesh)
     saved = _saved_config(job, workdir)
+    to_json(job)  # what cannot be saved is told before anything is trained
     optimizer = job.transformation()
+    if job.trainable.freezes:
+        _check_trainable(job, optimizer)
     running = job.open(mesh, workdir)
     data = running.batches
     paths.make_folder(workdir)  # after all that may be wrong with the config
@@ -122,7 +125,7 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
                 f"{step * job.batch_size}, were not finite and left out; the weights before "
                 "them are saved; lower optimizer.learning_rate or optimizer.clip and run again"
             )
-    if step == job.steps:
+    if step >= job.steps:
         running.finish(whole(job, state, state["ema"]))
     return step >= last
 
@@ -145,9 +148,8 @@ def frozen(job: Job) -> Any:
     if not job.trainable.freezes:
         return {}
     params = job.start()
-    return begin(job, job.transformation(), job.fresh(_key(job)) if params is None else params)[
-        "frozen"
-    ]
+    params = job.fresh(_key(job)) if params is None else params
+    return begin(job, job.transformation(), params).get("frozen", {})
 
 
 def check_batch(job: Job, mesh: Mesh) -> None:
@@ -158,6 +160,14 @@ def check_batch(job: Job, mesh: Mesh) -> None:
             f"batch_size={job.batch_size} / microbatches={job.microbatches} = {micro} "
             f"must be a multiple of the {parts} parts that the mesh's data and fsdp axes make of it"
         )
+
+
+def _check_trainable(job: Job, optimizer: Any) -> None:
+    """UserError where what trains is no part of the parameters."""
+    try:
+        jax.eval_shape(lambda key: begin(job, optimizer, job.fresh(key)), _key(job))
+    except ValueError as e:
+        raise UserError(str(e)) from None
 
 
 def _initial_state(
@@ -198,7 +208,7 @@ def _initial_state(
         state = {"train": train, "ema": ema}
     data.set_state(data_state)
     if job.trainable.freezes:
-        state["frozen"] = started()["frozen"]
+        state |= {k: v for k, v in started().items() if k == "frozen"}
     return state, placement
 
 

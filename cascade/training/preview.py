@@ -21,7 +21,7 @@ def draw(
     """A sheet: a picture for each prompt (base), or rows of low | drawn | true (super-resolution).
 
     batch: as `Stage.loss` takes it; super-resolution enlarges its first four. embed: texts -> their
-    embeddings. None where there is nothing to draw, and in all processes but the first, which draws
+    embeddings. None where there is nothing to draw (a condition that prompts say nothing of is one reason), and in all processes but the first, which draws
     alone; fetching the weights takes all.
     """
     config, base = stage.config, stage.config.lowres is None
@@ -35,6 +35,8 @@ def draw(
         away = condition.away(None, embed)
         if away is not None:
             negative[condition.name] = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), away)
+    if None in given.values():
+        return None
     negative, params, shown, given = sharding.fetch((negative, params, shown, given))
     if jax.process_index() != 0:
         return None
