@@ -21,8 +21,8 @@ def draw(
     """A sheet: a picture for each prompt (base), or rows of low | drawn | true (super-resolution).
 
     batch: as `Stage.loss` takes it; super-resolution enlarges its first four. embed: texts -> their
-    embeddings. None where there is nothing to draw (a condition that prompts say nothing of is one reason), and in all processes but the first, which draws
-    alone; fetching the weights takes all.
+    embeddings. None where there is nothing to draw, as where prompts say nothing of a condition,
+    and in all processes but the first, which draws alone; fetching the weights takes all.
     """
     config, base = stage.config, stage.config.lowres is None
     if base and not prompts:
