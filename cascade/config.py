@@ -144,11 +144,12 @@ def trust(module: str) -> None:
         sys.path.append(os.getcwd())
     try:
         importlib.import_module(module)
-    except Exception as e:  # whatever the module raises
+    except ImportError as e:
         raise UserError(
-            f"--trust {module}: {type(e).__name__}: {e}; name a module that lies here or is "
-            "installed, without .py"
+            f"--trust {module}: {e}; name a module that lies here or is installed, without .py"
         ) from None
+    except Exception as e:  # whatever the module raises
+        raise UserError(f"--trust {module}: {type(e).__name__}: {e}") from None
     trusted.append(module)
 
 
