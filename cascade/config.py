@@ -340,7 +340,7 @@ def _with_nearest_field(message: str, names: dict[str, Any]) -> str:
 def _line(error: Exception, path: str) -> int | None:
     """The last line of that file which led to the error."""
     frames = traceback.extract_tb(error.__traceback__)
-    return next((f.lineno for f in reversed(frames) if f.filename == path), None)
+    return next((f.lineno for f in reversed(frames) if Path(f.filename) == Path(path)), None)
 
 
 def _one_line(text: str) -> str:

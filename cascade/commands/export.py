@@ -80,7 +80,9 @@ def export(
     trained = [run.stage.name for run in runs]
     start = None if rest is None else open_model(rest)
     reading = _reading(runs)
-    others = [] if start is None else _others(start, reading, trained)
+    others = [] if start is None else _others(start, trained)
+    if start is not None and any(_shares_encoder(start, stage) for stage in others):
+        reading = _common_reading(start, reading)
     stages = sorted([*(run.stage for run in runs), *others], key=lambda stage: stage.resolution)
     check_chain(stages)
     report: dict[str, Any] = {
@@ -124,7 +126,7 @@ def export(
 
 
 @dataclass(frozen=True)
-class _Run:
+class _TrainedRun:
     """A run that is exported: its job, and all of the stage's weights, averaged at a step."""
 
     job: StageJob
@@ -136,7 +138,7 @@ class _Run:
         return self.job.stage
 
 
-def _run(workdir: paths.Path, sigma_rel: float | None) -> _Run:
+def _run(workdir: paths.Path, sigma_rel: float | None) -> _TrainedRun:
     """Read a run's averages. Raises UserError unless the folder holds the run of a stage."""
     from cascade.storage.checkpoint import Checkpoints
     from cascade.training.loop import frozen, saved_job, saved_weights
@@ -159,10 +161,10 @@ def _run(workdir: paths.Path, sigma_rel: float | None) -> _Run:
         weights = saved_weights(job, saved, weights)
     else:
         step, weights = _reconstructed(workdir, job, step, sigma_rel)
-    return _Run(job, step, job.trainable.whole(weights, frozen(job)))
+    return _TrainedRun(job, step, job.trainable.whole(weights, frozen(job)))
 
 
-def _reading(runs: Sequence[_Run]) -> Reading | None:
+def _reading(runs: Sequence[_TrainedRun]) -> Reading | None:
     """How all the runs read texts. Raises UserError if they do it in several ways."""
     told = [
         ("different text encoders", "text_encoder", ", ".join),
@@ -197,19 +199,29 @@ def _text_encoder(name):
     )
 
 
-def _others(start: Any, reading: Reading | None, trained: Sequence[str]) -> list[StageConfig]:
-    """The stages of the model --rest that no run has trained.
-
-    Raises UserError unless they read the text as the runs do.
-    """
-    from cascade.text.t5 import locate, read_config
-
-    rest = start.name
+def _others(start: Any, trained: Sequence[str]) -> list[StageConfig]:
+    """The stages of the model --rest that no run has trained."""
     others = [stage for stage in start.stages if stage.name not in trained]
     if not others:
-        raise UserError(f"--rest {rest}: has no stage but those trained, {', '.join(trained)}")
-    if reading is None or all(start.own_text_encoder(stage.name) for stage in others):
-        return others
+        raise UserError(
+            f"--rest {start.name}: has no stage but those trained, {', '.join(trained)}"
+        )
+    return others
+
+
+def _shares_encoder(model: Any, stage: StageConfig) -> bool:
+    """Whether a stage of the model reads text by the encoder that its stages share."""
+    return stage.text is not None and model.own_text_encoder(stage.name) is None
+
+
+def _common_reading(start: Any, reading: Reading | None) -> Reading:
+    """How the runs and the stages of --rest read texts. Raises UserError if not alike."""
+    from cascade.text.t5 import locate, read_config
+    from cascade.training.stage_training import Reading
+
+    if reading is None:
+        return Reading(start.text_encoder, start.max_tokens, start.captions)
+    rest = start.name
     for what, theirs, ours in (
         ("captions of so many tokens", start.max_tokens, reading.max_tokens),
         ("captions prepared", start.captions, reading.captions),
@@ -219,7 +231,7 @@ def _others(start: Any, reading: Reading | None, trained: Sequence[str]) -> list
     theirs, ours = start.text_encoder, reading.text_encoder
     if theirs != ours and read_config(locate(theirs)) != read_config(locate(ours)):
         raise UserError(f"--rest {rest}: its text encoder {theirs} is not the runs' {ours}")
-    return others
+    return reading
 
 
 def _reconstructed(workdir, job, last, sigma_rel):

@@ -32,7 +32,7 @@ def batches(
     degradation: Degradation | None = None,
     batch_size: int,
     seed: int,
-    tokenizer: TokenizeFn,
+    tokenizer: TokenizeFn | None,
     rows: Int[np.ndarray, " rows"] | Sequence[int] | None = None,
     workers: int = 0,
 ) -> "Batches":
@@ -41,6 +41,7 @@ def batches(
     A batch holds `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `token_mask` bool [b, l]; for
     super-resolution (lowres_resolution given) also `lowres` uint8 [b, s/factor, s/factor, 3], the
     means over blocks of `image`. Here b is the number of rows, and s is `crop` or `resolution`.
+    What else the dataset's examples hold is stacked under its own name.
 
     resolution, lowres_resolution: sides of the whole pictures in pixels.
     crop: side in pixels of a random square of the picture, whose corner is a multiple of the
@@ -49,6 +50,7 @@ def batches(
     batch_size: examples in a batch, of all processes together.
     seed: decides the order of examples, crops and degradations, in 0..2**32 - 1; the dataset has
         its own.
+    tokenizer: None leaves captions out.
     rows: which rows of each batch this process loads; None loads all.
     workers: processes that prepare batches, which must be able to pickle `tokenizer`; 0 uses
         threads of this one.
@@ -156,12 +158,14 @@ class _Rows:
 class _Collate:
     """Tokenizes the captions of examples and stacks all arrays: examples -> batch."""
 
-    tokenizer: TokenizeFn
+    tokenizer: TokenizeFn | None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        names = [name for name in examples[0] if name != "caption"]
+        stacked = {name: np.stack([example[name] for example in examples]) for name in names}
+        if self.tokenizer is None:
+            return stacked
         tokens = self.tokenizer([example["caption"] for example in examples])
-        pictures = [name for name in ("image", "lowres") if name in examples[0]]
-        stacked = {name: np.stack([example[name] for example in examples]) for name in pictures}
         return stacked | {
             "tokens": np.asarray(tokens.ids, np.int32),
             "token_mask": np.asarray(tokens.mask, bool),

@@ -11,7 +11,11 @@ from jaxtyping import UInt8
 
 
 class Example(TypedDict):
-    """A picture, levels 0..255, and its caption."""
+    """A picture, levels 0..255, and its caption.
+
+    It may hold more, for conditions that take it of a batch: arrays or numbers under names of their
+    own, of one shape in all examples.
+    """
 
     image: UInt8[np.ndarray, "s s 3"]
     """The picture, a square."""

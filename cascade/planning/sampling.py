@@ -91,6 +91,12 @@ def sampling_program(
     given = jax.eval_shape(
         lambda batch: {c.name: c.of_examples(batch) for c in config.conditions}, told
     )
+    for name, said in given.items():
+        if said is None:
+            raise UserError(
+                f"stage {config.name}: examples say nothing of its condition {name} (its "
+                "of_examples): what it draws from is not known"
+            )
     text = config.text
     inputs: dict[str, Any] = {
         "given": given,

@@ -28,6 +28,7 @@ from cascade.errors import UserError
 from cascade.runner.model_folder import open_model
 from cascade.stage import Sampling, Stage, StageConfig, Steering
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
+from cascade.text.embedding import no_encoder
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Cascade:
         batch_size = batch_size or default_batch_size()
         told = self._told([stage for stage, _ in stages], prompts, negative)
         runs = [
-            _Run(*placed, chosen, steered, given)
+            _PreparedStage(*placed, chosen, steered, given)
             for placed, chosen, steered, given in zip(
                 _split(stages, split_rows), settings, steering, told, strict=True
             )
@@ -302,7 +303,7 @@ class Cascade:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _PreparedStage:
     """One stage of a drawing. told: what `Cascade._told` says of it."""
 
     stage: Stage
@@ -392,11 +393,10 @@ def _update(digest: Any, file: Path) -> None:
 
 def _remembering(encoder: Any) -> Callable[[Sequence[str]], TextEmbedding]:
     """The encoder, which encodes the same texts once; None where no condition will ask it."""
+    encoder = encoder or no_encoder
     known: dict[tuple[str, ...], TextEmbedding] = {}
 
     def embed(texts: Sequence[str]) -> TextEmbedding:
-        if encoder is None:
-            raise UserError("a condition asks for a text encoder, and the model has none")
         if tuple(texts) not in known:
             known[tuple(texts)] = encoder(texts)
         return known[tuple(texts)]

@@ -155,12 +155,19 @@ def _described(folder: pathlib.Path) -> dict[str, Any]:
     """What a model folder's config.json says: `stages`, and perhaps `text_encoder`, `max_tokens`,
     `captions` and `known_words`.
 
-    Raises UserError unless it is a cascade's, whose stages are names of folders in this one.
+    Raises UserError unless it is a cascade's, of a version that is known, whose stages are names of
+    folders in this one.
     """
     file = folder / "config.json"
     about = read_json(file)
     if not isinstance(about, dict) or about.get("format") != "cascade":
         raise UserError(f"{file}: not a cascade's; give a folder of `cascade export`")
+    version = about.get("version", 1)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise UserError(
+            f"{file}: version must be 1 to {VERSION}, got {version!r}: a later version of this "
+            "program wrote it; install that"
+        )
     names = about.get("stages")
     if not isinstance(names, list) or not names or not all(map(_is_plain_name, names)):
         raise UserError(f"{file}: stages must list folder names, got {names!r}")

@@ -168,10 +168,10 @@ class TextPretraining(Job):
         )
 
     def open(self, mesh, workdir):
-        return _Running(self, mesh, workdir)
+        return _RunningTextEncoder(self, mesh, workdir)
 
 
-class _Running(Running):
+class _RunningTextEncoder(Running):
     """Captions, and the vocabulary that the run has made of them."""
 
     def __init__(self, job: TextPretraining, mesh: Mesh, workdir: Path):

@@ -93,9 +93,10 @@ class Condition:
         """What is drawn from of the smaller picture, in [-1, 1]; None where that is no matter."""
         return None
 
-    def of_examples(self, batch: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What is drawn from of the examples of a training batch, without dropout or noise."""
-        raise NotImplementedError
+    def of_examples(self, batch: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """What is drawn from of the examples of a training batch, without dropout or noise; None
+        where they say nothing of it, and super-resolution then has no previews."""
+        return None
 
     def drawn(
         self,
@@ -240,7 +241,7 @@ class Augmentation:
             raise ValueError(f"Augmentation.max_level must be in [0, 1], got {self.max_level}")
 
 
-class Lowres(NamedTuple):
+class LowResInput(NamedTuple):
     """picture [b, h, w, 3] in [-1, 1], enlarged to the sides of x and corrupted; logsnr [b], how
     far it is corrupted."""
 
@@ -314,7 +315,7 @@ class LowRes(Condition):
         alpha = jnp.cos(time_of(value[1]) * (jnp.pi / 2000))
         return alpha[:, None, None, None] * value[0]
 
-    def _augmented(self, lowres, level, draw, size) -> Lowres:
+    def _augmented(self, lowres, level, draw, size) -> LowResInput:
         """draw: shape [h, w, c] -> that much noise for each picture."""
         logsnr = self.augmentation.schedule.logsnr(level)
         if self.augmentation.after_upsampling:
@@ -323,7 +324,7 @@ class LowRes(Condition):
         else:
             lowres = process.corrupt(lowres, draw(lowres.shape[1:]), logsnr)
             lowres = images.upsample(lowres, size)
-        return Lowres(lowres, logsnr)
+        return LowResInput(lowres, logsnr)
 
 
 class _LowresSignals(nnx.Module):

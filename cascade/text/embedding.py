@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Bool, Float
 
+from cascade.errors import UserError
 from cascade.text.tokenizer import Tokens
 
 
@@ -52,3 +53,8 @@ class TextEncoder(Protocol):
     def __call__(self, texts: Sequence[str]) -> TextEmbedding:
         """Embed texts: `tokenize`, then `embed`."""
         ...
+
+
+def no_encoder(texts: Sequence[str]) -> TextEmbedding:
+    """What embeds texts where there is no text encoder. Raises UserError."""
+    raise UserError("a condition asks for a text encoder, and no stage has a condition Text")

@@ -210,19 +210,30 @@ class Optimizer:
     learning_rate: float = 1e-4
     """The rate once it has risen, above 0."""
     warmup_images: int = 0
-    """Examples over which the rate rises linearly."""
+    """Examples over which the rate rises linearly; 0 is none."""
     cooldown_images: int = 0
-    """Examples over which it falls linearly to zero, the last of the run."""
+    """Examples over which it falls linearly to zero, the last of the run; 0 is none."""
     clip: float = 1.0
-    """Largest global norm of a gradient."""
+    """Largest global norm of a gradient, above 0."""
     weight_decay: float = 0.0
-    """Decay of adamw, on matrices and convolutions only."""
+    """Decay of adamw, on matrices and convolutions only; 0 is none."""
     b1: float = 0.9
     """What Adam's first moment keeps of itself, in [0, 1)."""
     b2: float = 0.999
     """What Adam's second moment keeps of itself, in [0, 1)."""
     eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Added to the root of Adam's second moment, above 0."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "clip", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Optimizer.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("warmup_images", "cooldown_images", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Optimizer.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"Optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
 
     def build(self, batch_size: int, steps: int) -> optax.GradientTransformation:
         """The optax chain: clip by global norm, the rule, the rate by step."""

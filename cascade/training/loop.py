@@ -15,6 +15,7 @@ images. In order:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -85,7 +86,7 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
         dynamic_ncols=True,
         disable=jax.process_index() != 0,
     )
-    with bar, stop, profile:
+    with bar, stop, profile, contextlib.closing(checkpoints):
         ends = step >= last
         while not ends:
             before = time.perf_counter()
@@ -116,14 +117,14 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
             ):
                 file = workdir / "previews" / f"{step * job.batch_size:010d}.png"
                 running.preview(whole(job, state, state["ema"]), batch, file)
-        checkpoints.close()
     if log is not None:
         log.close()
         if log.diverged:
             raise UserError(
                 f"training diverged: the last {job.skip_limit} updates, up to image "
                 f"{step * job.batch_size}, were not finite and left out; the weights before "
-                "them are saved; lower optimizer.learning_rate or optimizer.clip and run again"
+                "them are saved; lower the learning rate or the norm that gradients are clipped "
+                "at, and run again"
             )
     if step >= job.steps:
         running.finish(whole(job, state, state["ema"]))

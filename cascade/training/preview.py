@@ -21,14 +21,15 @@ def draw(
     """A sheet: a picture for each prompt (base), or rows of low | drawn | true (super-resolution).
 
     batch: as `Stage.loss` takes it; super-resolution enlarges its first four. embed: texts -> their
-    embeddings. None where there is nothing to draw, as where prompts say nothing of a condition,
-    and in all processes but the first, which draws alone; fetching the weights takes all.
+    embeddings. None where there is nothing to draw, as where prompts or examples say nothing of a
+    condition, and in all processes but the first, which draws alone; fetching weights takes all.
     """
     config, base = stage.config, stage.config.lowres is None
     if base and not prompts:
         return None
     n = len(prompts) if base else min(4, len(next(iter(batch.values()))))
-    given, negative, shown = {}, {}, {} if base else dict(batch)
+    given: dict[str, Any] = {}
+    negative, shown = {}, {} if base else dict(batch)
     for condition in config.conditions:
         if base:
             given[condition.name] = condition.of_prompts(prompts, embed)
@@ -46,6 +47,8 @@ def draw(
         return images.grid(images.to_uint8(stage.sample(params, given, keys, **options)))
     shown = {name: value[:n] for name, value in shown.items()}
     given = {c.name: c.of_examples(shown) for c in config.conditions}
+    if None in given.values():
+        return None
     sides = shown["image"].shape[1:3]
     drawn = images.to_uint8(stage.sample(params, given, keys, sides=sides, **options))
     small = images.to_uint8(images.upsample(images.to_float(shown["lowres"]), sides))

@@ -26,6 +26,7 @@ from cascade.stage import Stage, StageConfig
 from cascade.storage import paths
 from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
 from cascade.text.captions import Captions
+from cascade.text.embedding import no_encoder
 from cascade.training import preview
 from cascade.training.job import Job, Optimizer, Running
 from cascade.training.step import step_key
@@ -124,7 +125,10 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StageTraining(StageJob):
-    """Train one stage of a cascade on captioned pictures."""
+    """Train one stage of a cascade on captioned pictures.
+
+    What says how texts are read is without effect for a stage that has no condition on a text.
+    """
 
     data: Data
     """The captioned pictures."""
@@ -159,6 +163,8 @@ class StageTraining(StageJob):
 
     @property
     def reading(self) -> Reading | None:
+        if self.stage.text is None:
+            return None
         return Reading(self.text_encoder, self.text_tokens, self.captions)
 
     @property
@@ -169,26 +175,16 @@ class StageTraining(StageJob):
         return self.stage.batch_shapes(b or self.batch_size, tokens, self.crop)
 
     def open(self, mesh: Mesh, workdir: paths.Path) -> Running:
-        return _Running(self, mesh)
+        return _RunningStage(self, mesh)
 
 
-class _Running(Running):
-    """Pictures and their captions, which the frozen text encoder embeds on the devices."""
+class _RunningStage(Running):
+    """Pictures, and their captions if the stage reads text, which the frozen text encoder embeds on
+    the devices."""
 
     def __init__(self, job: StageTraining, mesh: Mesh):
         self._job, self._mesh, stage = job, mesh, job.stage
-        self._encoder = encoder = T5Encoder.load(
-            job.text_encoder,
-            job.text_tokens,
-            captions=job.captions,
-            int8=job.text_int8,
-            shardings=functools.partial(sharding.shardings, mesh=mesh),
-        )
-        if stage.text is not None:
-            try:
-                stage.text.check_encoder(encoder.width, job.text_encoder, stage.name)
-            except ValueError as e:
-                raise UserError(str(e)) from None
+        self._encoder = encoder = None if stage.text is None else _text_encoder(job, mesh)
         self.batches = batches(
             job.data,
             resolution=stage.resolution,
@@ -197,24 +193,45 @@ class _Running(Running):
             degradation=job.degradation,
             batch_size=job.batch_size,
             seed=job.seed,
-            tokenizer=encoder.tokenizer,
+            tokenizer=None if encoder is None else encoder.tokenizer,
             rows=sharding.process_rows(mesh, job.batch_size),
             workers=job.workers,
         )
-        placed = sharding.batch_sharding(mesh)
-        self._embed = jax.jit(make_embedder(job, encoder), out_shardings=placed)
+        if encoder is not None:
+            placed = sharding.batch_sharding(mesh)
+            self._embed = jax.jit(make_embedder(job, encoder), out_shardings=placed)
 
     def prepare(self, batch, step):
         batch = sharding.shard_batch(batch, self._mesh)
+        if self._encoder is None:
+            return batch
         ids, mask = batch.pop("tokens"), batch.pop("token_mask")
         return batch | self._embed(self._encoder.params, ids, mask, np.int32(step))
 
     def preview(self, params, batch, file):
         prompts = list(self._job.preview_prompts)
-        sheet = preview.draw(Stage(self._job.stage), params, batch, prompts, self._encoder)
+        embed = self._encoder or no_encoder
+        sheet = preview.draw(Stage(self._job.stage), params, batch, prompts, embed)
         if sheet is not None:
             file.parent.mkdir(exist_ok=True)
             images.save_png(file, sheet)
+
+
+def _text_encoder(job: StageTraining, mesh: Mesh) -> T5Encoder:
+    """The frozen text encoder of a stage that reads text, on the mesh."""
+    encoder = T5Encoder.load(
+        job.text_encoder,
+        job.text_tokens,
+        captions=job.captions,
+        int8=job.text_int8,
+        shardings=functools.partial(sharding.shardings, mesh=mesh),
+    )
+    if job.stage.text is not None:
+        try:
+            job.stage.text.check_encoder(encoder.width, job.text_encoder, job.stage.name)
+        except ValueError as e:
+            raise UserError(str(e)) from None
+    return encoder
 
 
 def make_embedder(job: StageTraining, encoder: T5Encoder) -> Any:

@@ -1,6 +1,8 @@
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -254,6 +256,21 @@ def test_impossible_configs_are_refused(changes, message):
         config_of(**changes)
 
 
+@pytest.mark.parametrize(
+    "names,values,message",
+    [
+        (("learning_rate", "clip", "eps"), (0.0, math.nan), "must be above 0, got"),
+        (("warmup_images", "cooldown_images"), (-1,), "must be 0 or more, got -1"),
+        (("weight_decay",), (-1.0, math.nan), "must be 0 or more, got"),
+        (("b1", "b2"), (1.0, -0.1), r"must be in \[0, 1\), got"),
+    ],
+)
+def test_impossible_updates_are_refused(names, values, message):
+    for name, value in itertools.product(names, values):
+        with pytest.raises(ValueError, match=rf"Optimizer\.{name} {message}"):
+            Optimizer(**{name: value})
+
+
 # The loop, on rendered scenes at 8 px with the text encoder that ships.
 
 
@@ -460,7 +477,7 @@ def test_a_run_may_start_from_the_weights_of_a_model(started, tmp_path):
     with pytest.raises(UserError, match="holds no snapshots to make --ema 0.1 of"):
         export([started], tmp_path / "other", ema=0.1)
     start = scenes_config(
-        init=str(tmp_path / "model"), optimizer=Optimizer(learning_rate=0.0), seed=1
+        init=str(tmp_path / "model"), optimizer=Optimizer(learning_rate=1e-50), seed=1
     )
     fit(start, tmp_path / "second", until=16)
     (_, first), (_, second) = weights(started), weights(tmp_path / "second")
