@@ -40,7 +40,7 @@ from cascade.scenes.text_pretraining import TextPretraining
 from cascade.stage import Augmentation, LowRes, Pixels, Sampling, StageConfig, Text
 from cascade.storage.checkpoint import Checkpoints
 from cascade.storage.weights import leaves
-from cascade.tasks.editing import edits
+from cascade.tasks.editing.steering import edits
 from cascade.text.t5 import read_folder
 from cascade.training.job import Job, Optimizer
 from cascade.training.loop import fit

@@ -22,7 +22,8 @@ from cascade.models import AutoencoderConfig
 from cascade.published.pipelines import Pipelines
 from cascade.runner.cascade import Cascade, with_options
 from cascade.stage import Latents, Stage, TextInput, stage
-from cascade.tasks.editing import Edit, SampleOptions, default_strength, edits
+from cascade.tasks.editing import SampleOptions
+from cascade.tasks.editing.steering import Edit, default_strength, edits
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "deepfloyd"
 RECORDED = np.load(FOLDER / "edits.npz")

@@ -1,11 +1,9 @@
-"""Editing: a picture drawn anew, as a whole (SDEdit) or where a mask says so (inpainting).
+"""A picture drawn anew, as a whole (SDEdit) or where a mask says so (inpainting).
 
 SDEdit (Meng et al. 2022) noises the picture to where the last `strength` of the steps begin, and
 draws from there: little noise keeps its layout, much keeps nothing. With a mask, what stays of the
 picture is put back after every step, as noisy as x is by then (Song et al. 2021, "Score-Based
 Generative Modeling through SDEs", App. I.2).
-
-    cascade sample "a blue square" --init-image photo.png --mask hole.png --strength 0.8
 
     stages = [stage.config for stage, _ in cascade.select(until=64)]
     cascade("a blue square", until=64, steering=edits(stages, cascade.settings[:1], picture))
@@ -16,20 +14,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import UInt8
 from PIL import Image
 
 from cascade import images
 from cascade.diffusion import process, samplers
 from cascade.errors import UserError
-from cascade.runner.overrides import by_stage, number
 from cascade.stage import Sampling, StageConfig, Start, Steering
 
 
@@ -142,64 +137,6 @@ def default_strength(stage: StageConfig, masked: bool) -> float:
     if stage.lowres_resolution is not None:
         return 0.8
     return 1.0 if masked else 0.7
-
-
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """What editing adds to `cascade sample`."""
-
-    init_image: File = None
-    """Redraw this picture (its central square; any size), as much as --strength says."""
-    mask: File = None
-    """Which part of --init-image, in a picture of its size: white is drawn anew, black stays."""
-    strength: Annotated[str | None, tyro.conf.arg(metavar="LIST", help_behavior_hint="")] = None
-    """How much of --init-image changes, by stage: the share of the steps taken, above 0 to 1.
-    Default: .7 in the base stage (1 with --mask), .8 in the others."""
-
-    def __post_init__(self):
-        for flag, value in (("--mask", self.mask), ("--strength", self.strength)):
-            if value is not None and self.init_image is None:
-                raise UserError(f"{flag} {value}: goes with --init-image, which is missing")
-
-    def steering(
-        self,
-        stages: Sequence[StageConfig],
-        every: Sequence[StageConfig],
-        settings: Sequence[Sampling],
-    ) -> list[Steering | None]:
-        """For each stage that draws; every: all stages of the model, as lists count them."""
-        if self.init_image is None:
-            return [None] * len(stages)
-        picture = np.asarray(images.load_image(self.init_image))
-        mask = None
-        if self.mask is not None:
-            mask = np.asarray(images.load_image(self.mask).convert("L"))
-        strength = None
-        if self.strength is not None:
-            words = by_stage("--strength", self.strength, stages, every)
-            try:
-                strength = [number(word) for word in words.values()]
-            except ValueError as e:
-                raise UserError(f"--strength {self.strength}: {e}") from None
-        return edits(stages, settings, picture, mask=mask, strength=strength)
-
-    def record(
-        self, stages: Sequence[StageConfig], steering: Sequence[Steering | None]
-    ) -> dict[str, Any]:
-        """What the JSON beside a picture says of it. steering: of the stages that draw."""
-        own = {s.name: e for s, e in zip(stages, steering, strict=True) if isinstance(e, Edit)}
-        edited = {
-            "masked": any(e.repaint is not None for e in own.values()),
-            "strength": {name: e.strength for name, e in own.items()},
-        }
-        return {
-            "edited": edited if own else None,
-            "init_image": None if self.init_image is None else str(self.init_image),
-            "mask": None if self.mask is None else str(self.mask),
-        }
 
 
 def _square(picture: UInt8[np.ndarray, "h w *c"], side: int) -> UInt8[np.ndarray, "s s 3"]:

@@ -1,0 +1,85 @@
+"""Editing: a picture drawn anew, as a whole (SDEdit) or where a mask says so (inpainting).
+
+    cascade sample "a blue square" --init-image photo.png --mask hole.png --strength 0.8
+
+steering  how that is done, and the same from Python; here are the options, which load no JAX
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from cascade.errors import UserError
+
+if TYPE_CHECKING:
+    from cascade.stage import Sampling, StageConfig, Steering
+
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """What editing adds to `cascade sample`."""
+
+    init_image: File = None
+    """Redraw this picture (its central square; any size), as much as --strength says."""
+    mask: File = None
+    """Which part of --init-image, in a picture of its size: white is drawn anew, black stays."""
+    strength: Annotated[str | None, tyro.conf.arg(metavar="LIST", help_behavior_hint="")] = None
+    """How much of --init-image changes, by stage: the share of the steps taken, above 0 to 1.
+    Default: .7 in the base stage (1 with --mask), .8 in the others."""
+
+    def __post_init__(self):
+        for flag, value in (("--mask", self.mask), ("--strength", self.strength)):
+            if value is not None and self.init_image is None:
+                raise UserError(f"{flag} {value}: goes with --init-image, which is missing")
+
+    def steering(
+        self,
+        stages: Sequence[StageConfig],
+        every: Sequence[StageConfig],
+        settings: Sequence[Sampling],
+    ) -> list[Steering | None]:
+        """For each stage that draws; every: all stages of the model, as lists count them."""
+        if self.init_image is None:
+            return [None] * len(stages)
+        import numpy as np
+
+        from cascade import images
+        from cascade.runner.overrides import by_stage, number
+        from cascade.tasks.editing.steering import edits
+
+        picture = np.asarray(images.load_image(self.init_image))
+        mask = None
+        if self.mask is not None:
+            mask = np.asarray(images.load_image(self.mask).convert("L"))
+        strength = None
+        if self.strength is not None:
+            words = by_stage("--strength", self.strength, stages, every)
+            try:
+                strength = [number(word) for word in words.values()]
+            except ValueError as e:
+                raise UserError(f"--strength {self.strength}: {e}") from None
+        return edits(stages, settings, picture, mask=mask, strength=strength)
+
+    def record(
+        self, stages: Sequence[StageConfig], steering: Sequence[Steering | None]
+    ) -> dict[str, Any]:
+        """What the JSON beside a picture says of it. steering: of the stages that draw."""
+        from cascade.tasks.editing.steering import Edit
+
+        own = {s.name: e for s, e in zip(stages, steering, strict=True) if isinstance(e, Edit)}
+        edited = {
+            "masked": any(e.repaint is not None for e in own.values()),
+            "strength": {name: e.strength for name, e in own.items()},
+        }
+        return {
+            "edited": edited if own else None,
+            "init_image": None if self.init_image is None else str(self.init_image),
+            "mask": None if self.mask is None else str(self.mask),
+        }
