@@ -167,5 +167,8 @@ def test_a_text_is_pooled_into_a_vector_and_told_token_by_token_behind_a_null_to
     np.testing.assert_array_equal(other.vectors[0], told.vectors[0])
     np.testing.assert_array_equal(other.tokens[1, 0], told.tokens[1, 0])
     np.testing.assert_array_equal(told.tokens[0, 0], told.tokens[1, 0])
+    # However much padding there is.
+    wider = [jnp.pad(x, ((0, 0), (0, 5), (0, 0))[: x.ndim]) for x in (TOKENS, mask)]
+    np.testing.assert_allclose(pooled(*wider).vectors[0], told.vectors[0], atol=1e-6)
     assert jnp.isfinite(told.vectors[0]).all()
     assert abs(pooled(-TOKENS, mask).vectors[0] - told.vectors[0])[0].max() > 1e-3

@@ -53,6 +53,11 @@ def test_latents_are_smaller_and_decoded_by_the_autoencoder():
     assert pictures.std() > 0.05
 
 
+def test_latents_are_of_pictures_that_the_autoencoder_can_shrink():
+    with pytest.raises(ValueError, match=r"Latents.resolution must be a multiple of .*got 15"):
+        Latents(resolution=15, autoencoder=AUTOENCODER)
+
+
 def test_a_stage_in_latents_draws_pictures_of_its_resolution():
     """By the parameters that lie under "space", which are no others' business."""
     stage = Stage(stage_in(LATENTS))

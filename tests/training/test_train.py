@@ -21,6 +21,7 @@ from cascade.config import load
 from cascade.data import BSR
 from cascade.devices import sharding
 from cascade.devices.sharding import MeshConfig
+from cascade.diffusion import loss as noise
 from cascade.errors import UserError
 from cascade.models import Level, UNetConfig
 from cascade.runner.cascade import Cascade
@@ -126,6 +127,21 @@ def test_parts_of_a_batch_are_given_the_noise_that_the_whole_batch_gives_them():
     parts = [loss({k: v[i::4] for k, v in batch.items()}, i) for i in range(4)]
     assert np.ptp(parts) > 1e-3
     assert np.isclose(np.mean(parts), whole, rtol=1e-5)
+
+
+def test_parts_of_a_batch_drop_out_other_values(monkeypatch):
+    """With the noise of the first part for all, the parts of equal rows differ by dropout alone."""
+    config, key = testing.smallest_stage(), jax.random.key(3)
+    monkeypatch.setattr(noise, "draw", lambda draw, shape, part: draw(shape))
+    losses = []
+    for dropout in (0.0, 0.5):
+        network = dataclasses.replace(config.network, dropout=dropout)
+        stage = Stage(dataclasses.replace(config, network=network))
+        params = testing.lively(stage)
+        loss = jax.jit(lambda rows, i, s=stage, p=params: s.loss(p, rows, key, (i, 2))[0])
+        losses.append([float(loss(batch_of(), i)) for i in range(2)])
+    (same, again), (one, other) = losses
+    assert same == again and one != other
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

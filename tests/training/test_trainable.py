@@ -62,6 +62,13 @@ def test_what_is_split_is_whole_again(trainable, freezes, params):
     assert moved == said[type(trainable)]
 
 
+def test_what_trains_is_float32_whatever_it_began_as(params):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    for trainable in (LoRA(rank=2), Only(pattern="conditions/")):
+        trained, _ = trainable.split(half, KEY)
+        assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+
+
 def test_a_pattern_is_searched_for_in_whole_paths_and_leaves_no_empty_branches(params):
     trained, frozen = Only(pattern=PATTERN).split(params, KEY)
     assert paths(trained) | paths(frozen) == paths(params)

@@ -1,8 +1,6 @@
 """A stage that reads no text: trained on what its data's examples hold besides captions."""
 
 import dataclasses
-import json
-import shutil
 from typing import ClassVar
 
 import jax
@@ -10,18 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_folders import model_folder
 
 from cascade import testing
 from cascade.commands.export import export
-from cascade.config import to_json
 from cascade.data import Data, Source, batches
-from cascade.errors import UserError
 from cascade.models.layers import Linear
 from cascade.models.signals import Signals, Widths
 from cascade.runner.cascade import Cascade
-from cascade.runner.model_folder import SHIPPED
-from cascade.stage import Condition, Stage
-from cascade.storage.weights import save_safetensors
+from cascade.stage import Condition
 from cascade.training.job import Optimizer
 from cascade.training.loop import fit
 from cascade.training.stage_training import StageTraining
@@ -121,26 +116,8 @@ def test_it_trains_previews_and_draws_without_any_text_encoder(run, tmp_path):
 def test_beside_stages_that_read_text_it_is_exported_with_their_encoder(run, tmp_path):
     """The trained base is without text; the super-resolution stage of --rest reads it."""
     above = testing.super_resolution_stage(text_width=128)
-    rest = _model(tmp_path / "rest", above)
+    rest = model_folder(tmp_path / "rest", above, max_tokens=9)
     report = export([run], tmp_path / "model", rest=str(rest))
     assert report["stages"] == ["base8", above.name] and report["max_tokens"] == 9
     assert (tmp_path / "model/text_encoder/config.json").is_file()
     assert set(Cascade.load(tmp_path / "model")("grey 1")[0].images) == {8, 16}
-
-
-def _model(folder, stage):
-    (folder / stage.name).mkdir(parents=True)
-    (folder / stage.name / "config.json").write_text(json.dumps(to_json(stage)))
-    save_safetensors(folder / stage.name / "model.safetensors", testing.lively(Stage(stage)))
-    shutil.copytree(SHIPPED / "scenes/text_encoder", folder / "text_encoder")
-    about = {"format": "cascade", "version": 2, "stages": [stage.name], "max_tokens": 9}
-    (folder / "config.json").write_text(json.dumps(about))
-    return folder
-
-
-def test_a_model_of_a_later_version_is_refused(tmp_path):
-    folder = _model(tmp_path / "model", testing.base_stage())
-    about = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(about.replace('"version": 2', '"version": 3'))
-    with pytest.raises(UserError, match="version must be 1 to 2, got 3: a later version"):
-        Cascade.load(folder)
