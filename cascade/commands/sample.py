@@ -81,8 +81,9 @@ class Options:
     guidance: ByStage = None
     """Weight of classifier-free guidance, by stage; 1 is none."""
     guidance_plan: ByStage = None
-    """The weight over the steps, by stage: constant, interval (at middling noise only) or
-    oscillating (in every other step)."""
+    """The weight over the steps, by stage: constant, interval (at middling noise only; also with
+    the noise from and to which, sigma / alpha, as in interval:1.6:100) or oscillating (in every
+    other step)."""
     rescale: ByStage = None
     """How far guided predictions get back the contrast of unguided ones, 0 to 1, by stage."""
     aug_level: ByStage = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cascade.scenes.captions import Caption
+from cascade.scenes.edges import Edge
 from cascade.scenes.judge import CATEGORIES, Verdict
 
 # "seen" draws from training's distribution but from a stream of its own; see spec.sample_scene.
@@ -33,12 +34,14 @@ class Judged:
     """Side in pixels -> file name, relative to the folder of results."""
     verdicts: dict[int, list[Verdict]]
     """Side in pixels -> verdicts; a side that the judge does not read is missing."""
+    edges: dict[int, list[Edge]]
+    """Side in pixels -> outlines, likewise."""
 
 
 def write(path: Path, judged: Sequence[Judged], report: dict[str, Any]) -> None:
     """Write the page. It links pictures by their relative file names.
 
-    report: {set: {side: judge.summary}}.
+    report: {set: {side: judge.summary, with "edges": edges.summary}}.
     """
     worst_first = sorted(judged, key=_share_right)
     body = [_tables(report), *map(_article, worst_first)]
@@ -63,12 +66,14 @@ ul { list-style: none; margin: 0; padding: 0; font-size: .85em; color: #666 }
 
 def _tables(report: dict[str, Any]) -> str:
     columns = ["prompts wholly right", "facts right", *CATEGORIES, "unseen pairs"]
+    columns.append("outlines off by, px")
     rows = ["<tr><th>set<th>px" + "".join(f"<th>{name}" for name in columns)]
     for name, sides in report.items():
         for side, one in sides.items():
             categories = [one["categories"].get(category) for category in CATEGORIES]
             shares = [one["prompts"], one["facts"], *categories, one.get("unseen")]
             rows.append(f"<tr><td>{escape(name)}<td>{side}" + "".join(map(_cell, shares)))
+            rows.append(_outlines(one["edges"]))
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -78,6 +83,13 @@ def _cell(share: dict[str, Any] | None) -> str:
     low, high = share["interval"]
     about = f"{share['right']} of {share['n']}; 95 % interval {low:.1%} to {high:.1%}"
     return f'<td title="{about}">{share["share"]:.1%}'
+
+
+def _outlines(edges: dict[str, Any]) -> str:
+    if edges["distance"] is None:
+        return "<td>"
+    about = ", ".join(f"{shape} {own['distance']:.2f}" for shape, own in edges["shapes"].items())
+    return f'<td title="{about}; {edges["outlines"]} outlines">{edges["distance"]:.2f}'
 
 
 def _article(one: Judged) -> str:

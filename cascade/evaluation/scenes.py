@@ -10,9 +10,9 @@ from cascade.errors import UserError
 from cascade.evaluation import page
 from cascade.evaluation.drawer import Drawer
 from cascade.evaluation.page import Judged, Set
+from cascade.scenes import edges, judge
 from cascade.scenes.captions import caption_at
-from cascade.scenes.judge import judge, summary
-from cascade.scenes.reading import SIDES
+from cascade.scenes.reading import SIDES, read
 
 
 def evaluate_scenes(
@@ -29,8 +29,8 @@ def evaluate_scenes(
 
     Prompt i is that of scene (seed, i) of its set; its picture's seed is seed + i. until: the side
     in pixels of the last stage that draws; None draws with all. advance: called after each picture.
-    Returns {set: {side: judge.summary}} and every picture with its verdicts, both as JSON values.
-    Raises UserError as `check_sides` does.
+    Returns {set: {side: judge.summary, with "edges": edges.summary}} and every picture with its
+    verdicts, both as JSON values. Raises UserError as `check_sides` does.
     """
     check_sides(drawer, until)
     (folder / "pictures").mkdir()
@@ -39,14 +39,23 @@ def evaluate_scenes(
         for i in range(prompts):
             said = caption_at(seed, i, name)[1]
             pictures = drawer(said.text, seed + i, until=until)
-            files, verdicts = {}, {}
+            files, verdicts, outlines = {}, {}, {}
             for side, picture in pictures.items():
                 files[side] = f"pictures/{name}_{i:04d}_{side}.png"
                 images.save_png(folder / files[side], picture, {"prompt": said.text})
                 if side in SIDES:
-                    verdicts[side] = judge(picture, said.facts)
+                    reading = read(picture)
+                    verdicts[side] = judge.verdicts(reading, said.facts)
+                    outlines[side] = edges.edges(picture, reading)
             judged.append(
-                Judged(set=name, seed=seed + i, prompt=said, files=files, verdicts=verdicts)
+                Judged(
+                    set=name,
+                    seed=seed + i,
+                    prompt=said,
+                    files=files,
+                    verdicts=verdicts,
+                    edges=outlines,
+                )
             )
             advance()
     report = {name: _summaries([one for one in judged if one.set == name]) for name in sets}
@@ -68,7 +77,8 @@ def check_sides(drawer: Drawer, until: int | None) -> list[int]:
 def _summaries(judged: Sequence[Judged]) -> dict[str, Any]:
     facts = [one.prompt.facts for one in judged]
     return {
-        str(side): summary([one.verdicts[side] for one in judged], facts)
+        str(side): judge.summary([one.verdicts[side] for one in judged], facts)
+        | {"edges": edges.summary([one.edges[side] for one in judged])}
         for side in judged[0].verdicts
     }
 
@@ -82,5 +92,9 @@ def _as_json(one: Judged) -> dict[str, Any]:
         "verdicts": {
             str(side): [dataclasses.asdict(v) for v in verdicts]
             for side, verdicts in one.verdicts.items()
+        },
+        "edges": {
+            str(side): [dataclasses.asdict(edge) for edge in found]
+            for side, found in one.edges.items()
         },
     }

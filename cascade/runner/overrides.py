@@ -52,11 +52,7 @@ def override(
     lay("--grid", grid, lambda w, *_: {"grid": _one_of(grids.BY_WORD, w)})
     lay("--steps", steps, _steps)
     lay("--guidance", guidance, lambda w, *_: {"guidance": number(w)})
-    lay(
-        "--guidance-plan",
-        guidance_plan,
-        lambda w, *_: {"guidance_plan": _one_of(denoise.PLANS_BY_WORD, w)},
-    )
+    lay("--guidance-plan", guidance_plan, _guidance_plan)
     lay("--rescale", rescale, lambda w, *_: {"guidance_rescale": number(w)})
     lay("--aug-level", aug_level, lambda w, *_: {"aug_level": number(w)}, True)
     lay("--sampler", sampler, _sampler)
@@ -118,6 +114,15 @@ def _steps(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
     if not word.isdecimal():
         raise ValueError(f"must be a whole number, or one of {', '.join(grids.SECTIONS)}")
     return {"steps": int(word), "grid": now.grid.of_any_length}
+
+
+def _guidance_plan(word: str, *_: Any) -> dict[str, Any]:
+    name, *numbers = word.split(":")
+    plan = _one_of(denoise.PLANS_BY_WORD, name)
+    if len(numbers) > (2 if name == "interval" else 0):
+        raise ValueError("takes no numbers, interval at most two: sigma / alpha from and to")
+    bounds = dict(zip(("low", "high"), map(number, numbers), strict=False))
+    return {"guidance_plan": dataclasses.replace(plan, **bounds)}
 
 
 def _sampler(word: str, _: Sampling, stage: StageConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from cascade.scenes.spec import (
     Finish,
     Object,
     Scene,
+    Shape,
 )
 
 # sRGB. Any two differ by at least 80 in Euclidean distance; two backgrounds, by at least 60.
@@ -86,6 +87,16 @@ def coverage(
     x = np.arange(*columns, dtype=np.float32)[None, :] + (0.5 - item.x * resolution)
     distance = _DISTANCES[item.shape](x, y, item.radius * resolution)
     return np.clip(0.5 - distance, 0, 1)
+
+
+def signed_distance(
+    shape: Shape, x: Float[np.ndarray, "*#p"], y: Float[np.ndarray, "*#p"], radius: float
+) -> Float[np.ndarray, "*p"]:
+    """How far points at (x, y) from the centre of a shape are outside its outline.
+
+    Negative inside; all in one unit of length.
+    """
+    return _DISTANCES[shape](x, y, radius)
 
 
 @functools.lru_cache(maxsize=8)

@@ -135,6 +135,9 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         ("sampler", "dpm++:2", "dpm++ takes no number"),
         ("sampler", "ancestral:2", "Ancestral.gamma must be in [0, 1]"),
         ("guidance_plan", "wave", "must be one of constant, interval, oscillating"),
+        ("guidance_plan", "constant:1", "interval at most two"),
+        ("guidance_plan", "interval:1:2:3", "interval at most two"),
+        ("guidance_plan", "interval:9", "Interval.low must be in [0, high=5.42), got 9"),
         ("threshold", "static:.9", "dynamic at most two"),
         ("steps", "smart5", "must be a whole number, or one of fast27"),
         ("steps", "4,,5", "--steps '4,,5': value 2 is empty"),
@@ -178,6 +181,8 @@ def test_lists_by_stage_reach_their_stages():
         samplers.Heun(churn=0.2),
     ]
     assert [type(s.guidance_plan).__name__ for s in got] == ["Constant", "Interval", "Oscillating"]
+    (plan,) = {s.guidance_plan for s in override(stages, guidance_plan="interval:1.5:100")}
+    assert plan == denoise.Interval(low=1.5, high=100.0)
     assert [s.guidance_rescale for s in got] == [0.7] * 3
     (threshold,) = {s.threshold for s in override(stages, threshold="dynamic:.95:1.5")}
     assert threshold == denoise.Threshold(percentile=0.95, cap=1.5)
