@@ -145,6 +145,7 @@ def test_a_perfect_model_has_every_fact_right_at_every_size(renderer, tmp_path, 
         for one in sides.values():
             assert one["pictures"] == one["prompts"]["n"] == one["prompts"]["right"] == 4
             assert one["facts"]["share"] == 1
+            assert one["edges"]["outlines"] > 0 and one["edges"]["distance"] < 0.02
     assert report["sets"]["unseen"]["64"]["unseen"]["n"] >= 4
     assert "finish" not in report["sets"]["long"]["64"]["categories"]
     assert report["settings"]["sr256"]["steps"] == renderer.settings[1].steps
@@ -153,6 +154,7 @@ def test_a_perfect_model_has_every_fact_right_at_every_size(renderer, tmp_path, 
     assert results["sets"] == report["sets"] and len(results["pictures"]) == 12
     for one in results["pictures"]:
         assert all((out / file).is_file() for file in one["files"].values())
+        assert one["edges"].keys() == one["verdicts"].keys()
 
 
 def test_lists_by_stage_are_of_the_stages_that_draw(renderer, tmp_path, capsys):
@@ -179,6 +181,8 @@ def test_the_page_shows_every_picture_with_the_worst_first(renderer, tmp_path, c
     assert caption_at(0, 2, "seen")[1].text in first and "none found" in first
     assert "wrong" in first and "wrong" not in second
     assert "<script" not in text and "http" not in text
+    n = report["sets"]["seen"]["64"]["edges"]["outlines"]
+    assert "outlines off by, px" in text and f"{n} outlines" in text
 
 
 def test_the_page_escapes_what_it_shows(tmp_path):
@@ -189,6 +193,7 @@ def test_the_page_escapes_what_it_shows(tmp_path):
         prompt=Caption(text="<script>&", facts=facts),
         files={64: 'a".png'},
         verdicts={64: judge(np.zeros((64, 64, 3), np.uint8), facts)},
+        edges={64: []},
     )
     page.write(tmp_path / "p.html", [one], {})
     text = (tmp_path / "p.html").read_text()
