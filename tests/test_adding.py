@@ -23,28 +23,6 @@ from cascade.training.loop import fit
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "ADDING.md").read_text()
-IMPORTS = """
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import tyro
-from flax import nnx
-
-from cascade.data import Data, Source
-from cascade.devices import sharding
-from cascade.diffusion.process import alpha_sigma, expand
-from cascade.diffusion.samplers import Step
-from cascade.models.layers import Linear
-from cascade.models.network import NetworkConfig
-from cascade.models.signals import Signals, TimeEmbedding, Widths
-from cascade.stage import Condition
-from cascade.training.job import Job, Running
-"""
 
 
 def source_of(heading):
@@ -55,7 +33,7 @@ def source_of(heading):
 def example(heading):
     """The names that the example defines."""
     names = {"__name__": __name__}
-    exec(IMPORTS + source_of(heading), names)
+    exec(source_of(heading), names)
     return type("Example", (), names)
 
 
@@ -141,9 +119,8 @@ def test_the_task_is_a_verb_of_the_command_line(tmp_path):
     shutil.copytree(
         ROOT / "cascade", tmp_path / "cascade", ignore=shutil.ignore_patterns("__pycache__")
     )
-    docstring, rest = source_of("A task").split("\n", 1)
     task = tmp_path / "cascade" / "tasks" / "sizes.py"
-    task.write_text(docstring + "\n" + IMPORTS + rest)
+    task.write_text(source_of("A task"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""}
 
     def cascade(*words):

@@ -22,6 +22,7 @@ from cascade.models import (
 from cascade.models.blocks import LevelsConfig
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd.unet import IFLevel, IFUNetConfig
+from cascade.published.schedulers import Respaced
 from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
 from cascade.published.x4_upscaler.unet import UpscalerLevel, UpscalerUNetConfig
 from cascade.scenes.dataset import ScenesData
@@ -334,7 +335,7 @@ EXAMPLES = {
         grids.EvenLogSNR(first=-3.0),
         grids.Karras(rho=5.0),
         grids.OnTable(spacing="leading", offset=1, ends_clean=False),
-        grids.Respaced(name="smart50"),
+        Respaced(name="smart50"),
     ],
     denoise.GuidancePlan: [
         denoise.Constant(),

@@ -32,6 +32,7 @@ from cascade.models import (
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd.unet import IFLevel, IFUNetConfig
 from cascade.published.earlier_versions import is_old, old_path, old_path_of, upgraded
+from cascade.published.schedulers import SECTIONS, Respaced
 from cascade.published.x4_upscaler.unet import UpscalerLevel, UpscalerUNetConfig
 from cascade.runner.cascade import Cascade
 from cascade.runner.model_folder import open_model
@@ -304,7 +305,7 @@ SAID = {
         grids.Karras(first=70.0, last=0.01, rho=5.0),
         grids.OnTable(),
         grids.OnTable(spacing="leading", entries=900, offset=1, ends_clean=False),
-        *(grids.Respaced(name=name) for name in grids.SECTIONS),
+        *(Respaced(name=name) for name in SECTIONS),
     ),
     "GuidancePlan": (
         denoise.GuidancePlan,

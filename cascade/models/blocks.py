@@ -110,7 +110,7 @@ def network_input(
 
     Raises ValueError for what the network needs and was not given, or cannot divide.
     """
-    config.check_sides(x)
+    config.check_sides(*x.shape[1:3])
     check_signals(type(config).__name__, widths, x, signals)
     x = jnp.concatenate([x, *(c.astype(x.dtype) for c in signals.channels)], axis=-1)
     return layers.space_to_depth(x.astype(config.compute_dtype), config.patch)

@@ -72,13 +72,13 @@ class NetworkConfig:
     def check(self, widths: Widths) -> None:
         """Raise ValueError unless the network can be told signals of these widths."""
 
-    def check_sides(self, x: Array) -> None:
-        """Raise ValueError unless the network divides the sides of x [b, h, w, c]."""
+    def check_sides(self, height: int, width: int) -> None:
+        """Raise ValueError unless the network divides such an image."""
         name, multiple = type(self).__name__, self.side_multiple
-        if x.shape[1] % multiple or x.shape[2] % multiple:
+        if height % multiple or width % multiple:
             raise ValueError(
                 f"image sides must be multiples of {multiple} (patch and strides of {name}), "
-                f"got {x.shape[1]}x{x.shape[2]}"
+                f"got {height}x{width}"
             )
 
     def build(self, widths: Widths, *, rngs: nnx.Rngs) -> Any:

@@ -19,7 +19,7 @@ from cascade.storage.weights import leaves, load_tensors, nested
 
 MODULES = {
     "cascade.diffusion.denoise": "Constant Interval Oscillating PerStep Threshold",
-    "cascade.diffusion.grids": "EvenLogSNR Karras OnTable Quadratic Respaced Uniform",
+    "cascade.diffusion.grids": "EvenLogSNR Karras OnTable Quadratic Uniform",
     "cascade.diffusion.loss": "LearnedVariance Loss",
     "cascade.diffusion.process": "Cosine Discrete InterpolatedCosine LinearVP Sigmoid ZeroTerminal",
     "cascade.diffusion.samplers": "Ancestral DDIM DPMSolverPP2M DPMSolverPP2MSDE Heun",
@@ -30,6 +30,7 @@ MODULES = {
     "cascade.models.unet": "Level UNetConfig",
     "cascade.published.deepfloyd.unet": "IFLevel IFUNetConfig",
     "cascade.published.x4_upscaler.unet": "UpscalerLevel UpscalerUNetConfig",
+    "cascade.published.schedulers": "Respaced",
     "cascade.stage.conditions": "Augmentation",
     "cascade.stage.config": "StageConfig",
     "cascade.stage.settings": "Sampling",
@@ -46,6 +47,8 @@ MODULES = {
 QUALIFIED = {
     name: f"{module}.{name}" for module, names in MODULES.items() for name in names.split()
 }
+MOVED = {"cascade.diffusion.grids.Respaced": "cascade.published.schedulers.Respaced"}
+"""Classes that were elsewhere when JSON named their modules already."""
 PUBLISHED = ("IFUNetConfig", "UpscalerUNetConfig")
 OURS = ("UNetConfig", "EfficientUNetConfig")
 
@@ -84,8 +87,8 @@ def _upgraded(value: Any) -> Any:
     if name in OURS:  # what it is told, a stage's conditions say
         for field in ("text_width", "context_width", "lowres"):
             fields.pop(field, None)
-    if name in QUALIFIED:
-        fields["type"] = QUALIFIED[name]
+    if name in QUALIFIED or name in MOVED:
+        fields["type"] = {**QUALIFIED, **MOVED}[name]
     return fields
 
 

@@ -1,10 +1,16 @@
-"""diffusers' schedulers: a `scheduler_config.json` -> our schedule, grid, sampler and threshold."""
+"""How published models are sampled: diffusers' schedulers, and the lists of steps to take.
+
+`read_scheduler` turns a `scheduler_config.json` into our schedule, grid, sampler and threshold;
+`Respaced` is a list of DeepFloyd IF's or GLIDE's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from cascade.config import read_json
 from cascade.diffusion import denoise, grids, process, samplers
@@ -120,3 +126,67 @@ _DEFAULTS = {
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Respaced(grids.Grid):
+    """A chain of 1000 steps thinned to the named list of its entries, as DeepFloyd IF samples.
+
+    The table is cut into equal sections, the first at the clean end, and each is given its own
+    number of entries, spread over the section with both its ends (Nichol & Dhariwal 2021, "Improved
+    DDPM", as published with the paper). GLIDE has fast27 (Nichol et al. 2022). The name fixes the
+    number of `steps`.
+    """
+
+    name: Literal[
+        "fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100"
+    ]
+    """A list of `SECTIONS`."""
+
+    def __post_init__(self):
+        if self.name not in SECTIONS:
+            raise ValueError(f"Respaced.name: one of {', '.join(SECTIONS)}; got {self.name!r}")
+
+    @property
+    def steps(self) -> int:
+        return sum(SECTIONS[self.name])
+
+    @property
+    def of_any_length(self) -> grids.Grid:
+        return grids.OnTable()
+
+    @property
+    def entries(self) -> list[int]:
+        """The entries kept of a table of 1000, the noisiest first."""
+        counts = SECTIONS[self.name]
+        sizes = [1000 // len(counts) + (i < 1000 % len(counts)) for i in range(len(counts))]
+        chosen, start = [], 0
+        for size, count in zip(sizes, counts, strict=True):
+            stride = (size - 1) / (count - 1) if count > 1 else 1.0
+            at = 0.0
+            for _ in range(count):  # summed, not multiplied: some entries hang on the last bit
+                chosen.append(start + round(at))
+                at += stride
+            start += size
+        return chosen[::-1]
+
+    def check(self, steps):
+        if steps != self.steps:
+            raise ValueError(f"steps must be {self.steps} on the grid {self.name}, got {steps}")
+
+    def __call__(self, steps, schedule):
+        self.check(steps)
+        return grids.at_entries(np.array(self.entries), 1000)
+
+
+SECTIONS = {
+    "fast27": (10, 10, 3, 2, 2),
+    "smart27": (7, 4, 2, 1, 2, 4, 7),
+    "smart50": (10, 6, 4, 3, 2, 2, 3, 4, 6, 10),
+    "smart100": (1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 13),
+    "smart185": (1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20),
+    "super27": (1, 1, 1, 1, 1, 1, 1, 2, 5, 13),
+    "super40": (2, 2, 2, 2, 2, 2, 3, 4, 6, 15),
+    "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
+}
+"""How many entries each section of a `Respaced` table keeps, from the clean end on."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from cascade.diffusion import denoise, grids, samplers
 from cascade.errors import UserError
+from cascade.published.schedulers import SECTIONS, Respaced
 from cascade.stage import Sampling, StageConfig
 
 
@@ -107,12 +108,12 @@ def number(word: str) -> float:
 
 
 def _steps(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
-    if word in grids.SECTIONS:
+    if word in SECTIONS:
         name: Any = word
-        grid = grids.Respaced(name=name)
+        grid = Respaced(name=name)
         return {"steps": grid.steps, "grid": grid}
     if not word.isdecimal():
-        raise ValueError(f"must be a whole number, or one of {', '.join(grids.SECTIONS)}")
+        raise ValueError(f"must be a whole number, or one of {', '.join(SECTIONS)}")
     return {"steps": int(word), "grid": now.grid.of_any_length}
 
 

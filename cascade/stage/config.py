@@ -57,6 +57,7 @@ class StageConfig:
         for condition in self.conditions:
             condition.check(self.space, self.prediction)
         self.network.check(self.widths)
+        self.check_sides()
         if self.prediction == "eps" and self.schedule.ends_in_noise:
             raise ValueError(
                 f'StageConfig.prediction must be "v" or "x0" with {self.schedule}, got "eps": at '
@@ -125,6 +126,19 @@ class StageConfig:
     def time(self, logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
         """What the network is told of log-SNR, whatever schedule is in use."""
         return time_of(logsnr)
+
+    def check_sides(self, crop: int | None = None) -> None:
+        """Raise ValueError unless the network divides what is diffused of its pictures.
+
+        crop: of a part of them, this side in pixels.
+        """
+        shape = self.space.shape(None if crop is None else (crop, crop))
+        if len(shape) == 3:
+            try:
+                self.network.check_sides(*shape[:2])
+            except ValueError as e:
+                what = f"{self.resolution} px" if crop is None else f"crop={crop}"
+                raise ValueError(f"stage {self.name} of {what}: {e}") from None
 
     def batch_shapes(self, b: int, tokens: int, crop: int | None = None) -> dict[str, Any]:
         """What `Stage.loss` takes, as ShapeDtypeStructs: b examples, texts of so many tokens."""

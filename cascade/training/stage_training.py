@@ -160,6 +160,7 @@ class StageTraining(StageJob):
             self.degradation,
             prefix="StageTraining.",
         )
+        self.stage.check_sides(self.crop)
 
     @property
     def reading(self) -> Reading | None:

@@ -14,6 +14,7 @@ from cascade import cli, images, testing
 from cascade.commands import sample as sample_command
 from cascade.diffusion import denoise, grids, samplers
 from cascade.errors import UserError
+from cascade.published.schedulers import Respaced
 from cascade.runner.cascade import Cascade
 from cascade.runner.overrides import override
 
@@ -97,7 +98,7 @@ def test_a_list_may_count_all_stages_of_the_model_or_those_that_draw():
 
 def test_a_number_of_steps_replaces_a_list_that_has_another():
     (base, *_) = testing.stage_configs()
-    listed = grids.Respaced(name="smart27")
+    listed = Respaced(name="smart27")
     sampling = dataclasses.replace(base.sampling, steps=27, grid=listed)
     (got,) = override([dataclasses.replace(base, sampling=sampling)], steps="9")
     assert (got.steps, got.grid) == (9, grids.OnTable())
@@ -169,7 +170,7 @@ def test_lists_by_stage_reach_their_stages():
     assert [s.steps for s in got] == [7, 27, 9]
     assert [s.grid for s in got] == [
         grids.Karras(),
-        grids.Respaced(name="smart27"),
+        Respaced(name="smart27"),
         grids.OnTable(),
     ]
     assert [s.guidance for s in got] == [2.5] * 3

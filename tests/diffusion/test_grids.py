@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from cascade.diffusion.grids import EvenLogSNR, Karras, OnTable, Quadratic, Respaced, Uniform
+from cascade.diffusion.grids import EvenLogSNR, Karras, OnTable, Quadratic, Uniform
 from cascade.diffusion.process import Cosine, LinearVP
+from cascade.published.schedulers import Respaced
 
 GRIDS = [Uniform(), Quadratic(), EvenLogSNR(), Karras(), OnTable(), OnTable(spacing="leading")]
 

@@ -12,6 +12,7 @@ from fixtures import make_diffusers as reference
 from cascade.diffusion import grids, samplers
 from cascade.diffusion.denoise import Threshold, WithVariance, thresholded
 from cascade.diffusion.process import Discrete, alpha_sigma, to_x0
+from cascade.published.schedulers import Respaced
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ LEADING, TRAILING = grids.OnTable(spacing="leading"), grids.OnTable(spacing="tra
 @pytest.mark.parametrize(
     "name, step, grid, steps",
     [
-        ("learned", samplers.Ancestral(gamma="learned"), grids.Respaced(name="smart27"), 27),
+        ("learned", samplers.Ancestral(gamma="learned"), Respaced(name="smart27"), 27),
         ("small", samplers.Ancestral(gamma=0.0), LEADING, 10),
         ("large", samplers.Ancestral(gamma=1.0), LEADING, 10),
         ("ddim", samplers.DDIM(), LEADING, 10),
@@ -86,7 +87,7 @@ def test_heun_in_the_published_variable_takes_the_steps_of_diffusers(recorded, m
 
 @pytest.mark.parametrize("name", reference.LISTS)
 def test_named_lists_are_those_of_deepfloyd_if(name, recorded):
-    grid = grids.Respaced(name=name)
+    grid = Respaced(name=name)
     np.testing.assert_array_equal(grid.entries, recorded[name])
     times = grid(grid.steps, Discrete())
     np.testing.assert_allclose(times, np.append((recorded[name] + 1.0) / 1000, 0), atol=1e-7)

@@ -15,6 +15,7 @@ from cascade.diffusion.samplers import DDIM, Ancestral
 from cascade.models import AutoencoderConfig, Network, NetworkConfig
 from cascade.models.layers import Linear
 from cascade.models.signals import TimeEmbedding
+from cascade.published.schedulers import Respaced
 from cascade.stage import (
     Augmentation,
     Latents,
@@ -321,12 +322,10 @@ def test_sampling_visits_the_times_of_its_grid(monkeypatch):
 
     monkeypatch.setattr(Stage, "__init__", lambda self, config: vars(self).update(vars(stage)))
     monkeypatch.setattr(stage, "network", spy)
-    settings = Sampling(
-        steps=27, grid=grids.Respaced(name="smart27"), guidance=1.0, sampler=Ancestral()
-    )
+    settings = Sampling(steps=27, grid=Respaced(name="smart27"), guidance=1.0, sampler=Ancestral())
     jax.block_until_ready(stage.sample(params, texts(1), keys(0), settings=settings))
     jax.effects_barrier()
-    expected = np.array(grids.Respaced(name="smart27").entries) + 1
+    expected = np.array(Respaced(name="smart27").entries) + 1
     np.testing.assert_allclose(sorted(seen, reverse=True), expected, atol=0.1)
 
 
@@ -354,6 +353,10 @@ def test_a_picture_depends_on_its_own_key_and_row_alone():
         (
             {"space": Pixels(resolution=12)},
             "LowRes.resolution must divide the stage's 12 px, got 8",
+        ),
+        (
+            {"space": Pixels(resolution=15), "conditions": (TEXT,)},
+            r"stage sr16 of 15 px: image sides must be multiples of 2 .* got 15x15",
         ),
         ({"conditions": (LowRes(resolution=0),)}, "LowRes.resolution must divide"),
         ({"conditions": (LowRes(resolution=8),)}, "text_attention needs tokens"),
@@ -399,7 +402,7 @@ def test_contradicting_configs_are_refused(change, message):
             {"guidance_plan": PerStep(factors=(1.0,))},
             "Sampling.PerStep.factors must be as many as the steps, 32, got 1",
         ),
-        ({"grid": grids.Respaced(name="smart50")}, "Sampling.steps must be 50"),
+        ({"grid": Respaced(name="smart50")}, "Sampling.steps must be 50"),
     ],
 )
 def test_contradicting_settings_are_refused(fields, message):

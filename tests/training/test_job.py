@@ -180,6 +180,11 @@ def test_a_run_that_was_stopped_ends_bit_identical(whole, tmp_path):
     assert losses(tmp_path) == losses(whole) and finished(tmp_path) == finished(whole)
 
 
+def test_a_run_stops_after_all_the_images_it_was_told(tmp_path):
+    assert fit(dataclasses.replace(LINE, preview_every_images=0), tmp_path, until=20) is True
+    assert rows(tmp_path)[-1]["images"] == 24  # in steps of 8
+
+
 def test_one_device_and_parts_of_batches_learn_the_same(whole, tmp_path, monkeypatch):
     parts = dataclasses.replace(LINE, microbatches=4, mesh=MeshConfig(data=2, tensor=4))
     fit(parts, tmp_path / "parts")

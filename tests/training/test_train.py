@@ -248,6 +248,8 @@ def test_every_optimizer_lowers_the_loss(name):
     assert losses[0] > 3 and losses[-1] < 0.1
 
 
+SUPER = testing.super_resolution_stage()
+DEEP = UNetConfig(levels=tuple(Level(width=8, blocks=1) for _ in range(3)), head_width=8)
 POSITIVE = (
     *("images", "batch_size", "microbatches", "text_tokens", "keep", "skip_limit"),
     *("log_every_images", "save_every_images", "ema_snapshot_images"),
@@ -262,6 +264,13 @@ FROM_ZERO = ("seed", "workers", "preview_every_images", "profile_steps")
         ({"crop": 4}, "crop is for super-resolution"),
         ({"degradation": BSR()}, "degradation is for super-resolution"),
         ({"stage": testing.super_resolution_stage(), "crop": 5}, "upsampling factor 2"),
+        (
+            {
+                "stage": dataclasses.replace(SUPER, network=DEEP),
+                "crop": 6,
+            },
+            "stage sr16 of crop=6: image sides must be multiples of 4",
+        ),
         ({"trainable": LoRA(rank=2)}, r"trainable must be Weights\(\) without an init"),
         *(({name: 0}, rf"StageTraining\.{name} must be at least 1, got 0") for name in POSITIVE),
         *(({name: -1}, rf"StageTraining\.{name} must be at least 0, got -1") for name in FROM_ZERO),
@@ -537,6 +546,24 @@ def test_updates_have_the_size_of_the_rate_and_of_the_clip():
     rule = clipped.build(batch_size=8, steps=10)
     updates, _ = rule.update(params, rule.init(params), params)
     np.testing.assert_allclose(updates["w"], [-0.3 / 1.3, 0.4 / 1.4], rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steep(Pulled):
+    """Its loss is finite where its gradient is not: the root of nothing."""
+
+    def loss(self, params, batch, key, part=None):
+        value = jnp.sqrt(jnp.sum(0 * params["w"]))
+        return value, {"loss": value}
+
+
+def test_an_update_that_is_not_finite_is_left_out_though_the_loss_is():
+    step, before = pull(Steep(images=64, batch_size=8))
+    after, metrics = step(before, {})
+    assert float(metrics["loss"]) == 0 and bool(metrics["skipped"])
+    for name in ("params", "opt_state"):
+        kept = jax.tree.map(np.array_equal, after["train"][name], before["train"][name])
+        assert all(jax.tree.leaves(kept))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -214,7 +214,7 @@ class IFUNet(nnx.Module):
 
     def _inputs(self, x: Array, signals: Signals) -> tuple[Array, Array]:
         """Give x, with the low-resolution picture behind it in stage II, and the float32 text."""
-        self.config.check_sides(x)
+        self.config.check_sides(*x.shape[1:3])
         check_signals("IFUNetConfig", self.widths, x, signals)
         levels = [vector.shape for vector in signals.vectors]
         if levels != (wanted := [(len(x), 1)] * self.config.lowres):

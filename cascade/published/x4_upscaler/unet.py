@@ -171,7 +171,7 @@ class UpscalerUNet(nnx.Module):
             return self.conv_out(self.conv_norm_out(h.astype(jnp.float32), activate=True))
 
     def _check(self, x: Array, signals: Signals) -> None:
-        self.config.check_sides(x)
+        self.config.check_sides(*x.shape[1:3])
         check_signals("UpscalerUNetConfig", self.widths, x, signals)
         levels = [vector.shape for vector in signals.vectors]
         if levels != (wanted := [(len(x), 1)]):
