@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -37,6 +38,14 @@ class Options:
     are understood."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are stored as; they are used as float32."""
+    compute_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        tyro.conf.arg(
+            metavar="{float32,bfloat16}", help_behavior_hint="(default: what they trained with)"
+        ),
+    ] = None
+    """Type of the trained stages' activations when they draw: one trained on a GPU in bfloat16 is
+    fast on a CPU in float32."""
     rest: str | None = None
     """A model, as `cascade sample --model` names it, whose other stages are copied beside the
     trained ones: the model that training began from, or one like it."""
@@ -51,7 +60,14 @@ def main(argv: Sequence[str]) -> None:
     if len(options.folders) < 2:
         raise UserError("give at least one WORKDIR of `cascade train`, then the DIR to write")
     *workdirs, out = options.folders
-    report = export(workdirs, out, dtype=options.dtype, ema=options.ema, rest=options.rest)
+    report = export(
+        workdirs,
+        out,
+        dtype=options.dtype,
+        ema=options.ema,
+        rest=options.rest,
+        compute_dtype=options.compute_dtype,
+    )
     print(json.dumps(report))
 
 
@@ -62,12 +78,14 @@ def export(
     dtype: str = "float32",
     ema: float | None = None,
     rest: str | None = None,
+    compute_dtype: str | None = None,
 ) -> dict:
     """Write the model folder, which appears whole or not at all; returns its config as JSON values.
 
     workdirs: folders of runs, one a stage. dtype: what weights are stored as. ema: None takes the
     runs' own averages; a number is the width sigma_rel of one made from their snapshots. rest: a
-    model that gives the stages which no run has trained. Raises UserError when a workdir is no run,
+    model that gives the stages which no run has trained. compute_dtype: of the trained stages'
+    activations; None is what they were trained with. Raises UserError when a workdir is no run,
     or the stages do not make one cascade.
     """
     from cascade.runner.cascade import check_chain
@@ -114,7 +132,8 @@ def export(
         for run in runs:
             where = folder / run.stage.name
             where.mkdir()
-            write_json(where / "config.json", config.to_json(run.stage))
+            stage = run.stage if compute_dtype is None else _computing_in(run.stage, compute_dtype)
+            write_json(where / "config.json", config.to_json(stage))
             save_safetensors(where / "model.safetensors", run.weights, dtype=dtype)
         if start is not None:
             for stage in others:
@@ -178,6 +197,11 @@ def _reading(runs: Sequence[_TrainedRun]) -> Reading | None:
             said = what.format(join(values)) if "{" in what else f"{what}: {join(values)}"
             raise UserError(f"the stages were trained on {said}")
     return found[0] if found else None
+
+
+def _computing_in(stage: StageConfig, dtype: str) -> StageConfig:
+    network: Any = dataclasses.replace(stage.network, **{"compute_dtype": dtype})
+    return dataclasses.replace(stage, network=network)
 
 
 def _count(weights: Any) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from cascade.data.source import Data, Example, Source
-from cascade.scenes.captions import VOCABULARY, caption_at
+from cascade.scenes.captions import VOCABULARY, Caption, caption_at
 from cascade.scenes.render import render
-from cascade.scenes.spec import Object, Split, check_counts, generator
+from cascade.scenes.spec import Object, Scene, Split, check_counts, generator
 
 _MOST = 2**31  # Grain shuffles 32-bit indices
 
@@ -51,6 +51,29 @@ class ScenesData(Data):
                 f"got {self.closeup} for {self.split!r}"
             )
 
+    def scene(self, index: int) -> tuple[Scene, Caption]:
+        """Scene number `index`, and its caption."""
+        # A window of whole pixels holds what is narrower than it by two at 64 pixels.
+        within = 1.0 if self.closeup == 1 else 1 / self.closeup - 1 / 32
+        return caption_at(
+            self.seed,
+            index,
+            self.split,
+            min_objects=self.min_objects,
+            max_objects=self.max_objects,
+            within=within,
+        )
+
+    def corner(self, index: int, scene: Scene, resolution: int) -> tuple[int, int]:
+        """The first pixel (y, x) of what the example shows of its scene, in a picture of the whole.
+
+        The example has `resolution` pixels squared, the whole scene `closeup` times as many.
+        """
+        if self.closeup == 1:
+            return 0, 0
+        rng = generator(self.seed, index, self.split, purpose=2)
+        return _around(scene.objects, resolution * self.closeup, resolution, rng)
+
     def open(self, resolution: int) -> Source:
         """The scenes, or their closeups, rendered at `resolution` pixels squared."""
         return _ScenesSource(self, resolution)
@@ -74,22 +97,10 @@ class _ScenesSource(Source):
     def window(self, index: int, y: int, x: int, size: int) -> Example:
         """The window of the example, as `Source.window` has it, rendered alone."""
         config = self.config
-        # A window of whole pixels holds what is narrower than it by two at 64 pixels.
-        within = 1.0 if config.closeup == 1 else 1 / config.closeup - 1 / 32
-        scene, caption = caption_at(
-            config.seed,
-            index,
-            config.split,
-            min_objects=config.min_objects,
-            max_objects=config.max_objects,
-            within=within,
-        )
-        side = self.resolution * config.closeup
-        if config.closeup > 1:
-            rng = generator(config.seed, index, config.split, purpose=2)
-            corner_y, corner_x = _around(scene.objects, side, self.resolution, rng)
-            y, x = y + corner_y, x + corner_x
-        return {"image": render(scene, side, (y, x, size)), "caption": caption.text}
+        scene, caption = config.scene(index)
+        top, left = config.corner(index, scene, self.resolution)
+        picture = render(scene, self.resolution * config.closeup, (top + y, left + x, size))
+        return {"image": picture, "caption": caption.text}
 
 
 def _around(

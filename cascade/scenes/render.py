@@ -14,6 +14,7 @@ and the 64-pixel picture cannot tell.
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -85,18 +86,16 @@ def coverage(
     # Pixel centres are halves: exact in float32, whatever the window.
     y = np.arange(*rows, dtype=np.float32)[:, None] + (0.5 - item.y * resolution)
     x = np.arange(*columns, dtype=np.float32)[None, :] + (0.5 - item.x * resolution)
-    distance = _DISTANCES[item.shape](x, y, item.radius * resolution)
+    distance = signed_distance(item.shape, x, y, item.radius * resolution)
     return np.clip(0.5 - distance, 0, 1)
 
 
-def signed_distance(
-    shape: Shape, x: Float[np.ndarray, "*#p"], y: Float[np.ndarray, "*#p"], radius: float
-) -> Float[np.ndarray, "*p"]:
-    """How far points at (x, y) from the centre of a shape are outside its outline.
+def signed_distance(shape: Shape, x: Any, y: Any, radius: Any, xp: Any = np) -> Any:
+    """How far points at (x, y) from the centre of a shape are outside its outline; inside < 0.
 
-    Negative inside; all in one unit of length.
+    All in one unit of length, of shapes that broadcast. xp: numpy, or jax.numpy for arrays of JAX.
     """
-    return _DISTANCES[shape](x, y, radius)
+    return _DISTANCES[shape](x, y, radius, xp)
 
 
 @functools.lru_cache(maxsize=8)
@@ -155,59 +154,59 @@ def _draw(picture: np.ndarray, item: Object, resolution: int, top: int, left: in
     region[:] = region + alpha * (colour - region) + 0.5
 
 
-# Signed distances to the outlines, in pixels: x and y from the centre, float32; r, a Python float,
-# leaves them so.
+# Signed distances to the outlines: x and y from the centre; r, a Python float, leaves float32 so.
+# xp: numpy, or jax.numpy for the pictures of device.py.
 
 
-def _circle(x, y, r):
-    return np.sqrt(x * x + y * y) - r
+def _circle(x, y, r, xp):
+    return xp.sqrt(x * x + y * y) - r
 
 
-def _ring(x, y, r):
-    distance = np.sqrt(x * x + y * y)
-    return np.maximum(distance - r, RING_HOLE * r - distance)
+def _ring(x, y, r, xp):
+    distance = xp.sqrt(x * x + y * y)
+    return xp.maximum(distance - r, RING_HOLE * r - distance)
 
 
-def _square(x, y, r):
-    return np.maximum(np.abs(x), np.abs(y)) - r
+def _square(x, y, r, xp):
+    return xp.maximum(xp.abs(x), xp.abs(y)) - r
 
 
-def _diamond(x, y, r):
-    return (np.abs(x) + np.abs(y) - r) * math.sqrt(1 / 2)
+def _diamond(x, y, r, xp):
+    return (xp.abs(x) + xp.abs(y) - r) * math.sqrt(1 / 2)
 
 
-def _triangle(x, y, r):
+def _triangle(x, y, r, xp):
     # Equilateral, one corner up: 2 r wide, so sqrt(3) r high, half of it below the centre.
     half_height = r * math.sqrt(3) / 2
-    side = (np.abs(x) * math.sqrt(3) - y - half_height) / 2
-    return np.maximum(side, y - half_height)
+    side = (xp.abs(x) * math.sqrt(3) - y - half_height) / 2
+    return xp.maximum(side, y - half_height)
 
 
-def _cross(x, y, r):
-    x, y = np.abs(x), np.abs(y)
-    return np.maximum(np.maximum(x, y) - r, np.minimum(x, y) - CROSS_ARM * r)
+def _cross(x, y, r, xp):
+    x, y = xp.abs(x), xp.abs(y)
+    return xp.maximum(xp.maximum(x, y) - r, xp.minimum(x, y) - CROSS_ARM * r)
 
 
-def _heart(x, y, r):
+def _heart(x, y, r, xp):
     # A square standing on its corner, and a disc around the middle of each upper side.
     side = 2 * r / (1 + math.sqrt(1 / 2))
     across = side * math.sqrt(1 / 8)  # from the centre line to a disc's centre
     height = side / 2 + 3 * across  # from the tip to the top of a disc
-    x, up = np.abs(x), height / 2 - y
-    body = np.maximum(x - up, x + up - side * math.sqrt(2)) * math.sqrt(1 / 2)
+    x, up = xp.abs(x), height / 2 - y
+    body = xp.maximum(x - up, x + up - side * math.sqrt(2)) * math.sqrt(1 / 2)
     x, up = x - across, up - 3 * across
-    return np.minimum(body, np.sqrt(x * x + up * up) - side / 2)
+    return xp.minimum(body, xp.sqrt(x * x + up * up) - side / 2)
 
 
-def _star(x, y, r):
+def _star(x, y, r, xp):
     # Fold the ten half-points onto one, a corner at (0, circumradius) and a notch 36 degrees away;
     # then one edge is left.
     circumradius = r / math.sin(math.radians(72))
     sine, cosine = math.sin(math.radians(36)), math.cos(math.radians(36))
-    x, up = np.abs(x), circumradius * (1 - cosine) / 2 - y  # its box is centred, not its corners
+    x, up = xp.abs(x), circumradius * (1 - cosine) / 2 - y  # its box is centred, not its corners
     for _ in range(2):
-        beyond = np.maximum(x * cosine - up * sine, 0)
-        x, up = np.abs(x - 2 * cosine * beyond), up + 2 * sine * beyond
+        beyond = xp.maximum(x * cosine - up * sine, 0)
+        x, up = xp.abs(x - 2 * cosine * beyond), up + 2 * sine * beyond
     across, along = 1 - STAR_NOTCH * cosine, STAR_NOTCH * sine
     return (x * across + (up - circumradius) * along) / math.hypot(across, along)
 

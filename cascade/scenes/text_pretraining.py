@@ -107,6 +107,11 @@ class TextPretraining(Job):
                 f"{self.corrupted} and {self.mean_span}"
             )
 
+        if self.minutes is not None:
+            raise ValueError(
+                "TextPretraining.minutes must be None, since its rate follows the number of steps, "
+                f"got {self.minutes}"
+            )
         if min(self.described, self.retold) < 0 or self.described + self.retold > 1:
             raise ValueError(
                 "TextPretraining.described and retold are shares of the examples, at most 1 "
@@ -156,7 +161,7 @@ class TextPretraining(Job):
         told = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
         return {"inputs": ids, "visible": seen, "targets": ids, "told": told}
 
-    def transformation(self):
+    def transformation(self, steps=None):
         warmup = min(self.warmup_images // self.batch_size, self.steps // 2)
         rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, self.steps)
         return optax.chain(

@@ -95,6 +95,9 @@ class Job:
     """Examples from one preview to the next; 0 is never."""
     keep: int = 3
     """Newest checkpoints kept."""
+    minutes: float | None = None
+    """End after so many minutes of training in this process, compilation included, if that is
+    before `images`; the rate cools down in time. None is never."""
     skip_limit: int = 20
     """Updates that are not finite are left out; after so many in a row training stops."""
     wandb: str | None = None
@@ -113,6 +116,8 @@ class Job:
                 f"{self._kind}.batch_size must be a multiple of microbatches={self.microbatches}, "
                 f"got {self.batch_size}"
             )
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"{self._kind}.minutes must be above 0, got {self.minutes}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"{self._kind}.ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.trainable.freezes and self.ema_profiles:
@@ -177,8 +182,12 @@ class Job:
         """What the loss takes, as ShapeDtypeStructs: b examples, texts of so many tokens."""
         raise NotImplementedError
 
-    def transformation(self) -> optax.GradientTransformation:
-        """The update rule, its learning rate included."""
+    def transformation(self, steps: Any = None) -> optax.GradientTransformation:
+        """The update rule, its learning rate included.
+
+        steps: of the run; None is the job's own number. Where minutes end it that is an array,
+        which may change from one step to the next.
+        """
         raise NotImplementedError
 
     def with_remat(self, policy: Remat) -> Job:
@@ -235,7 +244,7 @@ class Optimizer:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"Optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
 
-    def build(self, batch_size: int, steps: int) -> optax.GradientTransformation:
+    def build(self, batch_size: int, steps: Any) -> optax.GradientTransformation:
         """The optax chain: clip by global norm, the rule, the rate by step."""
         rate = functools.partial(self.rate, batch_size=batch_size, steps=steps)
         if self.name == "adafactor":
@@ -247,7 +256,7 @@ class Optimizer:
             rule = optax.adamw(rate, b1=self.b1, b2=self.b2, eps=self.eps, **decay)
         return optax.chain(optax.clip_by_global_norm(self.clip), rule)
 
-    def rate(self, step: Any, *, batch_size: int, steps: int) -> jax.Array:
+    def rate(self, step: Any, *, batch_size: int, steps: Any) -> jax.Array:
         """The rate of the step with this number, counted from 0, of a run of so many steps."""
         rise = jnp.minimum(1.0, (step + 1) / max(1, self.warmup_images // batch_size))
         if not (cooldown := self.cooldown_images // batch_size):

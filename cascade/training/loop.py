@@ -15,6 +15,7 @@ images. In order:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
@@ -26,6 +27,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -56,6 +58,10 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
     workdir = paths.path(workdir)
     mesh = sharding.make_mesh(job.mesh)
     check_batch(job, mesh)
+    if job.minutes is not None and jax.process_count() > 1:
+        raise UserError(
+            f"minutes={job.minutes}: several processes have no common clock; give images instead"
+        )
     saved = _saved_config(job, workdir)
     to_json(job)  # what cannot be saved is told before anything is trained
     optimizer = job.transformation()
@@ -68,9 +74,11 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
     state, placement = _initial_state(job, optimizer, mesh, checkpoints, saved, data)
     step = int(state["train"]["step"])
     last = job.steps if until is None else min(job.steps, -(-until // job.batch_size))
+    clock = None if job.minutes is None else _Clock(job.minutes, last)
+    replicated = () if clock is None else (sharding.replicated(mesh),)
     train_step = jax.jit(
         make_train_step(job, optimizer, mesh),
-        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        in_shardings=(placement, sharding.batch_sharding(mesh), *replicated),
         out_shardings=(placement, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -93,17 +101,23 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
             batch = next(data)
             waited = time.perf_counter() - before
             batch = running.prepare(batch, step)
+            ends_at = ()
+            if clock is not None:
+                last = clock.last(step)
+                bar.total = last * job.batch_size
+                ends_at = (np.int32(last),)
             if log is None:
-                work = step_flops(job, train_step, state, batch) if job.even else None
+                given = (state, batch, *ends_at)
+                work = step_flops(job, train_step, *given) if job.even else None
                 log = _log(job, workdir, step, work)
             profile.before_step()
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, *ends_at)
             # One step may be under way while the next is prepared; more would only hide progress.
             jax.block_until_ready(log.latest)
             step += 1
             bar.update(min(job.batch_size, job.images - (step - 1) * job.batch_size))
             log.add(metrics, waited)
-            ends = step == last or log.diverged or stop.asked(step)
+            ends = step >= last or log.diverged or stop.asked(step)
             if ends or _due(step, job.log_every_images, job):
                 loss = log.write(step)["loss"]
                 bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
@@ -113,7 +127,7 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
             if job.ema_profiles and (ends or _due(step, job.ema_snapshot_images, job)):
                 _snapshot(state["train"]["profiles"], workdir, step)
             if job.preview_every_images and (
-                step == last or _due(step, job.preview_every_images, job)
+                step >= last or _due(step, job.preview_every_images, job)
             ):
                 file = workdir / "previews" / f"{step * job.batch_size:010d}.png"
                 running.preview(whole(job, state, state["ema"]), batch, file)
@@ -126,7 +140,7 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
                 "them are saved; lower the learning rate or the norm that gradients are clipped "
                 "at, and run again"
             )
-    if step >= job.steps:
+    if step >= job.steps or (clock is not None and until is None and step >= last):
         running.finish(whole(job, state, state["ema"]))
     return step >= last
 
@@ -283,6 +297,26 @@ def _snapshot(profiles: dict[str, Any], workdir: Path, step: int) -> None:
             params = multihost_utils.process_allgather(params, tiled=True)
         if jax.process_index() == 0:
             save_safetensors(folder / f"{step:010d}_{width}.safetensors", params)
+
+
+class _Clock:
+    """Tells which step will be the last that the minutes of a run allow, at its speed by now."""
+
+    def __init__(self, minutes: float, most: int):
+        """most: the last step in any case."""
+        self._end, self._most, self._asked = time.perf_counter() + 60 * minutes, most, 0
+        self._begun: collections.deque[float] = collections.deque(maxlen=50)
+
+    def last(self, step: int) -> int:
+        """The number of the last step; to be asked before each, after `step` of them."""
+        now = time.perf_counter()
+        self._asked += 1
+        if self._asked > 2:  # the first two compile
+            self._begun.append(now)
+        if len(self._begun) < 2:
+            return self._most
+        seconds = (now - self._begun[0]) / (len(self._begun) - 1)
+        return min(self._most, step + max(1, int((self._end - now) / seconds)))
 
 
 class _Profile:

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from cascade import images
 from cascade.data import Data, Degradation, batches
+from cascade.data.pipeline import TokenizeFn
 from cascade.data.transforms import check_resolutions
 from cascade.devices import sharding
 from cascade.errors import UserError
@@ -28,7 +30,7 @@ from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
 from cascade.text.captions import Captions
 from cascade.text.embedding import no_encoder
 from cascade.training import preview
-from cascade.training.job import Job, Optimizer, Running
+from cascade.training.job import Batches, Job, Optimizer, Running
 from cascade.training.step import step_key
 from cascade.training.trainable import LoRA
 
@@ -107,8 +109,8 @@ class StageJob(Job):
     def batch_shapes(self, tokens, b=None):
         return self.stage.batch_shapes(b or self.batch_size, tokens)
 
-    def transformation(self):
-        return self.optimizer.build(self.batch_size, self.steps)
+    def transformation(self, steps=None):
+        return self.optimizer.build(self.batch_size, self.steps if steps is None else steps)
 
     def with_remat(self, policy):
         network: Any = dataclasses.replace(self.stage.network, remat=policy)
@@ -176,17 +178,26 @@ class StageTraining(StageJob):
         return self.stage.batch_shapes(b or self.batch_size, tokens, self.crop)
 
     def open(self, mesh: Mesh, workdir: paths.Path) -> Running:
-        return _RunningStage(self, mesh)
+        return RunningStage(self, mesh)
 
 
-class _RunningStage(Running):
+class RunningStage(Running):
     """Pictures, and their captions if the stage reads text, which the frozen text encoder embeds on
     the devices."""
 
     def __init__(self, job: StageTraining, mesh: Mesh):
-        self._job, self._mesh, stage = job, mesh, job.stage
-        self._encoder = encoder = None if stage.text is None else _text_encoder(job, mesh)
-        self.batches = batches(
+        self._job, self._mesh = job, mesh
+        self._encoder = encoder = None if job.stage.text is None else _text_encoder(job, mesh)
+        tokenizer = None if encoder is None else encoder.tokenizer
+        self.batches = self.read(tokenizer, sharding.process_rows(mesh, job.batch_size))
+        if encoder is not None:
+            placed = sharding.batch_sharding(mesh)
+            self._embed = jax.jit(make_embedder(job, encoder), out_shardings=placed)
+
+    def read(self, tokenizer: TokenizeFn | None, rows: Int[np.ndarray, " rows"]) -> Batches:
+        """The job's data, captions by the tokenizer. rows: of each batch, those of this process."""
+        job, stage = self._job, self._job.stage
+        return batches(
             job.data,
             resolution=stage.resolution,
             lowres_resolution=stage.lowres_resolution,
@@ -194,16 +205,16 @@ class _RunningStage(Running):
             degradation=job.degradation,
             batch_size=job.batch_size,
             seed=job.seed,
-            tokenizer=None if encoder is None else encoder.tokenizer,
-            rows=sharding.process_rows(mesh, job.batch_size),
+            tokenizer=tokenizer,
+            rows=rows,
             workers=job.workers,
         )
-        if encoder is not None:
-            placed = sharding.batch_sharding(mesh)
-            self._embed = jax.jit(make_embedder(job, encoder), out_shardings=placed)
 
     def prepare(self, batch, step):
-        batch = sharding.shard_batch(batch, self._mesh)
+        return self.embedded(sharding.shard_batch(batch, self._mesh), step)
+
+    def embedded(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """A batch on the devices with its captions' embeddings in place of their tokens."""
         if self._encoder is None:
             return batch
         ids, mask = batch.pop("tokens"), batch.pop("token_mask")

@@ -42,9 +42,10 @@ def whole(job: Job, state: State, trained: Any) -> Any:
 
 def make_train_step(
     job: Job, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
-) -> Callable[[State, dict[str, Any]], tuple[State, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """A pure (state, batch) -> (state, metrics); jit it with the state's shardings, state donated.
 
+    Where the job's minutes end it, a third argument is the number of steps that the run will have.
     batch: what the job's loss takes. Randomness comes from the job's seed and state's step alone.
     mesh: on which activations are constrained; None leaves them to the compiler. An update that is
     not finite is left out (metrics say `skipped`): all but the step stay as they were.
@@ -76,11 +77,12 @@ def make_train_step(
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
         return jax.tree.map(lambda x: x / n, total)
 
-    def train_step(state, batch):
+    def train_step(state, batch, steps=None):
+        rule = optimizer if steps is None else job.transformation(steps)
         train, ema = state["train"], state["ema"]
         compute = accumulated if job.microbatches > 1 else loss_and_grads
         metrics, grads = compute(state, batch, step_key(job, train["step"]))
-        updates, opt_state = optimizer.update(grads, train["opt_state"], train["params"])
+        updates, opt_state = rule.update(grads, train["opt_state"], train["params"])
         params = optax.apply_updates(train["params"], updates)
         step = train["step"] + 1
         decay = jnp.minimum(job.ema_decay, (1 + step) / (10 + step))
@@ -114,12 +116,13 @@ def step_key(job: Job, step: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.key(job.seed), step)
 
 
-def step_flops(job: Job, train_step: Any, state: State, batch: dict[str, Any]) -> float:
+def step_flops(job: Job, train_step: Any, *given: Any) -> float:
     """FLOPs of one step, less what remat computes again: that is no progress.
 
-    train_step: the jitted `make_train_step`, which need not be traced again when it is called.
+    train_step: the jitted `make_train_step`, which need not be traced again when it is called with
+    what is given.
     """
     plain = job.with_remat(False)
     if plain != job:
         train_step = make_train_step(plain, plain.transformation())
-    return flops.count(train_step, state, batch)
+    return flops.count(train_step, *given)

@@ -25,6 +25,7 @@ from cascade.diffusion import loss as noise
 from cascade.errors import UserError
 from cascade.models import Level, UNetConfig
 from cascade.runner.cascade import Cascade
+from cascade.runner.model_folder import open_model
 from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints
@@ -592,7 +593,10 @@ def test_what_is_exported_is_the_average_of_the_weights(started, tmp_path):
         lambda params: begin(config, rule, params), Stage(config.stage).abstract()
     )
     _, state, ema, _ = Checkpoints(started).restore(**target)
-    report = export([started], tmp_path / "model", dtype="float16")
+    report = export([started], tmp_path / "model", dtype="float16", compute_dtype="bfloat16")
+    (told,) = open_model(tmp_path / "model").stages
+    network = dataclasses.replace(config.stage.network, compute_dtype="bfloat16")
+    assert told == dataclasses.replace(config.stage, network=network)
     assert {"circle", "red"} < set(report["known_words"])
     file = tmp_path / "model/base8/model.safetensors"
     with safetensors.safe_open(file, "np") as f:
