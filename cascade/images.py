@@ -116,23 +116,40 @@ def save_png(
         Image.fromarray(image).save(file, format="PNG", pnginfo=info)
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read as a picture: formats that Pillow decodes itself, without another program."""
+MOST_PIXELS = 2**26
+"""Pixels of the largest picture that is read, as 8192 x 8192: 200 MB in RGB."""
+
+
+def load_image(path: str | os.PathLike[str], *, ground: str = "white") -> Image.Image:
     """Open a picture file as `decoded` does. Raises UserError unless it is there and a picture."""
     try:
         with paths.path(path).open("rb") as file:
-            return decoded(file)
+            return decoded(file, ground=ground)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
         raise UserError(f"picture {path}: cannot be read as an image ({e})") from None
 
 
-def decoded(file: Any) -> Image.Image:
-    """Read an open picture file as people see it: in RGB, turned as its EXIF says, on white."""
-    with Image.open(file) as image:
+def decoded(file: Any, *, ground: str = "white") -> Image.Image:
+    """Read an open picture file as people see it: in RGB, turned as its EXIF says.
+
+    ground: the colour behind what is transparent. Of 16 bits the upper 8 are kept. Raises what
+    Pillow does for what is no picture of FORMATS, and DecompressionBombError for one of more than
+    MOST_PIXELS, before its pixels are read.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise Image.DecompressionBombError(
+                f"it has {image.width} x {image.height} pixels, and at most {MOST_PIXELS} are read"
+            )
         turned = ImageOps.exif_transpose(image)
+        if turned.mode.startswith("I"):
+            turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
         if not turned.has_transparency_data:
             return turned.convert("RGB")
         picture = turned.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
+        behind = Image.new("RGBA", picture.size, ground)
+        return Image.alpha_composite(behind, picture).convert("RGB")

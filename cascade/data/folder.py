@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 
 from cascade import images
 from cascade.data.source import Data, Example, Source
@@ -65,13 +66,15 @@ def _listed(listing: Path) -> list[tuple[Path, str]]:
         try:
             entry = json.loads(line)
             file, caption = entry["file"], entry["caption"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            caption.encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f'{where}: must be JSON, as {{"file": "1.png", "caption": "a red circle"}}'
             ) from None
         if not isinstance(file, str) or not isinstance(caption, str):
             raise UserError(f"{where}: file and caption must be text")
         path = listing.parent / file
+        _check_within(path, listing.parent, where)
         if not paths.is_remote(path) and not path.is_file():
             raise UserError(f"{where}: no picture {path}; put it there or remove the line")
         pairs.append((path, caption.strip()))
@@ -84,11 +87,19 @@ def _paired(folder: Path) -> list[tuple[Path, str]]:
     """The pictures under a folder, with the text files beside them, in the order of their paths."""
     if not isinstance(folder, pathlib.Path):
         raise UserError(f"data folder {folder}: in object storage it must hold captions.jsonl")
-    pictures = sorted(
+    seen = [
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    pictures = sorted(p for p in seen if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if linked := sorted(path for path in seen if path.is_symlink() and path.is_dir()):
+        print(
+            f"warning: data folder {folder}: left out {linked[0].relative_to(folder)}"
+            f"{f' and {len(linked) - 1} more' if len(linked) > 1 else ''}: links to folders are "
+            "not followed; put the pictures here",
+            file=sys.stderr,
+        )
     if not pictures:
         raise UserError(
             f"data folder {folder}: holds no pictures ({', '.join(sorted(_SUFFIXES))}); "
@@ -102,8 +113,20 @@ def _paired(folder: Path) -> list[tuple[Path, str]]:
                 f"picture {path}: has no caption; write it to {beside.name} beside it, "
                 f"or list all pictures in {folder / 'captions.jsonl'}"
             )
+        for file in (path, beside):
+            _check_within(file, folder, f"picture {path}")
         pairs.append((path, _read_text(beside).strip()))
     return pairs
+
+
+def _check_within(file: Path, folder: Path, where: str) -> None:
+    """UserError where a file is not in the folder, be it by its name or as a link."""
+    if isinstance(file, pathlib.Path) and isinstance(folder, pathlib.Path):
+        outside = not file.resolve().is_relative_to(folder.resolve())
+    else:
+        outside = ".." in str(file).split("/")
+    if outside:
+        raise UserError(f"{where}: {file} is outside the folder {folder}; put it there")
 
 
 def _read_text(path: Path) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import pathlib
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from cascade import images
+from cascade.config import read_json
 from cascade.data.source import Data, Example, Source
 from cascade.errors import UserError
 from cascade.storage import paths
@@ -60,6 +62,27 @@ def _where(config: TFDSData) -> str:
     return f"TFDS dataset {config.name} in {config.data_dir}"
 
 
+def _check_features(folder: pathlib.Path, where: str) -> None:
+    """UserError where a features.json names a class that is not of TFDS, which would import it."""
+    for file in folder.rglob("features.json"):
+        values = [read_json(file)]
+        while values:
+            value = values.pop()
+            values += value.values() if isinstance(value, dict) else []
+            values += value if isinstance(value, list) else []
+            named = [value.get(key) for key in _CLASS] if isinstance(value, dict) else []
+            for name in named:
+                if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
+                    raise UserError(
+                        f"{where}: {file.name} names the class {name}; a dataset's own code is "
+                        "never run: only classes of tensorflow_datasets are read"
+                    )
+
+
+_CLASS = ("pythonClassName", "python_class_name", "type", "proto_cls", "protoCls")
+"""Under what keys a features.json names classes."""
+
+
 def _records(config: TFDSData) -> Any:
     """TFDS's random-access source of undecoded records."""
     import tensorflow_datasets as tfds
@@ -71,6 +94,7 @@ def _records(config: TFDSData) -> Any:
         if not folder.is_dir():
             raise tfds.core.DatasetNotFoundError
         local = paths.local_copy(folder)
+        _check_features(pathlib.Path(local) / config.name, where)
         builder: Any = builder_from_files(config.name, data_dir=str(local))
     except tfds.core.DatasetNotFoundError:
         raise UserError(

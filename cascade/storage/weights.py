@@ -408,7 +408,9 @@ def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
     ]:
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+                raise ValueError  # a name of a file elsewhere
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{name}: {index.name} is not an index of safetensors shards") from None
         missing = [s for s in shards if not (folder / s).is_file()]
         if not missing:

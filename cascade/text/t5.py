@@ -91,8 +91,12 @@ class T5Encoder:
         config, params, spiece = read_folder(
             locate(name_or_dir), compute_dtype=compute_dtype, int8=int8, shardings=shardings
         )
-        max_tokens = min(max_tokens, config.n_positions)
-        return cls(config, params, Tokenizer(spiece, max_tokens, captions))
+        tokenizer = Tokenizer(spiece, min(max_tokens, config.n_positions), captions)
+        try:
+            tokenizer.pieces("")
+        except ValueError as e:
+            raise UserError(f"text encoder {name_or_dir}: its spiece.model {e}") from None
+        return cls(config, params, tokenizer)
 
     def save(self, folder: Path) -> None:
         """Write the encoder as a folder that `load` reads, in float16.

@@ -12,6 +12,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int
 
+from cascade.errors import UserError
 from cascade.text.captions import Captions, prepared
 
 PAD_ID = 0
@@ -72,12 +73,26 @@ class Tokenizer:
         return Tokens(ids=ids, mask=mask, truncated=truncated)
 
     def pieces(self, text: str) -> list[int]:
-        """Give all ids of one text, without the end of sequence."""
+        """Give all ids of one text, without the end of sequence.
+
+        Raises UserError for a text that is not Unicode, and ValueError for a damaged model.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            shown = text.encode(errors="backslashreplace").decode()
+            raise UserError(f"text {shown!r}: is not UTF-8; write it anew") from None
         return self._processor.encode(" ".join(prepared(text, self.captions).split()))
 
     @functools.cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
-        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            if not processor.LoadFromSerializedProto(self.model):
+                raise RuntimeError
+        except RuntimeError:
+            raise ValueError("is no SentencePiece model, or damaged; put it there again") from None
+        return processor
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

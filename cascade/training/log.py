@@ -68,7 +68,8 @@ class TrainingLog:
             self._own = tempfile.TemporaryDirectory()
             folder = pathlib.Path(self._own.name)
         before = workdir / "metrics.jsonl"
-        lines = before.read_text().splitlines() if before.exists() else []
+        read = before.read_bytes() if before.exists() else b""
+        lines = read.decode(errors="replace").splitlines()
         self._path, self._picture = folder / "metrics.jsonl", folder / "loss.png"
         self._plotted = self._since[0]
         # A text encoder's run of an earlier version counted steps alone.
@@ -224,6 +225,11 @@ def _significant(x: float, digits: int = 4) -> float:
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
-    except ValueError:  # the line a killed run was writing
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # the line a killed run was writing
         return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 1:
+        return None
+    numbers = row.values()
+    whole = all(v is None or isinstance(v, int | float) for v in numbers) and "loss" in row
+    return row if whole else None

@@ -1,5 +1,6 @@
 """Our own files of weights. Those of others are read in tests/published and tests/text."""
 
+import json
 import os
 import stat
 
@@ -10,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from cascade.errors import UserError
+from cascade.storage import weights
 from cascade.storage.weights import load_safetensors, save_safetensors
 
 
@@ -79,3 +81,17 @@ def test_what_is_stored_as_no_float_is_refused(tmp_path):
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="none: no such file; is this a folder that"):
         load_safetensors(tmp_path / "none", {})
+
+
+@pytest.mark.parametrize(
+    "shards", [["../outside.safetensors"], ["/tmp/outside.safetensors"], ["a/b.safetensors"], [5]]
+)
+def test_an_index_names_only_files_beside_it(tmp_path, shards):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_safetensors(tmp_path / "outside.safetensors", {"a": np.zeros(2, np.float32)})
+    index = {"weight_map": {str(i): shard for i, shard in enumerate(shards)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is not an index of safetensors shards"):
+        with weights.opened(folder, "model", what="model", convert="x"):
+            pass

@@ -178,3 +178,29 @@ def test_flags_are_added_for_the_backend_alone_and_never_over_the_users():
     assert flags[2:] == list(xla_flags.GPU[1:]) and list(environment) == ["XLA_FLAGS"]
     xla_flags.apply("tpu", environment)
     assert environment["LIBTPU_INIT_ARGS"].split() == list(xla_flags.TPU)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"5",
+        b"null",
+        b'"abc"',
+        b'{"a": 1}',
+        b'{"step": "x", "loss": 1}',
+        b'{"step": null, "loss": 1}',
+        b'{"step": -5, "loss": 1}',
+        b'{"step": 1, "loss": [1]}',
+        b'{"step": 1}',
+        b"[" * 100_000,
+        b'{"step": 1, "lo',
+    ],
+)
+def test_a_damaged_row_is_left_out_and_blocks_nothing(tmp_path, line):
+    good = {"step": 1, "images": 8, "loss": 0.5}
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(json.dumps(good).encode() + b"\n" + line + b"\n")
+    log = log_in(tmp_path, step=2)
+    log.close()
+    assert [json.loads(row) for row in path.read_text().splitlines()] == [good]

@@ -29,7 +29,8 @@ class SampleOptions:
     init_image: File = None
     """Redraw this picture (its central square; any size), as much as --strength says."""
     mask: File = None
-    """Which part of --init-image, in a picture of its size: white is drawn anew, black stays."""
+    """Which part of --init-image, in a picture of its size: white is drawn anew, black and
+    what is transparent stays."""
     strength: Annotated[str | None, tyro.conf.arg(metavar="LIST", help_behavior_hint="")] = None
     """How much of --init-image changes, by stage: the share of the steps taken, above 0 to 1.
     Default: .7 in the base stage (1 with --mask), .8 in the others."""
@@ -57,7 +58,7 @@ class SampleOptions:
         picture = np.asarray(images.load_image(self.init_image))
         mask = None
         if self.mask is not None:
-            mask = np.asarray(images.load_image(self.mask).convert("L"))
+            mask = np.asarray(images.load_image(self.mask, ground="black").convert("L"))
         strength = None
         if self.strength is not None:
             words = by_stage("--strength", self.strength, stages, every)
