@@ -59,7 +59,7 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
         raise UserError(f"config {path}{where}: {e.msg}") from None
     except (ImportError, UserError) as e:
         raise UserError(f"config {path}: {e}") from None
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"config {path}, line {_line(e, path)}: {type(e).__name__}: {e}") from None
     if not callable(names.get("config")):
         raise UserError(f"config {path}: defines no function config(); it must return the config")
@@ -77,7 +77,7 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
         raise UserError(f"config {path}: {_with_nearest_field(str(e), names)}") from None
     except ValueError as e:
         raise UserError(f"config {path}: {e}") from None
-    except (ArithmeticError, AttributeError, LookupError, NameError) as e:
+    except (Exception, SystemExit) as e:  # whatever the function raises
         raise UserError(f"config {path}, line {_line(e, path)}: {type(e).__name__}: {e}") from None
 
 
@@ -197,10 +197,26 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
     if dataclasses.is_dataclass(cls):
         return _from_object((cls,), value, where)
     if cls is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            size = f"a number of {value.bit_length()} bits"
+            raise UserError(f"{where} must be a float, got {size}") from None
     if not isinstance(value, cls) or (isinstance(value, bool) and cls is not bool):
         raise UserError(f"{where} must be {cls.__name__}, got {value!r}")
     return value
+
+
+def check(config: Any, where: str) -> None:
+    """Raise UserError unless every field has a value of its type, as `from_json` would.
+
+    Python checks none of what a config file gives to a dataclass.
+    """
+    try:
+        value = to_json(config)
+    except TypeError as e:
+        raise UserError(f"{where}: {e}") from None
+    from_json(type(config), value, where)
 
 
 def read_json(path: Any) -> Any:
@@ -209,7 +225,7 @@ def read_json(path: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not readable as JSON ({e}); it may be damaged") from None
 
 
@@ -242,6 +258,8 @@ def _from_object(expected: tuple[Any, ...], value: Any, where: str) -> Any:
         cls: Any = _class_named(value.get("type"), expected, where)
     else:
         cls = next(iter(expected))
+        if cls.__subclasses__():
+            raise UserError(f"{where} must have a type, which names a kind of {cls.__name__}")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     fields = {k: v for k, v in value.items() if k != "type"}
@@ -337,7 +355,7 @@ def _with_nearest_field(message: str, names: dict[str, Any]) -> str:
     return f"{found[1] or 'a class'} has no field {found[2]!r}{nearest(found[2], known)}"
 
 
-def _line(error: Exception, path: str) -> int | None:
+def _line(error: BaseException, path: str) -> int | None:
     """The last line of that file which led to the error."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((f.lineno for f in reversed(frames) if Path(f.filename) == Path(path)), None)

@@ -74,7 +74,8 @@ class Options:
     lowres: File = None
     """A picture of 64 or 256 px to start from: super-resolution stages alone draw."""
     steps: ByStage = None
-    """Sampling steps, by stage: a number, or a list of DeepFloyd IF's such as smart50."""
+    """Sampling steps, by stage: a number, at most 10,000, or a list of DeepFloyd IF's such as
+    smart50."""
     grid: ByStage = None
     """Spacing of the sampling steps, by stage: uniform, quadratic, logsnr, karras, trailing or
     leading (the last two on a table of 1000)."""

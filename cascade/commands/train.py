@@ -77,6 +77,7 @@ def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:
 
     if not isinstance(default, Job):
         raise UserError(f"config {path}: config() must return a job, such as a StageTraining")
+    config.check(default, f"config {path}")
     if rank is not None:
         if not rank.isdecimal():
             raise UserError(f"--lora-rank must be a whole number, 0 for all weights, got {rank}")

@@ -148,8 +148,10 @@ class Text(Condition):
     beside which the stage has a learned null token."""
 
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"Text.width must be at least 1, got {self.width}")
+        for name in ("width", "head_width", "context_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Text.{name} must be at least 1, got {value}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Text.dropout must be in [0, 1), got {self.dropout}")
 

@@ -9,13 +9,15 @@ from cascade.diffusion.denoise import Constant, GuidancePlan, Threshold
 from cascade.diffusion.grids import Grid, Uniform
 from cascade.diffusion.samplers import DPMSolverPP2M, Step
 
+MOST_STEPS = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How pictures are drawn from a stage unless the caller says otherwise."""
 
     steps: int = 32
-    """Evaluations of the denoiser, at least 1; second-order steps take two each."""
+    """Evaluations of the denoiser, 1 to 10,000; second-order steps take two each."""
     grid: Grid = field(default_factory=Uniform)
     """The times of the steps."""
     guidance: float = 4.0
@@ -33,6 +35,8 @@ class Sampling:
     exceed the level trained on, but in public weights."""
 
     def __post_init__(self):
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"Sampling.steps must be at most {MOST_STEPS}, got {self.steps}")
         try:
             self.grid.check(self.steps)
             self.guidance_plan.check(self.steps)

@@ -346,7 +346,7 @@ def _read_config(file: Path) -> T5Config:
         return T5Config.from_hf_dict(json.loads(file.read_text()))
     except FileNotFoundError:
         raise UserError(f"text encoder {file}: no such file") from None
-    except (AttributeError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as e:
         raise UserError(f"text encoder {file}: {e}") from None
 
 
