@@ -6,6 +6,7 @@
 # Stop it whenever you like and start it again: every part continues from its last checkpoint, and
 # parts that are done take seconds.
 set -euo pipefail
+case ${1:-} in -*) sed -n 's/^# \{0,1\}//p' "$0" | sed 1d && exit ;; esac
 cd "$(dirname "$0")/.."
 runs=${1:-runs/scenes}
 

@@ -30,7 +30,9 @@ train() { # NAME SHARE [WORDS]
 mkdir -p "$runs"
 train base64 1 "$@" &
 base=$!
-train sr256 .45 "$@" && train sr1024 .25 "$@"
+trap 'kill $base 2> /dev/null || true' EXIT
+train sr256 .45 "$@"
+train sr1024 .25 "$@"
 wait $base
 $cascade export "$runs/base64" "$runs/sr256" "$runs/sr1024" "$runs/model" \
     --dtype float16 --compute-dtype float32

@@ -1,12 +1,14 @@
 """The scripts in launch/, with stand-ins for the commands of clouds and clusters on PATH."""
 
 import contextlib
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -547,3 +549,44 @@ def test_a_slice_that_trains_already_is_followed_and_not_started_again(tmp_path)
     done = launch(tmp_path, "tpu.sh", "--poll", "0", "up", *TRAIN)
     assert done.returncode == 0, done.stderr
     assert not any("systemd-run" in call or " create " in call for call in calls(tmp_path))
+
+
+def test_the_gpu_recipe_shares_its_minutes_and_packs_the_model_in_parts(tmp_path):
+    runs = tmp_path / "runs"
+    weights = f"mkdir -p {runs}/model; head -c 31M /dev/urandom > {runs}/model/w"
+    stand_in(tmp_path, "cascade", f"if [ $1 = export ]; then {weights}; fi")
+    done = launch(tmp_path, "train_scenes_gpu.sh", str(runs), "--minutes", "6", "--batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    told = {}
+    for call in calls(tmp_path):
+        verb, *words = call.split()[1:]
+        if verb == "train":
+            told[Path(words[0]).stem] = float(words[words.index("--minutes") + 1])
+            assert (LAUNCH.parent / words[0]).is_file() and words[-2:] == ["--batch-size", "8"]
+    assert told == {"base64": 6.0, "sr256": pytest.approx(2.7), "sr1024": pytest.approx(1.5)}
+    parts = sorted((runs / "parts").iterdir())
+    assert len(parts) == 3 and max(part.stat().st_size for part in parts) < 16 * 2**20
+    with tarfile.open(fileobj=io.BytesIO(b"".join(part.read_bytes() for part in parts))) as packed:
+        content = packed.extractfile("model/w")
+        assert content is not None and content.read() == (runs / "model" / "w").read_bytes()
+
+
+def test_the_gpu_recipe_ends_with_a_part_that_failed(tmp_path):
+    stand_in(tmp_path, "cascade", "case $2 in *sr256*) echo no >&2; exit 2;; esac")
+    done = launch(tmp_path, "train_scenes_gpu.sh", str(tmp_path / "runs"))
+    assert done.returncode != 0 and "no" in done.stderr
+    assert not any(call.startswith("cascade export") for call in calls(tmp_path))
+
+
+@pytest.mark.parametrize("script", ["train_scenes.sh", "train_scenes_gpu.sh"])
+@pytest.mark.parametrize("word", ["--help", "-h", "--dry-run"])
+def test_an_option_in_place_of_a_folder_trains_nothing(script, word, tmp_path):
+    done = subprocess.run(
+        ["bash", str(LAUNCH / script), word],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and f"bash launch/{script}" in done.stdout and not done.stderr
+    assert not (LAUNCH.parent / word).exists()

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from cascade import testing
+from cascade.config import load
 from cascade.runner.model_folder import SHIPPED
 from cascade.scenes import training
 from cascade.scenes.dataset import ScenesData
-from cascade.stage import LowRes, Pixels
+from cascade.stage import LowRes, Pixels, Stage
 from cascade.text.tokenizer import Tokenizer
 from cascade.training.job import Optimizer
 from cascade.training.loop import fit
@@ -100,3 +101,14 @@ def test_a_run_learns_resumes_and_is_the_same_for_any_workers(workers, tmp_path)
     ]
     assert len(losses[0]) == 8 and losses[0][-1] < losses[0][0]
     assert losses[0] == losses[1]
+
+
+def test_the_gpu_configs_are_those_of_the_cascade_that_ships_but_for_the_base():
+    for name in ("base64", "sr256", "sr1024"):
+        cpu, gpu = (load(f"configs/scenes/{folder}{name}.py") for folder in ("", "gpu/"))
+        assert gpu.stage.network.compute_dtype == "bfloat16"
+        network = dataclasses.replace(gpu.stage.network, compute_dtype="float32")
+        assert dataclasses.replace(gpu.stage, network=cpu.stage.network) == cpu.stage
+        assert (network == cpu.stage.network) == (name != "base64")
+        weights = sum(x.size for x in jax.tree.leaves(Stage(gpu.stage).abstract()))
+        assert weights <= 10_000_000
