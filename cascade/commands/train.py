@@ -94,7 +94,7 @@ def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:
 
 
 def _workdir(name: str | None) -> Path:
-    if name is None:
+    if not name:
         raise UserError("--workdir DIR is missing: the folder of the run")
     folder = paths.path(name)
     if folder.exists() and not folder.is_dir():

@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 
 from cascade import images
 from cascade.data.transforms import block_means
-from cascade.diffusion.denoise import Threshold
+from cascade.diffusion.denoise import Constant, Threshold
 from cascade.evaluation.claims import Measured, Property, above, alike
 from cascade.evaluation.drawer import Drawer
 from cascade.scenes.captions import Caption, caption_at
@@ -156,7 +156,7 @@ def following(
 
 
 def saturation(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None) -> Property:
-    """Strong guidance drives pixels to the ends of the range, unless they are thresholded.
+    """Strong guidance in all steps drives pixels to the ends of the range, unless thresholded.
 
     Without thresholding it drives the most there, with dynamic thresholding the fewest. Chance is
     the share of such pixels in true pictures. advance: called after each picture.
@@ -164,7 +164,9 @@ def saturation(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None
     base = drawer.cascade.stages[0][0].config
     shares = {}
     for threshold in THRESHOLDS:
-        draw = drawer.replaced([base.name], guidance=SATURATING, threshold=threshold)
+        draw = drawer.replaced(
+            [base.name], guidance=SATURATING, guidance_plan=Constant(), threshold=threshold
+        )
         shares[threshold.kind] = _measured(
             prompts, lambda p, draw=draw: _saturated(_base(draw, p)), advance
         )
@@ -173,7 +175,7 @@ def saturation(drawer: Drawer, prompts: Prompts, advance: Advance = lambda: None
     return Property(
         title="saturated pixels: no thresholding > static > dynamic",
         unit="share of pixel values that are 0 or 255",
-        how=f"{base.name} at w={SATURATING:g}, the same prompts and noise for each",
+        how=f"{base.name} at w={SATURATING:g} in all steps, the same prompts and noise for each",
         figures=shares,
         claims=[
             above(f"{more} above {less}", shares[more], shares[less])

@@ -112,7 +112,8 @@ def pipelines(names: Sequence[str | Path]) -> list[PublishedStage]:
         folder = locate(name)
         index = folder / "model_index.json"
         lowres = found[-1].config.resolution if found else None
-        kind = read_json(index).get("_class_name")
+        told = read_json(index)
+        kind = told.get("_class_name") if isinstance(told, dict) else None
         if kind in deepfloyd.KINDS:
             config = deepfloyd.stage_config(folder, lowres)
             found.append(deepfloyd.Pipeline(folder=folder, config=config))

@@ -173,9 +173,10 @@ def _described(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{file}: stages must list folder names, got {names!r}")
     tokens = about.get("max_tokens", 1)
     if type(tokens) is not int or tokens < 1:
-        raise UserError(f"{file}: max_tokens must be 1 or more, got {tokens}")
-    if not isinstance(about.get("known_words", []), list):
-        raise UserError(f"{file}: known_words must be a list, got {about['known_words']!r}")
+        raise UserError(f"{file}: max_tokens must be 1 or more, got {tokens!r}")
+    words = about.get("known_words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{file}: known_words must be a list of words, got {words!r}"[:200])
     return about
 
 

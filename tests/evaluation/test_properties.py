@@ -14,6 +14,7 @@ from cascade import images, testing
 from cascade.commands import eval as evaluate
 from cascade.config import from_json, to_json
 from cascade.diffusion import process
+from cascade.diffusion.denoise import Constant
 from cascade.errors import UserError
 from cascade.evaluation import augmentation, properties
 from cascade.evaluation.claims import NEEDED, Claim, Property, above, alike
@@ -182,6 +183,7 @@ def saturating(shares):
 
     def paint(prompt, seed, settings, lowres):
         assert settings.guidance == properties.SATURATING
+        assert settings.guidance_plan == Constant()
         rng, share = np.random.default_rng(seed), shares[settings.threshold.kind]
         ends = 255 * rng.integers(0, 2, (64, 64, 3))
         return np.where(rng.random((64, 64, 3)) < share, ends, 100).astype(np.uint8)

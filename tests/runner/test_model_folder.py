@@ -33,7 +33,9 @@ def test_how_texts_are_read_is_what_the_folder_says(tmp_path):
         ({"stages": []}, "stages must list folder names, got"),
         ({"stages": "base8"}, "stages must list folder names, got"),
         ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
-        ({"known_words": "a"}, "known_words must be a list, got 'a'"),
+        ({"max_tokens": "32"}, "max_tokens must be 1 or more, got '32'"),
+        ({"known_words": "a"}, "known_words must be a list of words, got 'a'"),
+        ({"known_words": [["a"]]}, r"known_words must be a list of words, got \[\['a'\]\]"),
     ],
 )
 def test_a_folder_that_says_what_cannot_be_is_refused(tmp_path, about, message):
