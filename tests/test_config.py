@@ -27,6 +27,7 @@ from cascade.published.stage import PublishedLowRes, PublishedStageConfig, Publi
 from cascade.published.x4_upscaler.unet import UpscalerLevel, UpscalerUNetConfig
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import TextPretraining
+from cascade.scenes.training import ScenesTraining
 from cascade.stage import (
     Augmentation,
     Condition,
@@ -388,6 +389,7 @@ EXAMPLES = {
             ema_profiles=(0.05, 0.1),
             degradation=degradation.Blur(),
         ),
+        ScenesTraining(stage=STAGE, data=ScenesData(), images=8, batch_size=8, minutes=1.5),
         TextPretraining(encoder=T5, images=100_000),
     ],
 }

@@ -159,6 +159,7 @@ class _TrainedRun:
 
 def _run(workdir: paths.Path, sigma_rel: float | None) -> _TrainedRun:
     """Read a run's averages. Raises UserError unless the folder holds the run of a stage."""
+    from cascade.stage import Stage
     from cascade.storage.checkpoint import Checkpoints
     from cascade.training.loop import frozen, saved_job, saved_weights
     from cascade.training.stage_training import StageJob
@@ -180,7 +181,19 @@ def _run(workdir: paths.Path, sigma_rel: float | None) -> _TrainedRun:
         weights = saved_weights(job, saved, weights)
     else:
         step, weights = _reconstructed(workdir, job, step, sigma_rel)
-    return _TrainedRun(job, step, job.trainable.whole(weights, frozen(job)))
+    weights = job.trainable.whole(weights, frozen(job))
+    if _shapes(weights) != _shapes(Stage(job.stage).abstract()):
+        raise UserError(
+            f"{workdir}: its weights are not those of a stage as its config says; one of them is "
+            "damaged: remove the newest folder of checkpoints/ to export the one before"
+        )
+    return _TrainedRun(job, step, weights)
+
+
+def _shapes(weights: Any) -> Any:
+    import jax
+
+    return jax.tree.map(lambda x: tuple(x.shape), weights)
 
 
 def _reading(runs: Sequence[_TrainedRun]) -> Reading | None:

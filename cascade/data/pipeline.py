@@ -105,7 +105,12 @@ class Batches(Iterator[Batch]):
         return {"examples": self._step * self._examples}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go on from a state. Raises UserError if it is no whole number of batches."""
+        """Go on from a state.
+
+        Raises UserError if it is no whole number of batches, and ValueError if it is no state.
+        """
+        if not 0 <= state["examples"] < 2**62:
+            raise ValueError("examples must be 0 or more")
         step, rest = divmod(state["examples"], self._examples)
         if rest:
             raise UserError(

@@ -223,6 +223,8 @@ class TextBatches:
         return {"examples": self._step * self._job.batch_size}
 
     def set_state(self, state: dict[str, int]) -> None:
+        if not 0 <= state["examples"] < 2**62:
+            raise ValueError("examples must be 0 or more")
         self._step = state["examples"] // self._job.batch_size
         self._start()
 

@@ -216,12 +216,20 @@ def _initial_state(
     target.pop("frozen", None)
     if earlier_versions.is_old(saved):
         renamed = earlier_versions.old_path_of(job)
-        _, train, ema, data_state = checkpoints.restore(**earlier_versions.as_old(target, renamed))
+        at, train, ema, data_state = checkpoints.restore(**earlier_versions.as_old(target, renamed))
         state = earlier_versions.as_new({"train": train, "ema": ema}, target, renamed)
     else:
-        _, train, ema, data_state = checkpoints.restore(**target)
+        at, train, ema, data_state = checkpoints.restore(**target)
         state = {"train": train, "ema": ema}
-    data.set_state(data_state)
+    try:
+        data.set_state(data_state)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{checkpoints.directory}: the place in the data of checkpoint {at} is damaged "
+            f"({data_state!r}); remove the folder {at} to go on from the one before"
+        ) from None
     if job.trainable.freezes:
         state |= {k: v for k, v in started().items() if k == "frozen"}
     return state, placement

@@ -391,7 +391,8 @@ def test_a_run_that_is_told_again_to_end_finishes_its_checkpoint(tmp_path, monke
 
 
 def _minus(a, b):
-    return jax.tree.map(lambda x, y: x - y, a, b)
+    """On the host: sums over eight simulated devices, one after the other, can wait for ever."""
+    return jax.tree.map(lambda x, y: x - y, *jax.device_get((a, b)))
 
 
 def test_a_finished_run_writes_its_pictures_and_holds_no_text_encoder(tmp_path):
@@ -496,6 +497,29 @@ def test_a_run_from_before_a_field_existed_goes_on_with_its_default(started, tmp
     monkeypatch.setattr(Checkpoints, "read_config", read_older)
     fit(scenes_config(), workdir, until=24)
     assert rows(workdir)[-1]["images"] == 24
+
+
+def test_weights_that_are_not_those_of_the_config_are_not_exported(started, tmp_path, monkeypatch):
+    restore = Checkpoints.restore_ema
+
+    def of_another_width(self):
+        step, weights, saved = restore(self)
+        saved["stage"]["network"]["levels"][0]["width"] = 24
+        return step, weights, saved
+
+    monkeypatch.setattr(Checkpoints, "restore_ema", of_another_width)
+    with pytest.raises(UserError, match="its weights are not those of a stage as its config says"):
+        export([started], tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("state", ["{}", "[]", "5", '{"examples": "x"}', '{"examples": -8}'])
+def test_a_damaged_place_in_the_data_is_told_with_the_checkpoint(started, tmp_path, state):
+    workdir = shutil.copytree(started, tmp_path / "run")
+    (step,) = [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal()]
+    (workdir / "checkpoints" / step / "data" / "metadata").write_text(state)
+    with pytest.raises(UserError, match=f"the place in the data of checkpoint {step} is damaged"):
+        fit(scenes_config(), workdir, until=24)
 
 
 def test_a_run_may_start_from_the_weights_of_a_model(started, tmp_path):
@@ -604,7 +628,9 @@ def test_what_is_exported_is_the_average_of_the_weights(started, tmp_path):
     exported = load_safetensors(file, Stage(config.stage).abstract())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), exported, ema)
     # After two steps the weights themselves are elsewhere.
-    assert optax.tree.norm(_minus(ema, state["params"])) > 5e-4 * optax.tree.norm(ema)
+    assert optax.tree.norm(_minus(ema, state["params"])) > 5e-4 * optax.tree.norm(
+        jax.device_get(ema)
+    )
 
 
 def test_the_config_says_what_a_run_reads(tmp_path, monkeypatch):
