@@ -157,6 +157,6 @@ def test_public_weights_are_named_only_where_they_are_read():
 
 
 def test_no_file_is_longer_than_600_lines_and_few_lie_at_the_top():
-    for file in ROOT.rglob("*.py"):
+    for file in (*ROOT.rglob("*.py"), *Path(__file__).parent.rglob("*.py")):
         assert len(file.read_text().splitlines()) <= 600, file
     assert len(list(ROOT.glob("*.py"))) <= 8

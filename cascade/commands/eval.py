@@ -71,6 +71,8 @@ class ScenesOptions(_TextOptions):
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
     guidance: ByStage = None
     """Weight of classifier-free guidance, by stage; 1 is none."""
+    guidance_plan: ByStage = None
+    """The weight over the steps, by stage, as `cascade sample --guidance-plan`."""
     aug_level: ByStage = None
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
 
@@ -160,6 +162,7 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
         drawer = _drawer(
             options,
             guidance=options.guidance,
+            guidance_plan=options.guidance_plan,
             aug_level=options.aug_level,
             until=options.until,
         )
@@ -288,6 +291,7 @@ def _drawer(
     options: _Options,
     *,
     guidance: str | None = None,
+    guidance_plan: str | None = None,
     aug_level: str | None = None,
     until: int | None = None,
     enlarging: bool = False,
@@ -311,7 +315,12 @@ def _drawer(
         names = [name for name, _, _ in super_resolution_stages(cascade)]
         stages = [stage for stage in stages if stage.name in names]
     every = [stage.config for stage, _ in cascade.stages]
-    lists = {"steps": options.steps, "guidance": guidance, "aug_level": aug_level}
+    lists = {
+        "steps": options.steps,
+        "guidance": guidance,
+        "guidance_plan": guidance_plan,
+        "aug_level": aug_level,
+    }
     settings = override(stages, every, **lists)
     return Drawer(
         cascade=cascade,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
+from cascade import images
 from cascade.scenes import render, spec
 from cascade.scenes.spec import Scene
 
@@ -91,10 +92,8 @@ def draw(
 
 def block_means(pictures: UInt8[Array, "b h w c"], factor: int) -> UInt8[Array, "b h2 w2 c"]:
     """The means over blocks of factor x factor pixels, rounded, as `transforms.block_means`."""
-    b, h, w, c = pictures.shape
-    blocks = pictures.reshape(b, h // factor, factor, w // factor, factor, c)
-    total = blocks.astype(jnp.float32).sum((2, 4))
-    return jnp.rint(total / factor**2).astype(jnp.uint8)
+    means = images.downsample(pictures.astype(jnp.float32), factor)
+    return jnp.rint(means).astype(jnp.uint8)
 
 
 _BACKGROUNDS = np.array([render.BACKGROUNDS[name] for name in spec.BACKGROUNDS], np.float32)

@@ -39,6 +39,7 @@ def refused(capsys, *words):
 def test_no_program_is_run_to_read_a_picture(tmp_path, content, monkeypatch):
     """PostScript would be given to Ghostscript."""
     ran = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
     monkeypatch.setattr("subprocess.check_call", lambda *a, **k: ran.append(a))
     monkeypatch.setattr("subprocess.Popen", lambda *a, **k: ran.append(a))
     (tmp_path / "a.png").write_bytes(content)

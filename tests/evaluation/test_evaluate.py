@@ -159,8 +159,10 @@ def test_a_perfect_model_has_every_fact_right_at_every_size(renderer, tmp_path, 
 
 def test_lists_by_stage_are_of_the_stages_that_draw(renderer, tmp_path, capsys):
     argv = ["scenes", "--prompts", 1, "--steps", "7", "--until", 64, "--out", tmp_path / "out"]
-    report, _ = run(capsys, *argv, "--guidance", "2")
+    report, _ = run(capsys, *argv, "--guidance", "2", "--guidance-plan", "interval:1:9")
     assert set(report["settings"]) == {"base64"}
+    plan = report["settings"]["base64"]["guidance_plan"]
+    assert (plan["low"], plan["high"]) == (1, 9)
     assert report["settings"]["base64"]["steps"] == 7
     assert report["settings"]["base64"]["guidance"] == 2
 

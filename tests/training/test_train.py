@@ -1,8 +1,6 @@
 import dataclasses
 import functools
-import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -21,7 +19,6 @@ from cascade.config import load
 from cascade.data import BSR
 from cascade.devices import sharding
 from cascade.devices.sharding import MeshConfig
-from cascade.diffusion import loss as noise
 from cascade.errors import UserError
 from cascade.models import Level, UNetConfig
 from cascade.runner.cascade import Cascade
@@ -130,21 +127,6 @@ def test_parts_of_a_batch_are_given_the_noise_that_the_whole_batch_gives_them():
     assert np.isclose(np.mean(parts), whole, rtol=1e-5)
 
 
-def test_parts_of_a_batch_drop_out_other_values(monkeypatch):
-    """With the noise of the first part for all, the parts of equal rows differ by dropout alone."""
-    config, key = testing.smallest_stage(), jax.random.key(3)
-    monkeypatch.setattr(noise, "draw", lambda draw, shape, part: draw(shape))
-    losses = []
-    for dropout in (0.0, 0.5):
-        network = dataclasses.replace(config.network, dropout=dropout)
-        stage = Stage(dataclasses.replace(config, network=network))
-        params = testing.lively(stage)
-        loss = jax.jit(lambda rows, i, s=stage, p=params: s.loss(p, rows, key, (i, 2))[0])
-        losses.append([float(loss(batch_of(), i)) for i in range(2)])
-    (same, again), (one, other) = losses
-    assert same == again and one != other
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pulled(Job):
     """A weight that is pulled to 1, in place of a network: its sums and limits are known."""
@@ -221,23 +203,6 @@ def test_averages_kept_besides_follow_their_profiles_and_make_others(tmp_path, m
     assert _reconstructed(tmp_path, config, 11, 0.1)[0] == 8  # as if set back to before the last
 
 
-def test_the_rate_warms_up_stays_and_cools_down():
-    rule = Optimizer(learning_rate=1.0, warmup_images=16, cooldown_images=32)
-    rates = [float(rule.rate(step, batch_size=8, steps=10)) for step in range(11)]
-    assert np.allclose(rates, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
-
-
-def test_weight_decay_spares_biases_and_norms():
-    params = {
-        "conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
-        "norm": {"scale": jnp.ones(2)},
-    }
-    rule = Optimizer(name="adamw", learning_rate=1.0, weight_decay=0.5).build(8, 8)
-    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
-    assert float(updates["conv"]["kernel"][0, 0]) == -0.5
-    assert float(updates["conv"]["bias"][0]) == float(updates["norm"]["scale"][0]) == 0
-
-
 @pytest.mark.parametrize("name", ["adam", "adamw", "adafactor"])
 def test_every_optimizer_lowers_the_loss(name):
     rate = 0.1 if name == "adafactor" else 1e-2
@@ -280,21 +245,6 @@ FROM_ZERO = ("seed", "workers", "preview_every_images", "profile_steps")
 def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         config_of(**changes)
-
-
-@pytest.mark.parametrize(
-    "names,values,message",
-    [
-        (("learning_rate", "clip", "eps"), (0.0, math.nan), "must be above 0, got"),
-        (("warmup_images", "cooldown_images"), (-1,), "must be 0 or more, got -1"),
-        (("weight_decay",), (-1.0, math.nan), "must be 0 or more, got"),
-        (("b1", "b2"), (1.0, -0.1), r"must be in \[0, 1\), got"),
-    ],
-)
-def test_impossible_updates_are_refused(names, values, message):
-    for name, value in itertools.product(names, values):
-        with pytest.raises(ValueError, match=rf"Optimizer\.{name} {message}"):
-            Optimizer(**{name: value})
 
 
 # The loop, on rendered scenes at 8 px with the text encoder that ships.
@@ -499,20 +449,6 @@ def test_a_run_from_before_a_field_existed_goes_on_with_its_default(started, tmp
     assert rows(workdir)[-1]["images"] == 24
 
 
-def test_weights_that_are_not_those_of_the_config_are_not_exported(started, tmp_path, monkeypatch):
-    restore = Checkpoints.restore_ema
-
-    def of_another_width(self):
-        step, weights, saved = restore(self)
-        saved["stage"]["network"]["levels"][0]["width"] = 24
-        return step, weights, saved
-
-    monkeypatch.setattr(Checkpoints, "restore_ema", of_another_width)
-    with pytest.raises(UserError, match="its weights are not those of a stage as its config says"):
-        export([started], tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
 @pytest.mark.parametrize("state", ["{}", "[]", "5", '{"examples": "x"}', '{"examples": -8}'])
 def test_a_damaged_place_in_the_data_is_told_with_the_checkpoint(started, tmp_path, state):
     workdir = shutil.copytree(started, tmp_path / "run")
@@ -553,24 +489,6 @@ def test_text_of_another_width_is_refused_before_training(tmp_path):
     told = r"embeddings are 128 wide, and stage base8 takes 8 \(its Text.width\)"
     with pytest.raises(UserError, match=told):
         fit(config, tmp_path)
-
-
-def test_updates_have_the_size_of_the_rate_and_of_the_clip():
-    """Adam that remembers nothing moves every weight by the rate, or by rate g / (|g| + eps)."""
-    o = Optimizer(
-        learning_rate=2.0, warmup_images=16, cooldown_images=32, b1=0.0, b2=0.0, eps=1e-20
-    )
-    rule = o.build(batch_size=8, steps=10)
-    params = {"w": jnp.array([3.0, -4.0])}
-    state, sizes = rule.init(params), []
-    for _ in range(10):
-        updates, state = rule.update(params, state, params)
-        sizes.append(-updates["w"])
-    np.testing.assert_allclose(sizes, np.outer([1, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5], [1, -1]))
-    clipped = Optimizer(learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, clip=0.5)  # of a norm of 5
-    rule = clipped.build(batch_size=8, steps=10)
-    updates, _ = rule.update(params, rule.init(params), params)
-    np.testing.assert_allclose(updates["w"], [-0.3 / 1.3, 0.4 / 1.4], rtol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -677,8 +595,5 @@ def test_a_seed_decides_the_first_weights(tmp_path):
         none = Checkpoints(tmp_path), None, NoData()
         return loop._initial_state(config, rule, mesh, *none)[0]["ema"]
 
-    assert (
-        optax.tree.norm(_minus(first(0), first(0)))
-        == 0
-        < optax.tree.norm(_minus(first(0), first(1)))
-    )
+    same, other = (optax.tree.norm(_minus(first(0), first(seed))) for seed in (0, 1))
+    assert same == 0 < other

@@ -13,10 +13,12 @@ from model_folders import model_folder
 from cascade import testing
 from cascade.commands.export import export
 from cascade.data import Data, Source, batches
+from cascade.errors import UserError
 from cascade.models.layers import Linear
 from cascade.models.signals import Signals, Widths
 from cascade.runner.cascade import Cascade
 from cascade.stage import Condition
+from cascade.storage.checkpoint import Checkpoints
 from cascade.training.job import Optimizer
 from cascade.training.loop import fit
 from cascade.training.stage_training import StageTraining
@@ -121,3 +123,17 @@ def test_beside_stages_that_read_text_it_is_exported_with_their_encoder(run, tmp
     assert report["stages"] == ["base8", above.name] and report["max_tokens"] == 9
     assert (tmp_path / "model/text_encoder/config.json").is_file()
     assert set(Cascade.load(tmp_path / "model")("grey 1")[0].images) == {8, 16}
+
+
+def test_weights_that_are_not_those_of_the_config_are_not_exported(run, tmp_path, monkeypatch):
+    restore = Checkpoints.restore_ema
+
+    def of_another_width(self):
+        step, weights, saved = restore(self)
+        saved["stage"]["network"]["levels"][0]["width"] = 24
+        return step, weights, saved
+
+    monkeypatch.setattr(Checkpoints, "restore_ema", of_another_width)
+    with pytest.raises(UserError, match="its weights are not those of a stage as its config says"):
+        export([run], tmp_path / "model")
+    assert not (tmp_path / "model").exists()
