@@ -60,6 +60,7 @@ def convert_deepfloyd(options: DeepFloydOptions) -> dict:
     """
     from cascade.published.pipelines import Pipelines
     from cascade.runner.model_folder import VERSION
+    from cascade.storage import checksums
     from cascade.storage.paths import WholeFolder, write_json
     from cascade.text import t5
 
@@ -85,4 +86,5 @@ def convert_deepfloyd(options: DeepFloydOptions) -> dict:
         if encoder is not None:
             t5.copy_folder(encoder, folder / "text_encoder", spelled)
         write_json(folder / "config.json", report)
+        checksums.write_each(folder)
     return report

@@ -90,6 +90,7 @@ def export(
     """
     from cascade.runner.cascade import check_chain
     from cascade.runner.model_folder import VERSION, open_model
+    from cascade.storage import checksums
     from cascade.storage.paths import WholeFolder, write_json
     from cascade.storage.weights import save_safetensors
     from cascade.text import t5
@@ -141,6 +142,7 @@ def export(
         if encoder is not None:
             t5.copy_folder(encoder, folder / "text_encoder")
         write_json(folder / "config.json", report)
+        checksums.write_each(folder)
     return report
 
 

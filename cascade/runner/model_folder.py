@@ -3,7 +3,8 @@
 A model folder holds `config.json` ({"format": "cascade", "stages": [names], ...}), one folder a
 stage (`config.json`, `model.safetensors`) and `text_encoder/` in the usual Hugging Face layout,
 unless its `text_encoder` names one on the Hugging Face hub. A stage that does not share that
-encoder has its own in its folder. Reading one runs no code.
+encoder has its own in its folder. Each folder has a SHA256SUMS, which its files must match. Reading
+one runs no code.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cascade.errors import UserError
 from cascade.published import earlier_versions
 from cascade.published.pipelines import Pipelines, is_pipeline
 from cascade.stage import Stage, StageConfig
-from cascade.storage import paths, weights
+from cascade.storage import checksums, paths, weights
 from cascade.storage.network import Published
 from cascade.text import DEFAULT_MAX_TOKENS, clip
 from cascade.text.captions import Captions
@@ -129,6 +130,7 @@ class ModelFolder:
     def _stage(self, name: str) -> tuple[StageConfig, bool]:
         """Its config, and whether an earlier version wrote its folder."""
         file = self._folder / name / "config.json"
+        checksums.check(file)
         value = read_json(file)
         config = from_json(StageConfig, earlier_versions.upgraded(value), str(file))
         return config, earlier_versions.is_old(value)
@@ -159,6 +161,7 @@ def _described(folder: pathlib.Path) -> dict[str, Any]:
     folders in this one.
     """
     file = folder / "config.json"
+    checksums.check(file)
     about = read_json(file)
     if not isinstance(about, dict) or about.get("format") != "cascade":
         raise UserError(f"{file}: not a cascade's; give a folder of `cascade export`")

@@ -2,7 +2,7 @@
 
 A run's folder holds `checkpoints/STEP/{train,ema,config,data}`: what the optimizer owns, the
 averaged weights, the config as JSON, and where the data stood. Each can be restored alone and on
-any mesh.
+any mesh. `STEP/SHA256SUMS`, written before a checkpoint appears, has the checksum of every file.
 """
 
 from __future__ import annotations
@@ -20,28 +20,55 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from cascade.errors import UserError
-from cascade.storage import paths
+from cascade.storage import checksums, paths
+from cascade.storage.paths import Path
+
+ITEMS = ("train", "ema", "config", "data")
+
+
+def check_name(folder: Path) -> None:
+    """UserError for a folder whose name holds what libraries take for a pattern of names."""
+    if found := re.search(r"[*?\[\]]", str(folder)):
+        raise UserError(
+            f"{folder}: a run's folder must be named without {found[0]}, or its checkpoints could "
+            "not be found again; name another"
+        )
 
 
 class Checkpoints:
     """The checkpoints of one run. Saving is asynchronous: `close` (or the next save) waits."""
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int | None = 3):
+    def __init__(
+        self, workdir: str | os.PathLike[str], keep: int | None = 3, *, clears: bool = False
+    ):
         """workdir: the run's folder, here or in object storage, which is made if it is missing.
-        keep: how many of the newest checkpoints stay there; None keeps all.
+        keep: how many of the newest checkpoints stay there; None keeps all. clears: remove what a
+        killed run had begun to write, which nobody may be writing now.
+        Raises UserError for a folder whose name Orbax cannot read again.
         """
         folder = paths.path(workdir)
+        check_name(folder)
         if isinstance(folder, pathlib.Path):
             folder = folder.absolute()  # for Orbax
         self.directory = folder / "checkpoints"
+        paths.make_folder(self.directory)
+        if clears and jax.process_index() == 0:
+            for begun in [p for p in self.directory.iterdir() if ".orbax-checkpoint-tmp" in p.name]:
+                epath.Path(begun).rmtree()
+        self._saving: int | None = None
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-            item_names=("train", "ema", "config", "data"),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+            item_names=ITEMS,
         )
 
     def steps(self) -> list[int]:
@@ -62,6 +89,8 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
         )
         with self._unwritten_is_told():
+            self._manager.wait_until_finished()  # `_seal` is still busy with the one before
+            self._saving = step
             self._manager.save(step, args=args)
 
     def restore(self, *, train: Any, ema: Any) -> tuple[int, Any, Any, Any]:
@@ -127,6 +156,14 @@ class Checkpoints:
                 "run the same command again"
             ) from e
 
+    def _seal(self) -> None:
+        """Write the checksums of the checkpoint that is about to appear; one process does."""
+        for folder in self.directory.iterdir():  # in object storage it has its last name already
+            step, _, rest = folder.name.partition(".")
+            if step == str(self._saving) and not rest.startswith("damaged"):
+                files = [f for name in ITEMS for f in checksums.files_under(folder / name)]
+                checksums.write(folder, files)
+
     def _set_aside(self, step: int) -> None:
         names = (self.directory / f"{step}.damaged{n}" for n in itertools.count(1))
         (self.directory / str(step)).rename(next(p for p in names if not p.exists()))
@@ -136,25 +173,44 @@ class Checkpoints:
 
         Processes go on to the checkpoint before together.
         """
-        reasons = []
-        for step in reversed(self.steps()):
-            found, reason = None, "another process cannot read it"
-            try:
-                with _quiet_orbax(), _own_reader() as reader:
-                    found = reader.restore(self.directory / str(step), args=args)
-            except Exception as e:  # Orbax raises whatever the damaged file made its readers raise
-                reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        reasons, steps = [], self.steps()
+        while steps:
+            step = steps.pop()
+            folder = self.directory / str(step)
+            found, reason = None, self._damage(folder, list(args.keys()))
+            if _all_processes(reason is None):
+                try:
+                    with _quiet_orbax(), _own_reader() as reader:
+                        found = reader.restore(folder, args=args)
+                except Exception as e:  # whatever a damaged file makes Orbax's readers raise
+                    reason = _first_line(e)
             if _all_processes(found is not None):
                 return step, found
+            reason = reason or "another process cannot read it"
+            if not _all_processes(folder.exists()):  # its run has gone on, and removed it
+                self._manager.reload()
+                steps = [s for s in self.steps() if s != step]
+                continue
             reasons.append(f"{step}: {reason}")
             warnings.warn(
-                f"checkpoint {self.directory / str(step)} cannot be read and is passed over",
-                stacklevel=2,
+                f"checkpoint {folder} cannot be read ({reason}) and is passed over", stacklevel=2
             )
         raise UserError(
             f"{self.directory}: no readable checkpoint ({'; '.join(reasons) or 'none was saved'}); "
             "restore the folder from a copy, or start again in an empty --workdir"
         )
+
+    def _damage(self, folder: Path, items: list[str]) -> str | None:
+        """Look through this process's share of the checkpoint's files."""
+        part, parts = jax.process_index(), jax.process_count()
+        try:
+            return checksums.damage(folder, items, part=part, parts=parts)
+        except OSError as e:
+            return _first_line(e)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _own_reader() -> ocp.Checkpointer:
@@ -170,6 +226,11 @@ def _own_reader() -> ocp.Checkpointer:
 
 def _all_processes(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(ok)).all())
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs pages, and a traceback before it raises the same; what it raises is told."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _of_the_system(error: BaseException | None) -> str | None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.models import Network
-from cascade.storage import weights
+from cascade.storage import checksums, weights
 from cascade.storage.weights import Origin
 
 Config = TypeVar("Config")
@@ -33,6 +33,7 @@ def read_config(folder: Path, parse: Callable[[Mapping[str, Any]], Config], mode
     model: the class whose fields they are, such as "diffusers.AutoencoderKL".
     """
     file = folder / "config.json"
+    checksums.check(file)
     fields = read_json(file)
     if not isinstance(fields, dict):
         raise UserError(f"{file}: must hold the fields of a {model.split('.')[-1]}")

@@ -20,7 +20,6 @@ on its way; of a sharded parameter a host reads the part that its own devices ho
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -36,7 +35,7 @@ import numpy as np
 import safetensors
 
 from cascade.errors import UserError
-from cascade.storage import paths
+from cascade.storage import checksums, paths
 
 Index = tuple[slice, ...]
 """A part of a tensor or parameter: one slice for each axis."""
@@ -197,13 +196,15 @@ def opened(folder: Path, stem: str, *, what: str, convert: str) -> Iterator[Weig
 
     stem: what the names of the files begin with. what: how errors call the folder ("text encoder").
     convert: Python that writes what is pickled as safetensors, for the error that refuses pickles.
-    Raises UserError for what is missing, damaged or pickled.
+    Raises UserError for what is missing, damaged (by its checksum too, where there is one) or
+    pickled.
     """
     name = f"{what} {folder}"
     with contextlib.ExitStack() as stack:
         files = {}
         for file in _files(folder, stem, name, convert):
             try:
+                checksums.check(file)
                 files[file.name] = stack.enter_context(_open(file))
             except _DAMAGE as e:
                 raise UserError(
@@ -246,14 +247,24 @@ def read(weights: Weights, origins: Mapping[str, Origin], target: Any) -> Any:
     """Read the parameters: target, nested dicts of ShapeDtypeStructs -> the same of jax arrays.
 
     Arrays have the structs' shapes, dtypes and, where a struct has one, sharding; the others are on
-    the default device. Call `fit` first. Raises UserError for tensors that are not floats, and for
-    files that turn out to be damaged.
+    the default device. Call `fit` first. Raises UserError for tensors that are not floats or not
+    finite, and for files that turn out to be damaged.
     """
     for name in itertools.chain.from_iterable(origin.names for origin in origins.values()):
         weights.dtype(name)
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        part: Any = functools.partial(_part, weights, origins[_name(path)], leaf.dtype)
+        origin = origins[_name(path)]
+
+        def part(index: Any) -> np.ndarray:
+            value = _part(weights, origin, leaf.dtype, index)
+            if not np.isfinite(value).all():
+                raise UserError(
+                    f"{weights.name}: {origin.names[0]} holds a value that is not a finite number; "
+                    "the file is damaged, or its training diverged: use another"
+                )
+            return value
+
         if leaf.sharding is None:
             return jax.device_put(part((slice(None),) * len(leaf.shape)))
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5EncoderModel, quantized
-from cascade.storage import paths, weights
+from cascade.storage import checksums, paths, weights
 from cascade.storage.weights import Origin
 from cascade.text.captions import Captions
 from cascade.text.embedding import TextEmbedding
@@ -188,6 +188,7 @@ def read_folder(
     """
     folder, config_file, vocabulary = _places(folder)
     config = dataclasses.replace(_read_config(config_file), compute_dtype=compute_dtype, int8=int8)
+    checksums.check(vocabulary)
     return config, _read_parameters(folder, config, shardings), vocabulary.read_bytes()
 
 
@@ -342,6 +343,7 @@ def _weights_folder(folder: Path) -> Path:
 
 
 def _read_config(file: Path) -> T5Config:
+    checksums.check(file)
     try:
         return T5Config.from_hf_dict(json.loads(file.read_text()))
     except FileNotFoundError:

@@ -1,4 +1,5 @@
 import os
+import random
 import resource
 import shutil
 import warnings
@@ -6,6 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import processes
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -62,6 +64,91 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     with pytest.warns(UserWarning, match="cannot be read"):
         step, _, ema, _ = Checkpoints(tmp_path).restore(train=abstract(tree), ema=abstract(tree))
     assert step == 1 and float(ema["w"][0, 0]) == 1.0
+
+
+def files_of(folder):
+    return [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+
+
+def flip_a_bit(file, rng):
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_and_its_file_is_named(tmp_path):
+    tree = saved(tmp_path / "run")
+    rng = random.Random(0)
+    newest = tmp_path / "run" / "checkpoints" / "2"
+    items = [f for f in files_of(newest) if f.parent != newest]
+    assert len(items) > 12
+    for file in items:
+        whole = file.read_bytes()
+        flip_a_bit(file, rng)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = Checkpoints(tmp_path / "run")._newest(
+                ocp.args.Composite(
+                    train=ocp.args.StandardRestore(abstract(tree)),
+                    ema=ocp.args.StandardRestore(abstract(tree)),
+                    config=ocp.args.JsonRestore(),
+                    data=ocp.args.JsonRestore(),
+                )
+            )
+        assert found[0] == 1, file
+        named = file.relative_to(newest).as_posix()
+        assert any(named in str(w.message) for w in told)
+        file.write_bytes(whole)
+    assert Checkpoints(tmp_path / "run").read_config() == {"step": 2}
+
+
+def test_a_missing_file_of_a_checkpoint_is_named(tmp_path):
+    saved(tmp_path)
+    lost = next((tmp_path / "checkpoints" / "2" / "ema").rglob("d/*"))
+    lost.unlink()
+    with pytest.warns(UserWarning, match=f"{lost.name} is missing"):
+        assert Checkpoints(tmp_path).restore_ema()[0] == 1
+
+
+def test_a_reader_finds_a_whole_checkpoint_when_its_run_removes_the_one_it_reads(
+    tmp_path, monkeypatch
+):
+    saved(tmp_path)
+    reader = Checkpoints(tmp_path)
+    look = Checkpoints._damage
+
+    def removed(self, folder, items):
+        if folder.name == "2":
+            saved(tmp_path, steps=(3,))
+            shutil.rmtree(folder)
+        return look(self, folder, items)
+
+    monkeypatch.setattr(Checkpoints, "_damage", removed)
+    assert reader.restore_ema()[0] == 3
+
+
+@pytest.mark.parametrize("name", ["exp [v2]", "a*", "what?", "x]"])
+def test_a_folder_named_as_a_pattern_is_refused_before_it_is_made(tmp_path, name):
+    with pytest.raises(UserError, match="named without"):
+        Checkpoints(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["{a}", "a#b", "100%", "a: b", "it's", 'a "b"', "ü 漢", "a" * 200])
+def test_a_folder_of_any_other_name_gives_its_checkpoints_back(tmp_path, name):
+    saved(tmp_path / name)
+    assert Checkpoints(tmp_path / name).restore_ema()[0] == 2
+
+
+def test_what_a_killed_save_has_left_is_removed_by_the_run_that_goes_on(tmp_path):
+    saved(tmp_path, steps=(1,))
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    Checkpoints(tmp_path)
+    assert (folder / "2.orbax-checkpoint-tmp").is_dir()  # it may be under way
+    Checkpoints(tmp_path, clears=True)
+    assert [p.name for p in folder.iterdir()] == ["1"]
 
 
 @pytest.mark.filterwarnings("ignore")
