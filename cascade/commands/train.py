@@ -45,6 +45,17 @@ def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
+    xla_flags.apply(xla_flags.expected_backend(), os.environ)
+    with distributed.processes():  # so that a wrong word in one of them ends the others too
+        folder, ended = _train(argv)
+    if not ended:
+        print(f"stopped: {folder}; the same command goes on", file=sys.stderr)
+        sys.exit(STOPPED)
+    print(f"done: {folder}", file=sys.stderr)
+
+
+def _train(argv: list[str]) -> tuple[Path, bool]:
+    """The run's folder, and whether the run came to its end."""
     path, rest = argv[0], argv[1:]
     if path.startswith("-"):
         raise UserError(
@@ -52,17 +63,11 @@ def main(argv: Sequence[str]) -> None:
         )
     workdir, rest = config.take(rest, "--workdir")
     until, rest = config.take(rest, "--until")
-    xla_flags.apply(xla_flags.expected_backend(), os.environ)
     job = read_job(path, rest, prog=f"cascade train {path}")
     from cascade.training.loop import fit
 
     folder, images = _workdir(workdir), _images(until)
-    with distributed.processes():
-        ended = fit(job, folder, until=images)
-    if not ended:
-        print(f"stopped: {folder}; the same command goes on", file=sys.stderr)
-        sys.exit(STOPPED)
-    print(f"done: {folder}", file=sys.stderr)
+    return folder, fit(job, folder, until=images)
 
 
 def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:

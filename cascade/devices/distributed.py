@@ -7,10 +7,11 @@ from then on every process sees all devices and takes part in every step.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from cascade.devices import xla_flags
@@ -49,6 +50,52 @@ def processes() -> Iterator[None]:
         # All wait here for the last one: were the first, which serves the others, to leave before,
         # they would take it for lost and abort.
         jax.distributed.shutdown()
+
+
+def agree(what: Mapping[str, str]) -> None:
+    """Stop all processes, with UserError in each, unless every one was given the same.
+
+    what: named things that decide what a process does, such as its config as JSON.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.sha256(text.encode()).digest() for text in what.values()]
+    own = np.frombuffer(b"".join(digests), np.uint8).reshape(len(what), 32)
+    everyone = np.asarray(multihost_utils.process_allgather(own))
+    for number, theirs in enumerate(everyone):
+        other = [name for i, name in enumerate(what) if (theirs[i] != everyone[0][i]).any()]
+        if other:
+            raise UserError(
+                f"process {number} of {len(everyone)} was started with another "
+                f"{' and another '.join(other)} than process 0; start the same command in each"
+            )
+
+
+def all_or_none(call: Callable[[], None]) -> None:
+    """Call it in the first process; where it raises UserError there, all processes raise it.
+
+    The others say only that the first one could not go on.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    refused: UserError | None = None
+    if jax.process_index() == 0:
+        try:
+            call()
+        except UserError as e:
+            refused = e
+    if jax.process_count() > 1:
+        fine = multihost_utils.process_allgather(np.array(refused is None))
+        if not fine.all() and refused is None:
+            raise UserError("process 0 could not go on, and has said why")
+    if refused is not None:
+        raise refused
 
 
 def join(environment: Mapping[str, str]) -> None:
@@ -103,6 +150,8 @@ def _leave(error: BaseException) -> None:
 
     if isinstance(error, UserError):
         message, status = str(error), 2
+    elif isinstance(error, SystemExit):
+        message, status = "", error.code if isinstance(error.code, int) else 0
     elif isinstance(error, jax.errors.JaxRuntimeError):
         message = (
             f"process {jax.process_index()} of {jax.process_count()} lost another one "
@@ -113,7 +162,8 @@ def _leave(error: BaseException) -> None:
     else:
         traceback.print_exception(error)
         message, status = f"process {jax.process_index()} of {jax.process_count()} ended", 1
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if message:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -111,6 +111,8 @@ class Job:
         free = ("seed", "workers", "preview_every_images", "profile_steps")
         for name in (*counts, *every, *free):
             self.at_least(name, int(name not in free))
+        if self.seed >= 2**32:
+            raise ValueError(f"{self._kind}.seed must be below 2^32, got {self.seed}")
         if self.batch_size % self.microbatches:
             raise ValueError(
                 f"{self._kind}.batch_size must be a multiple of microbatches={self.microbatches}, "

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,19 +43,21 @@ class TrainingLog:
         title: str,
         *,
         step: int,
+        pending: Sequence[dict[str, Any]] = (),
         batch_size: int,
         step_flops: float | None = None,
         skip_limit: int,
         wandb: str | None = None,
         config: Any = None,
     ):
-        """step_flops: FLOPs of one step on all devices together. skip_limit: see `diverged`.
+        """pending: what `pending()` gave when the run stopped. step_flops: FLOPs of one step on
+        all devices together. skip_limit: see `diverged`.
 
         wandb: name of a Weights & Biases project. config: JSON values, for its page.
         """
         self._title, self._batch_size, self._step_flops = title, batch_size, step_flops
         self._skip_limit, self._skipped_in_a_row = skip_limit, 0
-        self._pending: list[dict[str, jax.Array]] = []
+        self._pending: list[dict[str, Any]] = list(pending)
         self._checked, self._waited = 0, 0.0
         self._since = (time.perf_counter(), step)
         self._writers: list[Any] = []
@@ -86,7 +89,7 @@ class TrainingLog:
             print(f"{kind}: its peak is not in the table, so no MFU is given", file=sys.stderr)
 
     @property
-    def latest(self) -> dict[str, jax.Array]:
+    def latest(self) -> dict[str, Any]:
         """What was added last, if anything was since the last row."""
         return self._pending[-1] if self._pending else {}
 
@@ -100,6 +103,10 @@ class TrainingLog:
         self._check()
         self._pending.append(metrics)
         self._waited += waited
+
+    def pending(self) -> list[dict[str, Any]]:
+        """The figures of the steps since the last row, as JSON values."""
+        return jax.tree.map(lambda x: np.asarray(x).item(), jax.device_get(self._pending))
 
     def write(self, step: int) -> dict[str, Any]:
         """Write and return the row of the steps since the last one."""

@@ -5,8 +5,8 @@ continues it with the numbers it would have had: parameters, optimizer, averages
 data and the random keys (all folded from seed and step) are restored. Progress is counted in
 images. In order:
 
-    1  the mesh, the run that the folder holds, and what the job needs while it runs: all that may
-       be wrong is found here
+    1  the mesh, the folder, which nobody else may use meanwhile, the run that it holds, and what
+       the job needs while it runs: all that may be wrong is found here
     2  the state: restored from the newest checkpoint, or the job's own first weights
     3  until the last step: a batch, prepared; the step; figures, checkpoints, snapshots and
        previews when they are due; whether somebody asked to stop
@@ -18,12 +18,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
+import json
 import os
 import pathlib
 import signal
+import sys
 import tempfile
 import threading
 import time
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -32,11 +36,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cascade.config import from_json, read_json, to_json
-from cascade.devices import sharding
+from cascade.devices import distributed, sharding
 from cascade.errors import UserError
 from cascade.published import earlier_versions
 from cascade.storage import paths
-from cascade.storage.checkpoint import Checkpoints
+from cascade.storage.checkpoint import Checkpoints, check_name
+from cascade.storage.lock import Lock
 from cascade.storage.paths import Path
 from cascade.storage.weights import save_safetensors
 from cascade.training.job import Batches, Job
@@ -51,27 +56,43 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
     after this many images instead of job.images. SIGTERM and Ctrl-C save a checkpoint and return
     False. Several processes (jax.distributed) call it alike; a SIGTERM to any of them stops all.
     Raises UserError when skip_limit updates in a row were not finite, with the state before them
-    saved.
+    saved, and at once where another training holds the folder, or processes were started unlike.
     """
+    with _Folder(paths.path(workdir)) as folder:
+        return _fit(job, folder, until)
+
+
+def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
     from tqdm import tqdm
 
-    workdir = paths.path(workdir)
+    workdir = folder.path
+    check_name(workdir)
+    distributed.agree(
+        {
+            "config": json.dumps(to_json(job)),  # what cannot be saved is told before training too
+            "--until": str(until),
+            "--workdir": str(workdir),
+            "version of this program": metadata.version("cascade-diffusion"),
+        }
+    )
     mesh = sharding.make_mesh(job.mesh)
     check_batch(job, mesh)
     if job.minutes is not None and jax.process_count() > 1:
         raise UserError(
             f"minutes={job.minutes}: several processes have no common clock; give images instead"
         )
+    folder.claim_if_there()
     saved = _saved_config(job, workdir)
-    to_json(job)  # what cannot be saved is told before anything is trained
     optimizer = job.transformation()
     if job.trainable.freezes:
         _check_trainable(job, optimizer)
     running = job.open(mesh, workdir)
     data = running.batches
-    paths.make_folder(workdir)  # after all that may be wrong with the config
-    checkpoints = Checkpoints(workdir, keep=job.keep)
-    state, placement = _initial_state(job, optimizer, mesh, checkpoints, saved, data)
+    folder.claim()  # after all that may be wrong with the config
+    if jax.process_index() == 0:
+        paths.write_json(workdir / "config.json", to_json(job))
+    checkpoints = Checkpoints(workdir, keep=job.keep, clears=True)
+    state, placement, figures = _initial_state(job, optimizer, mesh, checkpoints, saved, data)
     step = int(state["train"]["step"])
     last = job.steps if until is None else min(job.steps, -(-until // job.batch_size))
     clock = None if job.minutes is None else _Clock(job.minutes, last)
@@ -109,21 +130,28 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
             if log is None:
                 given = (state, batch, *ends_at)
                 work = step_flops(job, train_step, *given) if job.even else None
-                log = _log(job, workdir, step, work)
+                log = _log(job, workdir, step, work, figures)
             profile.before_step()
             state, metrics = train_step(state, batch, *ends_at)
             # One step may be under way while the next is prepared; more would only hide progress.
             jax.block_until_ready(log.latest)
             step += 1
+            if folder.is_lost:
+                raise UserError(
+                    f"{workdir}: another training has taken this folder over, as this one gave no "
+                    "sign of life for a while; it goes on there"
+                )
             bar.update(min(job.batch_size, job.images - (step - 1) * job.batch_size))
             log.add(metrics, waited)
-            ends = step >= last or log.diverged or stop.asked(step)
+            ends = step >= last or log.diverged
             if ends or _due(step, job.log_every_images, job):
                 loss = log.write(step)["loss"]
                 bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
+            ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
             if ends or _due(step, job.save_every_images, job):
                 kept = {"train": state["train"], "ema": state["ema"]}
-                checkpoints.save(step, **kept, config=to_json(job), data=data.get_state())
+                at = {**data.get_state(), _FIGURES: log.pending()}
+                checkpoints.save(step, **kept, config=to_json(job), data=at)
             if job.ema_profiles and (ends or _due(step, job.ema_snapshot_images, job)):
                 _snapshot(state["train"]["profiles"], workdir, step)
             if job.preview_every_images and (
@@ -187,8 +215,11 @@ def _check_trainable(job: Job, optimizer: Any) -> None:
 
 def _initial_state(
     job: Job, optimizer: Any, mesh: Mesh, checkpoints: Checkpoints, saved: Any, data: Batches
-) -> tuple[State, Any]:
-    """The state, and where each array is put. saved: as `_saved_config` gave it."""
+) -> tuple[State, Any, list[dict[str, Any]]]:
+    """The state, where each array is put, and the figures of steps that are in no row yet.
+
+    saved: as `_saved_config` gave it.
+    """
 
     def init(key):
         return begin(job, optimizer, job.fresh(key))
@@ -205,11 +236,11 @@ def _initial_state(
         return jax.jit(begun, out_shardings=placement, donate_argnums=0)(params)
 
     if saved is None:
-        return started(), placement
+        return started(), placement, []
     if not checkpoints.steps():
         state = earlier_versions.text_run_state(checkpoints.directory.parent / _EARLIER, started())
         data.set_state({"examples": int(state["train"]["step"]) * job.batch_size})
-        return jax.device_put(state, placement), placement
+        return jax.device_put(state, placement), placement, []
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
     )
@@ -222,6 +253,7 @@ def _initial_state(
         at, train, ema, data_state = checkpoints.restore(**target)
         state = {"train": train, "ema": ema}
     try:
+        figures = data_state.pop(_FIGURES, [])  # earlier versions kept none
         data.set_state(data_state)
     except UserError:
         raise
@@ -232,7 +264,7 @@ def _initial_state(
         ) from None
     if job.trainable.freezes:
         state |= {k: v for k, v in started().items() if k == "frozen"}
-    return state, placement
+    return state, placement, figures
 
 
 def _key(job: Job) -> jax.Array:
@@ -240,6 +272,8 @@ def _key(job: Job) -> jax.Array:
     return jax.random.key(job.seed, impl="rbg")
 
 
+_FIGURES = "figures"
+"""Where the place in the data keeps them."""
 _EARLIER = "state.safetensors"
 """What earlier versions kept a text encoder's run in."""
 
@@ -255,7 +289,12 @@ def _saved_config(job: Job, workdir: Path) -> Any:
     if saved is None and (workdir / _EARLIER).exists():
         saved = read_json(workdir / "config.json")
     if saved is not None:
-        _check_fixed(job, saved_job(saved, str(workdir)), workdir)
+        there = saved_job(saved, str(workdir))
+        _check_fixed(job, there, workdir)
+        if changed := _differences(to_json(there), to_json(job)):
+            told = f"{workdir}: goes on with what the command has changed: {'; '.join(changed)}"
+            if jax.process_index() == 0:
+                print(told, file=sys.stderr)
     multihost_utils.sync_global_devices("the run was looked at")  # before any process begins one
     return saved
 
@@ -272,16 +311,19 @@ def _check_fixed(job: Job, there: Job, workdir: Path) -> None:
         if was != now.get(name):
             a, b = to_json(was), to_json(now.get(name))
             raise UserError(
-                f"{workdir}: holds a run with another config ({_difference(a, b, name)}); use its "
-                "config, or another folder"
+                f"{workdir}: holds a run with another config ({_differences(a, b, name)[0]}); use "
+                "its config, or another folder"
             )
 
 
-def _log(job: Job, workdir: Path, step: int, step_flops: float | None) -> TrainingLog:
+def _log(
+    job: Job, workdir: Path, step: int, step_flops: float | None, figures: list[dict[str, Any]]
+) -> TrainingLog:
     return TrainingLog(
         workdir,
         job.name,
         step=step,
+        pending=figures,
         batch_size=job.batch_size,
         step_flops=step_flops,
         skip_limit=job.skip_limit,
@@ -305,6 +347,51 @@ def _snapshot(profiles: dict[str, Any], workdir: Path, step: int) -> None:
             params = multihost_utils.process_allgather(params, tiled=True)
         if jax.process_index() == 0:
             save_safetensors(folder / f"{step:010d}_{width}.safetensors", params)
+
+
+class _Folder:
+    """The folder of a run, which nobody else trains in between `claim` and the end of the block.
+
+    If nothing was written into it that stays, it goes again, with the parents that were made.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock: Lock | None = None
+        self._claimed = False
+        self._made: list[Path] = []
+
+    def __enter__(self) -> _Folder:
+        return self
+
+    def claim_if_there(self) -> None:
+        """Claim the folder if there is one; UserError where another training holds it."""
+        there = multihost_utils.process_allgather(np.array(self.path.is_dir()))
+        if there.all():
+            self.claim()
+
+    def claim(self) -> None:
+        """Make the folder, and hold it from now on; UserError where another training does."""
+        if not self._claimed:
+            distributed.all_or_none(self._hold)
+            self._claimed = True
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lock is not None and self._lock.lost
+
+    def _hold(self) -> None:
+        if not paths.is_remote(self.path):
+            self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        paths.make_folder(self.path)
+        self._lock = Lock(self.path).__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._lock is not None:
+            self._lock.__exit__()
+        with contextlib.suppress(OSError):  # those that are not empty stay
+            for made in self._made:
+                made.rmdir()
 
 
 class _Clock:
@@ -388,14 +475,13 @@ class _StopSignal:
             signal.signal(number, self._old[number])
 
 
-def _difference(a: Any, b: Any, where: str) -> str:
-    """The first place where two JSON values differ, for an error message."""
+def _differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, for people."""
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            if a.get(key) != b.get(key):
-                return _difference(a.get(key), b.get(key), f"{where}.{key}")
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            if x != y:
-                return _difference(x, y, f"{where}.{i}")
-    return f"{where}: {a} there, {b} here"
+        pairs = [(key, a.get(key), b.get(key)) for key in sorted({*a, *b})]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(i, x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return [] if a == b else [f"{where}: {a} there, {b} here"]
+    found = [_differences(x, y, f"{where}.{key}" if where else str(key)) for key, x, y in pairs]
+    return list(itertools.chain.from_iterable(found))

@@ -102,6 +102,7 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
         }
         finite = jnp.isfinite(jnp.stack([metrics["loss"], *map(metrics.get, NORMS)])).all()
+        finite &= _all_finite(moved)  # all that is saved: the averages, too
         kept = {key: ema if key == "ema" else train[key] for key in moved}
         moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
         ema = moved.pop("ema")
@@ -109,6 +110,11 @@ def make_train_step(
         return state, metrics | {"skipped": ~finite}
 
     return train_step
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
 def step_key(job: Job, step: Any) -> jax.Array:

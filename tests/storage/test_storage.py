@@ -23,8 +23,9 @@ from cascade.runner.model_folder import open_model
 from cascade.scenes.captions import caption_at
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import TextPretraining
-from cascade.storage import paths
+from cascade.storage import lock, paths
 from cascade.storage.checkpoint import Checkpoints
+from cascade.storage.lock import Lock
 from cascade.storage.paths import WholeFolder, write_json
 from cascade.storage.weights import load_safetensors, save_safetensors
 from cascade.training import loop as train
@@ -264,3 +265,11 @@ def test_storage_without_its_client_is_one_line(monkeypatch):
     paths._check_bucket.cache_clear()
     with pytest.raises(UserError, match=r"s3://there: needs s3fs; pip install .*storage"):
         train.fit(CONFIG, "s3://there/run")
+
+
+def test_in_object_storage_the_second_is_refused_too(bucket):
+    folder = paths.path("gs://bucket/run")
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder), pytest.raises(UserError, match="a training holds this folder"):
+        Lock(folder).__enter__()
+    assert not (folder / lock.NAME).exists()

@@ -16,6 +16,8 @@ from cascade.devices.sharding import MeshConfig
 from cascade.diffusion import loss
 from cascade.errors import UserError
 from cascade.storage.checkpoint import Checkpoints
+from cascade.storage.lock import Lock
+from cascade.training import loop
 from cascade.training.job import Batches, Job, Running
 from cascade.training.loop import fit
 from cascade.training.step import begin
@@ -167,7 +169,8 @@ def test_a_job_learns_and_has_all_that_a_run_has(whole):
     assert [row["images"] for row in rows(whole)] == list(range(8, 72, 8))
     assert rows(whole)[0]["tflops_per_device"] > 0
     assert {p.name for p in whole.iterdir()} == {
-        *("checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "previews", "finished"),
+        *("checkpoints", "config.json", "metrics.jsonl", "tensorboard", "loss.png"),
+        *("previews", "finished"),
     }
 
 
@@ -281,3 +284,96 @@ def test_a_run_of_another_kind_is_refused(whole):
     told = r"holds a run of another kind \(Line, this is a Other\); name another --workdir"
     with pytest.raises(UserError, match=told):
         fit(other, whole)
+
+
+class StopsAt(loop._StopSignal):
+    """As if told to stop during a step."""
+
+    step = 0
+
+    def asked(self, step):
+        return step == self.step
+
+
+def test_the_rows_of_a_run_that_was_stopped_and_went_on_are_those_of_one_that_was_not(
+    tmp_path, monkeypatch
+):
+    job = dataclasses.replace(LINE, log_every_images=24, spoilt=(1, 4))
+    fit(job, tmp_path / "whole")
+    told = {"images_per_second", "step_seconds", "data_wait_seconds", "tflops_per_device", "mfu"}
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_StopSignal", StopsAt)
+        for step in (2, 5):
+            patched.setattr(StopsAt, "step", step)
+            assert fit(job, tmp_path / "stopped") is False
+    assert fit(job, tmp_path / "stopped")
+    kept = [
+        [{k: v for k, v in row.items() if k not in told} for row in rows(tmp_path / name)]
+        for name in ("whole", "stopped")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 3
+    assert [row["skipped"] for row in kept[0]] == [1, 1, 0]
+
+
+def test_a_second_training_in_a_folder_is_refused_and_the_first_ends_as_if_alone(whole, tmp_path):
+    with Lock(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(UserError, match="a training holds this folder"):
+            fit(LINE, tmp_path)
+        assert sorted(tmp_path.iterdir()) == before
+    fit(LINE, tmp_path)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_training_whose_folder_was_taken_over_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lock, "lost", True, raising=False)
+    monkeypatch.setattr(Lock, "__init__", lambda self, folder: None)
+    monkeypatch.setattr(Lock, "__enter__", lambda self: self)
+    monkeypatch.setattr(Lock, "__exit__", lambda self, *error: None)
+    with pytest.raises(UserError, match="taken this folder over"):
+        fit(LINE, tmp_path)
+
+
+def test_a_run_that_goes_on_says_what_the_command_has_changed(tmp_path, capsys):
+    fit(LINE, tmp_path, until=8)
+    assert "changed" not in capsys.readouterr().err
+    changed = dataclasses.replace(LINE, seed=5, mesh=MeshConfig(data=4, fsdp=2))
+    fit(changed, tmp_path, until=16)
+    told = capsys.readouterr().err
+    assert "goes on with what the command has changed" in told
+    assert "seed: 0 there, 5 here" in told and "mesh.fsdp: " in told
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
+
+
+def test_a_refused_run_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(UserError, match="multiple of the 8 parts"):
+        fit(dataclasses.replace(LINE, batch_size=4), tmp_path / "a" / "b")
+
+    class Unready(Line):
+        def open(self, mesh, workdir):
+            raise UserError("its data is missing")
+
+    with pytest.raises(UserError, match="its data is missing"):
+        fit(Unready(images=8, batch_size=8), tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+class Average(Line):
+    """Its average is kept at a rate that is no number."""
+
+    def __post_init__(self):
+        pass
+
+
+def test_nothing_that_is_not_finite_is_saved_averages_included(tmp_path):
+    with pytest.raises(UserError, match="were not finite"):
+        fit(Average(images=64, batch_size=8, ema_decay=float("nan"), skip_limit=2), tmp_path)
+    step, train, ema, _ = restored(tmp_path)
+    for leaf in jax.tree.leaves([train, ema]):
+        assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**20])
+def test_seeds_that_cannot_be_are_refused(seed):
+    with pytest.raises(ValueError, match=r"seed must be"):
+        dataclasses.replace(LINE, seed=seed)

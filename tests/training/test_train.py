@@ -350,7 +350,8 @@ def test_a_finished_run_writes_its_pictures_and_holds_no_text_encoder(tmp_path):
     config = dataclasses.replace(config, profile_steps=2)
     fit(dataclasses.replace(config, preview_every_images=64), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "previews", "profile"),
+        *("checkpoints", "config.json", "metrics.jsonl", "tensorboard", "loss.png"),
+        *("previews", "profile"),
     }
     assert any(p.is_file() for p in (tmp_path / "profile").rglob("*"))
     assert [p.name for p in (tmp_path / "previews").iterdir()] == ["0000000064.png"]
@@ -454,6 +455,7 @@ def test_a_damaged_place_in_the_data_is_told_with_the_checkpoint(started, tmp_pa
     workdir = shutil.copytree(started, tmp_path / "run")
     (step,) = [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal()]
     (workdir / "checkpoints" / step / "data" / "metadata").write_text(state)
+    (workdir / "checkpoints" / step / "SHA256SUMS").unlink()  # as if it had been written so
     with pytest.raises(UserError, match=f"the place in the data of checkpoint {step} is damaged"):
         fit(scenes_config(), workdir, until=24)
 
