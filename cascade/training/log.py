@@ -115,7 +115,7 @@ class TrainingLog:
         good = [m for m in pending if not m["skipped"]]
         row: dict[str, Any] = {"step": step, "images": step * self._batch_size}
         for name in pending[0]:
-            row[name] = float(np.mean([m[name] for m in good])) if good else None
+            row[name] = float(np.mean([float(m[name]) for m in good])) if good else None
         row["skipped"] = len(pending) - len(good)
         row |= self._speed(step)
         if self._on:

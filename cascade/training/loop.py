@@ -88,11 +88,13 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
         _check_trainable(job, optimizer)
     running = job.open(mesh, workdir)
     data = running.batches
-    folder.claim()  # after all that may be wrong with the config
+    checkpoints = None if saved is None else Checkpoints(workdir, keep=job.keep, clears=True)
+    state, placement, figures = _initial_state(job, optimizer, mesh, checkpoints, saved, data)
+    folder.claim()  # after all that may be wrong
     if jax.process_index() == 0:
         paths.write_json(workdir / "config.json", to_json(job))
-    checkpoints = Checkpoints(workdir, keep=job.keep, clears=True)
-    state, placement, figures = _initial_state(job, optimizer, mesh, checkpoints, saved, data)
+    if checkpoints is None:
+        checkpoints = Checkpoints(workdir, keep=job.keep, clears=True)
     step = int(state["train"]["step"])
     last = job.steps if until is None else min(job.steps, -(-until // job.batch_size))
     clock = None if job.minutes is None else _Clock(job.minutes, last)
@@ -214,11 +216,16 @@ def _check_trainable(job: Job, optimizer: Any) -> None:
 
 
 def _initial_state(
-    job: Job, optimizer: Any, mesh: Mesh, checkpoints: Checkpoints, saved: Any, data: Batches
+    job: Job,
+    optimizer: Any,
+    mesh: Mesh,
+    checkpoints: Checkpoints | None,
+    saved: Any,
+    data: Batches,
 ) -> tuple[State, Any, list[dict[str, Any]]]:
     """The state, where each array is put, and the figures of steps that are in no row yet.
 
-    saved: as `_saved_config` gave it.
+    saved: as `_saved_config` gave it; checkpoints: None where that is None.
     """
 
     def init(key):
@@ -235,7 +242,7 @@ def _initial_state(
         begun = functools.partial(begin, job, optimizer)
         return jax.jit(begun, out_shardings=placement, donate_argnums=0)(params)
 
-    if saved is None:
+    if checkpoints is None:
         return started(), placement, []
     if not checkpoints.steps():
         state = earlier_versions.text_run_state(checkpoints.directory.parent / _EARLIER, started())
