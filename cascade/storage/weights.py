@@ -275,7 +275,7 @@ def write(
 
     tensors: (name, shape, dtype in safetensors' spelling), in the order of the file. read: name ->
     the array of that shape, which is cast to that dtype here. metadata: of the header; transformers
-    wants its default. The file appears whole or not at all, and anyone may read it.
+    wants its default. The file appears whole or not at all.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -292,7 +292,6 @@ def write(
                 if name != "__metadata__":
                     value = np.ascontiguousarray(read(name), DTYPES[entry["dtype"]])
                     file.write(value.reshape(-1).view(np.uint8).data)
-        partial.chmod(0o644)
 
 
 def copy(
