@@ -85,6 +85,7 @@ def test_shell_passes_shellcheck():
             [
                 r"gcloud compute tpus queued-resources create cascade .*--spot .*--project=p",
                 r"gcloud .* describe cascade .*",
+                r"mkdir -p .*",
                 r"git .*archive .*HEAD",
                 r"gcloud .* scp .*--worker=all .*",
                 r"gcloud .* ssh cascade --worker=all .*pip install .*",
