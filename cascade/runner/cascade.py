@@ -215,6 +215,7 @@ class Cascade:
                     "from_lowres": lowres is not None,
                     "model": self.name,
                     "model_sha256": self.digest,
+                    "text_encoder_commit": getattr(self.encoder, "commit", None),
                     "stages": {
                         stage.config.name: {
                             "resolution": stage.config.resolution,

@@ -36,7 +36,7 @@ import numpy as np
 import safetensors
 
 from cascade.errors import UserError
-from cascade.storage import paths
+from cascade.storage import hub, paths
 
 Index = tuple[slice, ...]
 """A part of a tensor or parameter: one slice for each axis."""
@@ -197,12 +197,13 @@ def opened(folder: Path, stem: str, *, what: str, convert: str) -> Iterator[Weig
 
     stem: what the names of the files begin with. what: how errors call the folder ("text encoder").
     convert: Python that writes what is pickled as safetensors, for the error that refuses pickles.
-    Raises UserError for what is missing, damaged or pickled.
+    Raises UserError for what is missing, damaged or pickled, or not what the hub published.
     """
     name = f"{what} {folder}"
     with contextlib.ExitStack() as stack:
         files = {}
         for file in _files(folder, stem, name, convert):
+            hub.check(file)
             try:
                 files[file.name] = stack.enter_context(_open(file))
             except _DAMAGE as e:
