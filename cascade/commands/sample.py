@@ -231,6 +231,7 @@ def _prompts(options: Options) -> list[str]:
     prompts = [(p, f"prompt {i + 1}") for i, p in enumerate(options.prompts_)]
     if options.prompts is not None:
         path = options.prompts
+        paths.check_regular(path)
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as e:
@@ -261,6 +262,9 @@ def _check_words(options: Options) -> None:
         raise UserError(
             f"--seed {options.seed} and --num {options.num}: their sum must be at most 2^32"
         )
+    for flag, value in {"--model": options.model, "--text-encoder": options.text_encoder}.items():
+        if value == "":
+            raise UserError(f"{flag} is empty; give a folder or a name, or leave it out")
     counts = {"--num": options.num, "--batch-size": options.batch_size}
     for flag, value in {**counts, "--split-rows": options.split_rows}.items():
         if value is not None and value < 1:

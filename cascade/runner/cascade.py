@@ -27,6 +27,7 @@ from cascade.devices import sharding
 from cascade.errors import UserError
 from cascade.runner.model_folder import open_model
 from cascade.stage import Sampling, Stage, StageConfig, Steering
+from cascade.storage import paths
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 from cascade.text.embedding import no_encoder
 
@@ -387,6 +388,7 @@ def _split(
 
 def _update(digest: Any, file: Path) -> None:
     """With the bytes of a file that may be larger than memory."""
+    paths.check_regular(file)
     with open(file, "rb") as opened:
         while block := opened.read(2**24):
             digest.update(block)

@@ -18,6 +18,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -38,9 +39,13 @@ def path(name: str | os.PathLike[str]) -> Path:
     """Parse what a person calls a file or folder; nothing need be there.
 
     A pathlib.Path of gs://b/x, which has folded the slashes into one, is understood too.
-    Raises UserError for a scheme other than gs:// and s3://, a missing client, or a bucket that
-    cannot be reached.
+    Raises UserError for a scheme other than gs:// and s3://, a missing client, a bucket that cannot
+    be reached, an empty name, or a NUL character, which no system takes.
     """
+    if not os.fspath(name):
+        raise UserError("the name of a file or folder is empty; write . for this folder")
+    if "\0" in os.fspath(name):
+        raise UserError(f"{os.fspath(name)!r}: a path may have no NUL character; remove it")
     found = re.fullmatch(r"(gs|s3):/+(.+)", os.fspath(name))
     if found is None:
         if other := re.match(r"(\w\w+):/", os.fspath(name)):
@@ -54,6 +59,21 @@ def path(name: str | os.PathLike[str]) -> Path:
 def is_remote(path: Path) -> bool:
     """Whether the path is in object storage."""
     return not isinstance(path, pathlib.Path)
+
+
+def check_regular(path: Path) -> None:
+    """Raise UserError for a pipe, socket or device, which might be read without end.
+
+    Links are followed. What is not there, or cannot be asked, is told by whoever opens it.
+    """
+    if not isinstance(path, pathlib.Path):
+        return
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a pipe, socket or device; give a regular file")
 
 
 def make_folder(folder: Path) -> None:

@@ -359,6 +359,7 @@ _DAMAGE = (safetensors.SafetensorError, OSError)
 
 def _open(file: Path) -> contextlib.AbstractContextManager[Any]:
     """Open one safetensors file; raises _DAMAGE, of which FileNotFoundError is one."""
+    paths.check_regular(file)
     return safetensors.safe_open(os.fspath(file), framework="np")
 
 
@@ -406,6 +407,7 @@ def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
         *folder.glob(f"{stem}.safetensors.index.json"),
         *sorted(folder.glob(f"{stem}*safetensors*index*.json")),
     ]:
+        paths.check_regular(index)
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):

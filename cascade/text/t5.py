@@ -349,6 +349,7 @@ def _weights_folder(folder: Path) -> Path:
 
 
 def _read_config(file: Path) -> T5Config:
+    paths.check_regular(file)
     try:
         return T5Config.from_hf_dict(json.loads(file.read_text()))
     except FileNotFoundError:

@@ -6,6 +6,7 @@ The hub is a stand-in that lays out its cache as the client does.
 import hashlib
 import json
 import shutil
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -51,7 +52,7 @@ def download(tmp_path, monkeypatch):
         asked.append((repository, revision))
         commit = {None: COMMIT, "main": COMMIT, "refs/pr/1": OLD, OLD: OLD}.get(revision)
         if commit is None:
-            response = type("Response", (), {"headers": {}, "request": None})()
+            response: Any = type("Response", (), {"headers": {}, "request": None})()
             raise errors.RevisionNotFoundError("404", response=response)
         return str(tmp_path / "cache" / repository.replace("/", "--") / "snapshots" / commit)
 
