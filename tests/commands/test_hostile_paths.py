@@ -2,8 +2,11 @@
 
 import json
 import os
+import resource
 import signal
 import socket
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +20,24 @@ from cascade.storage import paths, weights
 from cascade.text.t5 import T5Encoder, read_config
 
 
-@pytest.fixture(autouse=True)
-def soon():
-    """What reads a pipe that nobody writes to waits for ever: it fails instead."""
-
-    def late(*_):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 @pytest.fixture(params=["pipe", "link to a pipe", "socket", "/dev/zero"])
 def special(request, tmp_path, monkeypatch):
-    """Makes a file of that kind: a function of its path."""
+    """Makes a file of that kind: a function of its path.
+
+    Whoever reads it fails: a pipe, which nobody writes to, ends after 20 s, and memory is short.
+    """
+    writers = []
+
+    def pipe(file):
+        os.mkfifo(file)
+        late = ["bash", "-c", 'sleep 20; : > "$1"', "bash", file]
+        writers.append(subprocess.Popen(late, start_new_session=True))
 
     def make(file):
         if request.param == "pipe":
-            os.mkfifo(file)
+            pipe(file)
         elif request.param == "link to a pipe":
-            os.mkfifo(tmp_path / "the pipe")
+            pipe(tmp_path / "the pipe")
             file.symlink_to(tmp_path / "the pipe")
         elif request.param == "socket":
             monkeypatch.chdir(file.parent)  # the names of sockets are short
@@ -49,7 +47,16 @@ def special(request, tmp_path, monkeypatch):
             file.symlink_to("/dev/zero")
         return file
 
-    return make
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
+    began = time.monotonic()
+    yield make
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    for writer in writers:
+        os.killpg(writer.pid, signal.SIGKILL)
+        writer.wait()
+    assert time.monotonic() - began < 15, "it hung until the pipe ended"
 
 
 def pictures(folder):
