@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from cascade.config import nearest, take, trust
 
+        if any("\0" in word for word in argv):
+            word = next(word for word in argv if "\0" in word)
+            raise UserError(f"{word!r} has a NUL character, which no file's name has; remove it")
         known = verbs()
         if argv[0] not in known:
             raise UserError(f"{argv[0]!r} is no command of cascade{nearest(argv[0], list(known))}")
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trust(module)
         importlib.import_module(known[argv[0]][0]).main(words)
     except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"error: {_line(str(e))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
@@ -68,11 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as e:
         if e.errno not in _OF_THE_MACHINE:
             raise
-        print(f"error: {e.filename or argv[0]}: {e.strerror}", file=sys.stderr)
+        print(f"error: {_line(f'{e.filename or argv[0]}: {e.strerror}')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _line(message: str) -> str:
+    """As one line that a person can read: very long words, which were given so, are cut."""
+    line = " ".join(message.split())
+    return re.sub(r"(\S{200})\S{100,}(\S{100})", r"\1...\2", line)
 
 
 def verbs() -> dict[str, tuple[str, str]]:

@@ -48,6 +48,8 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
     are left. Raises UserError for an argument without a default that is missing.
     """
     file = Path(path)
+    if file.exists() and not file.is_file():
+        raise UserError(f"config {path}: is no regular file; give the path of a Python file")
     if not file.is_file():
         raise UserError(
             f"config {path}: no such file; give the path of one, as configs/tiny/base64.py"
@@ -221,6 +223,8 @@ def check(config: Any, where: str) -> None:
 
 def read_json(path: Any) -> Any:
     """Parse a JSON file, here or in a bucket; UserError when it is missing or is not JSON."""
+    if isinstance(path, Path) and path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file; it must be a JSON file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -312,14 +316,31 @@ def _may_be_imported(module: str) -> bool:
 
 
 def _reflowing() -> Any:
-    """tyro's own rules, but that a field's help is reflowed: tyro keeps a docstring's newlines."""
-    from tyro.constructors import ConstructorRegistry, StructConstructorSpec
+    """tyro's own rules, but that a path may not be empty, which Python takes for `.`, and that a
+    field's help is reflowed: tyro keeps a docstring's newlines."""
+    from tyro.constructors import (
+        ConstructorRegistry,
+        PrimitiveConstructorSpec,
+        StructConstructorSpec,
+    )
 
     registry, asking = ConstructorRegistry(), False
 
     def flowed(help: Any) -> str | None:
         text: Any = help() if callable(help) else help
         return text and "\n\n".join(" ".join(p.split()) for p in text.split("\n\n"))
+
+    @registry.primitive_rule
+    def path_rule(info: Any) -> PrimitiveConstructorSpec | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: _path(words[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
 
     @registry.struct_rule
     def rule(info: Any) -> StructConstructorSpec | None:
@@ -340,6 +361,12 @@ def _reflowing() -> Any:
         return dataclasses.replace(spec, fields=tuple(fields))
 
     return registry
+
+
+def _path(word: str) -> Path:
+    if not word:
+        raise ValueError("the path is empty; write . for this folder")
+    return Path(word)
 
 
 def _with_nearest_field(message: str, names: dict[str, Any]) -> str:

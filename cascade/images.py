@@ -124,9 +124,11 @@ MOST_PIXELS = 2**26
 
 def load_image(path: str | os.PathLike[str], *, ground: str = "white") -> Image.Image:
     """Open a picture file as `decoded` does. Raises UserError unless it is there and a picture."""
+    file = paths.path(path)
+    paths.check_regular(file)
     try:
-        with paths.path(path).open("rb") as file:
-            return decoded(file, ground=ground)
+        with file.open("rb") as opened:
+            return decoded(opened, ground=ground)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:

@@ -44,15 +44,15 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) show_help; exit ;;
         --dry-run) dry_run=true; shift ;;
-        --name) name=$(value "$@"); shift 2 ;;
-        --image) image=$(value "$@"); shift 2 ;;
-        --accelerator) accelerator=$(value "$@"); shift 2 ;;
-        --topology) topology=$(value "$@"); shift 2 ;;
-        --chips) chips=$(value "$@"); shift 2 ;;
-        --slices) slices=$(value "$@"); shift 2 ;;
-        --bucket) bucket=$(value "$@"); shift 2 ;;
-        --service-account) account=$(value "$@"); shift 2 ;;
-        --retries) retries=$(value "$@"); shift 2 ;;
+        --name) name=$(value name "$@"); shift 2 ;;
+        --image) image=$(value address "$@"); shift 2 ;;
+        --accelerator) accelerator=$(value name "$@"); shift 2 ;;
+        --topology) topology=$(value topology "$@"); shift 2 ;;
+        --chips) chips=$(value count "$@"); shift 2 ;;
+        --slices) slices=$(value count "$@"); shift 2 ;;
+        --bucket) bucket=$(value name "$@"); shift 2 ;;
+        --service-account) account=$(value name "$@"); shift 2 ;;
+        --retries) retries=$(value number "$@"); shift 2 ;;
         -*) fail "unknown option $1; see --help" ;;
         *) break ;;
     esac
@@ -65,16 +65,17 @@ shift
 json_words() {
     local word list=
     for word in "$@"; do
-        word=${word//\\/\\\\}
-        list+=", \"${word//\"/\\\"}\""
+        word=${word//\\/\\\\} word=${word//\"/\\\"}
+        word=${word//$'\n'/\\n} word=${word//$'\r'/\\r} word=${word//$'\t'/\\t}
+        [[ ! $word =~ [[:cntrl:]] ]] || fail "${word@Q} has a control character; write it without"
+        list+=", \"$word\""
     done
     printf '%s' "${list#, }"
 }
 
 # The template with its ${NAMES} filled in. Only these are: nothing in it is evaluated.
 render() {
-    local text hosts pair
-    [[ $topology =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "--topology must be such as 16x16, got $topology"
+    local text hosts pair words
     hosts=$((${topology//x/*} / chips))
     ((hosts * chips == ${topology//x/*})) ||
         fail "--chips must divide the chips of --topology $topology, got $chips"
@@ -84,7 +85,8 @@ render() {
         "RETRIES=$retries"; do
         text=${text//"\${${pair%%=*}}"/"${pair#*=}"}
     done
-    text=${text/"\"\${ARGUMENTS}\""/"$(json_words "$@")"}
+    words=$(json_words "$@") || exit
+    text=${text/"\"\${ARGUMENTS}\""/"$words"}
     printf '%s\n' "$text"
 }
 

@@ -4,7 +4,7 @@
 dry_run=false
 
 fail() {
-    printf 'error: %s\n' "$*" >&2
+    printf 'error: %s\n' "${*//$'\n'/ }" >&2
     exit 2
 }
 
@@ -17,9 +17,32 @@ show_help() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-# The value of the option that the words begin with.
+# The value of the option that the words after KIND begin with, if it is of that kind. What has
+# passed may be written into arithmetic, YAML (in quotes) and the names of files.
 value() {
+    local kind=$1 pattern rule LC_ALL=C
+    shift
     [ $# -gt 1 ] || fail "$1 needs a value; see --help"
+    case "$kind" in
+        name)
+            pattern='[a-zA-Z0-9][a-zA-Z0-9_.-]*'
+            rule="letters, digits, - _ and . alone, and begin with a letter or digit"
+            ;;
+        address)
+            pattern='[a-zA-Z0-9][a-zA-Z0-9_./:@-]*'
+            rule="letters, digits, - _ . / : and @ alone, and begin with a letter or digit"
+            ;;
+        number) pattern='0|[1-9][0-9]{0,8}' rule="a whole number, 0 or more" ;;
+        count) pattern='[1-9][0-9]{0,8}' rule="a whole number, 1 or more" ;;
+        minutes) pattern='[0-9]{1,9}(\.[0-9]{1,9})?' rule="a number such as 8 or 0.5" ;;
+        time) pattern='[0-9]+(-[0-9]+)?(:[0-9]+){0,2}' rule="a time such as 24:00:00" ;;
+        topology) pattern='[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}' rule="such as 16x16" ;;
+        sbatch)
+            pattern='--?[a-zA-Z][a-zA-Z0-9-]*(=[][a-zA-Z0-9_./:@,=+%&|*-]*)?'
+            rule="an option of sbatch such as --partition=gpu"
+            ;;
+    esac
+    [[ $2 =~ ^($pattern)$ ]] || fail "$1 must be $rule, got ${2@Q}; see --help"
     printf '%s' "$2"
 }
 

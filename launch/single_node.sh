@@ -23,8 +23,8 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) show_help; exit ;;
         --dry-run) dry_run=true; shift ;;
-        --retries) retries=$(value "$@"); shift 2 ;;
-        --wait) wait=$(value "$@"); shift 2 ;;
+        --retries) retries=$(value number "$@"); shift 2 ;;
+        --wait) wait=$(value number "$@"); shift 2 ;;
         *) break ;;
     esac
 done
@@ -67,7 +67,7 @@ attend() {
 for ((crashes = 0; ; crashes++)); do
     attend cascade train "$@"
     case $status in 0 | 2) exit "$status" ;; esac
-    ((crashes < retries)) || exit "$status"
+    [ "$crashes" -lt "$retries" ] || exit "$status"
     say "cascade ended with status $status; crash $((crashes + 1)), of $retries allowed; again in $wait s"
     attend sleep "$wait"
 done

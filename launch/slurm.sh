@@ -29,12 +29,12 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) show_help; exit ;;
         --dry-run) dry_run=true; shift ;;
-        --nodes) nodes=$(value "$@"); shift 2 ;;
-        --gpus) gpus=$(value "$@"); shift 2 ;;
-        --time) time=$(value "$@"); shift 2 ;;
-        --retries) retries=$(value "$@"); shift 2 ;;
-        --name) name=$(value "$@"); shift 2 ;;
-        --sbatch) more+=("$(value "$@")"); shift 2 ;;
+        --nodes) nodes=$(value count "$@"); shift 2 ;;
+        --gpus) gpus=$(value count "$@"); shift 2 ;;
+        --time) time=$(value time "$@"); shift 2 ;;
+        --retries) retries=$(value number "$@"); shift 2 ;;
+        --name) name=$(value name "$@"); shift 2 ;;
+        --sbatch) more+=("$(value sbatch "$@")"); shift 2 ;;
         *) break ;;
     esac
 done

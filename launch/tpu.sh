@@ -48,15 +48,15 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) show_help; exit ;;
         --dry-run) dry_run=true; shift ;;
-        --name) name=$(value "$@"); shift 2 ;;
-        --zone) zone=$(value "$@"); shift 2 ;;
-        --project) project=("--project=$(value "$@")"); shift 2 ;;
-        --type) type=$(value "$@"); shift 2 ;;
-        --runtime) runtime=$(value "$@"); shift 2 ;;
+        --name) name=$(value name "$@"); shift 2 ;;
+        --zone) zone=$(value name "$@"); shift 2 ;;
+        --project) project=("--project=$(value address "$@")"); shift 2 ;;
+        --type) type=$(value name "$@"); shift 2 ;;
+        --runtime) runtime=$(value name "$@"); shift 2 ;;
         --spot) spot=(--spot); shift ;;
-        --bucket) bucket=$(value "$@"); shift 2 ;;
-        --retries) retries=$(value "$@"); shift 2 ;;
-        --poll) poll=$(value "$@"); shift 2 ;;
+        --bucket) bucket=$(value name "$@"); shift 2 ;;
+        --retries) retries=$(value number "$@"); shift 2 ;;
+        --poll) poll=$(value number "$@"); shift 2 ;;
         -*) fail "unknown option $1; see --help" ;;
         *) break ;;
     esac
@@ -105,8 +105,11 @@ on_workers() {
 }
 
 install() {
-    local archive=${TMPDIR:-/tmp}/cascade-$name.tar.gz
-    run git -C "$here/.." archive --format=tar.gz "--output=$archive" HEAD &&
+    # In a folder of one's own: elsewhere another's link may be in the place of the archive.
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache} archive
+    archive=$cache/cascade-$name.tar.gz
+    run mkdir -p "$cache" &&
+        run git -C "$here/.." archive --format=tar.gz "--output=$archive" HEAD &&
         run "${machines[@]}" scp "$archive" "$name:cascade.tar.gz" --worker=all "${place[@]}" &&
         # The workers' own Python may be older than cascade needs; uv brings one.
         on_workers all "set -e; mkdir -p cascade/bucket; tar xzf cascade.tar.gz -C cascade;" \
@@ -191,7 +194,7 @@ up() {
         esac
         say "the slice was lost, or never came"
         delete || true
-        ((slices < retries)) || return 1
+        [ "$slices" -lt "$retries" ] || return 1
         sleep "$poll"
     done
 }

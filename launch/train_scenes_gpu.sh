@@ -15,9 +15,11 @@
 set -euo pipefail
 case ${1:---help} in -*) sed -n 's/^# \{0,1\}//p' "$0" | sed 1d && exit ;; esac
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/lib.sh
+source launch/lib.sh
 runs=$1 && shift
 minutes=8
-if [ "${1:-}" = --minutes ]; then minutes=$2 && shift 2; fi
+if [ "${1:-}" = --minutes ]; then minutes=$(value minutes "$@"); shift 2; fi
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.45}
 cascade=${CASCADE:-cascade}
 

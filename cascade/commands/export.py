@@ -113,7 +113,7 @@ def export(
     if reading is not None:
         report |= {"max_tokens": reading.max_tokens, "captions": reading.captions}
         # Without a slash a name is rather a folder that is not here than one of the hub.
-        if t5.is_hub_name(reading.text_encoder) and "/" in reading.text_encoder:
+        if t5.is_hub_name(reading.text_encoder) and "/" in reading.text_encoder.partition("@")[0]:
             report["text_encoder"] = reading.text_encoder
         else:
             encoder = _text_encoder(reading.text_encoder)

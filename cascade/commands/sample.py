@@ -52,7 +52,7 @@ class Options:
     model: str = "scenes"
     """A model that ships (scenes), a folder that `cascade export` or `cascade convert` wrote, or
     the folders (or Hugging Face names) of DeepFloyd IF's stages with a comma between them, the
-    third being stable-diffusion-x4-upscaler."""
+    third being stable-diffusion-x4-upscaler. Names may end with @REVISION."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of DeepFloyd IF's and the upscaler's weights, and of all their computation, text
     encoders included."""
@@ -101,7 +101,7 @@ class Options:
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model's own)")
     ] = None
     """A T5 v1.1 encoder instead of the model's own: a local folder, or a name such as
-    google/t5-v1_1-xl. Its width must be the one the model was trained on."""
+    google/t5-v1_1-xl, or NAME@REVISION. Its width must be the one the model was trained on."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
     """Pictures drawn together; default 1 on a CPU, 8 elsewhere."""
     split_rows: int = 1
@@ -231,6 +231,7 @@ def _prompts(options: Options) -> list[str]:
     prompts = [(p, f"prompt {i + 1}") for i, p in enumerate(options.prompts_)]
     if options.prompts is not None:
         path = options.prompts
+        paths.check_regular(path)
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as e:
@@ -261,6 +262,9 @@ def _check_words(options: Options) -> None:
         raise UserError(
             f"--seed {options.seed} and --num {options.num}: their sum must be at most 2^32"
         )
+    for flag, value in {"--model": options.model, "--text-encoder": options.text_encoder}.items():
+        if value == "":
+            raise UserError(f"{flag} is empty; give a folder or a name, or leave it out")
     counts = {"--num": options.num, "--batch-size": options.batch_size}
     for flag, value in {**counts, "--split-rows": options.split_rows}.items():
         if value is not None and value < 1:

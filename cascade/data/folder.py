@@ -73,6 +73,8 @@ def _listed(listing: Path) -> list[tuple[Path, str]]:
             ) from None
         if not isinstance(file, str) or not isinstance(caption, str):
             raise UserError(f"{where}: file and caption must be text")
+        if "\0" in file:
+            raise UserError(f"{where}: file {file!r} has a NUL character; remove it")
         path = listing.parent / file
         _check_within(path, listing.parent, where)
         if not paths.is_remote(path) and not path.is_file():
@@ -130,6 +132,7 @@ def _check_within(file: Path, folder: Path, where: str) -> None:
 
 
 def _read_text(path: Path) -> str:
+    paths.check_regular(path)
     try:
         return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
     except UnicodeDecodeError:

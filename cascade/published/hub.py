@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from cascade.errors import UserError
+from cascade.storage import hub
 
 _WANTED = [
     *("model_index.json", "*/config.json", "*/scheduler_config.json", "tokenizer/*"),
@@ -17,7 +18,8 @@ _WANTED = [
 def locate(name: str | Path) -> Path:
     """Find the folder of a pipeline: this one, or a download of what the hub has under this name.
 
-    Raises UserError with what to do about a missing folder, network, licence or token.
+    The name may end with @REVISION. Raises UserError with what to do about a missing folder,
+    network, licence or token.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -26,29 +28,25 @@ def locate(name: str | Path) -> Path:
                 f"model {name}: holds no model_index.json; give the folder of a diffusers pipeline"
             )
         return folder
-    if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+" + hub.REVISION, str(name)):
         raise UserError(f"model {name}: no such folder")
     return _downloaded(str(name))
 
 
 def _downloaded(name: str) -> Path:
-    import huggingface_hub
     from huggingface_hub import errors
 
+    address = f"https://huggingface.co/{name.partition('@')[0]}"
     wanted = (
-        f"a local folder with what https://huggingface.co/{name} holds (model_index.json, unet/, "
+        f"a local folder with what {address} holds (model_index.json, unet/, "
         "scheduler/; text_encoder/ and tokenizer/ in stage I)"
     )
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=_WANTED, ignore_patterns=["*.bin"]
-            )
-        )
+        return hub.download(name, _WANTED)
     except errors.GatedRepoError:
         raise UserError(
             f"model {name}: its licence must be accepted first: log in at "
-            f"https://huggingface.co/{name}, accept it, make a token and run `hf auth login` (or "
+            f"{address}, accept it, make a token and run `hf auth login` (or "
             f"set HF_TOKEN); or give {wanted}"
         ) from None
     except errors.RepositoryNotFoundError:
@@ -56,6 +54,12 @@ def _downloaded(name: str) -> Path:
             f"model {name}: the Hugging Face hub has none of this name, or hides it from those "
             "without its licence: check the spelling, run `hf auth login` (or set HF_TOKEN); or "
             f"give {wanted}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            f"model {name}: the repository has no revision {name.partition('@')[2]!r}; give a "
+            f"branch, tag or commit that {address}/commits lists, or none for the newest; or give "
+            f"{wanted}"
         ) from None
     except Exception as e:  # the client lets several libraries' network errors through
         raise UserError(

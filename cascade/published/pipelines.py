@@ -12,6 +12,7 @@ from cascade.published.deepfloyd import stage as deepfloyd
 from cascade.published.hub import locate
 from cascade.published.x4_upscaler import stage as upscaler
 from cascade.stage import StageConfig
+from cascade.storage import hub
 from cascade.storage.network import Published
 from cascade.storage.paths import write_json
 from cascade.text import clip
@@ -24,6 +25,7 @@ class Pipelines:
 
     It has the interface of `cascade.runner.model_folder.ModelFolder`. Making one reads config files
     alone, and raises UserError naming the file and the field that is not of such a pipeline.
+    Its name has the commit of each that is the hub's.
     """
 
     max_tokens: int = deepfloyd.MAX_TOKENS
@@ -31,8 +33,8 @@ class Pipelines:
     known_words: Sequence[str] = ()
 
     def __init__(self, names: Sequence[str | Path]):
-        self.name = ",".join(map(str, names))
         self.pipelines = pipelines(names)
+        self.name = ",".join(map(_pinned, names, self.pipelines))
 
     @property
     def stages(self) -> list[StageConfig]:
@@ -94,6 +96,12 @@ def is_pipeline(name: str | Path) -> bool:
     return (folder / "model_index.json").is_file() or (
         not folder.exists() and str(name).startswith(("DeepFloyd/", "stabilityai/"))
     )
+
+
+def _pinned(name: str | Path, pipeline: PublishedStage) -> str:
+    """The name of a pipeline with the commit that was read, if it is one of the hub."""
+    commit = None if Path(name).expanduser().is_dir() else hub.commit(pipeline.folder)
+    return f"{str(name).partition('@')[0]}@{commit}" if commit else str(name)
 
 
 PublishedStage = deepfloyd.Pipeline | upscaler.UpscalePipeline

@@ -27,6 +27,7 @@ from cascade.devices import sharding
 from cascade.errors import UserError
 from cascade.runner.model_folder import open_model
 from cascade.stage import Sampling, Stage, StageConfig, Steering
+from cascade.storage import paths
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 from cascade.text.embedding import no_encoder
 
@@ -215,6 +216,7 @@ class Cascade:
                     "from_lowres": lowres is not None,
                     "model": self.name,
                     "model_sha256": self.digest,
+                    "text_encoder_commit": getattr(self.encoder, "commit", None),
                     "stages": {
                         stage.config.name: {
                             "resolution": stage.config.resolution,
@@ -386,6 +388,7 @@ def _split(
 
 def _update(digest: Any, file: Path) -> None:
     """With the bytes of a file that may be larger than memory."""
+    paths.check_regular(file)
     with open(file, "rb") as opened:
         while block := opened.read(2**24):
             digest.update(block)

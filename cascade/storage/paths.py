@@ -16,7 +16,9 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -37,9 +39,13 @@ def path(name: str | os.PathLike[str]) -> Path:
     """Parse what a person calls a file or folder; nothing need be there.
 
     A pathlib.Path of gs://b/x, which has folded the slashes into one, is understood too.
-    Raises UserError for a scheme other than gs:// and s3://, a missing client, or a bucket that
-    cannot be reached.
+    Raises UserError for a scheme other than gs:// and s3://, a missing client, a bucket that cannot
+    be reached, an empty name, or a NUL character, which no system takes.
     """
+    if not os.fspath(name):
+        raise UserError("the name of a file or folder is empty; write . for this folder")
+    if "\0" in os.fspath(name):
+        raise UserError(f"{os.fspath(name)!r}: a path may have no NUL character; remove it")
     found = re.fullmatch(r"(gs|s3):/+(.+)", os.fspath(name))
     if found is None:
         if other := re.match(r"(\w\w+):/", os.fspath(name)):
@@ -55,6 +61,21 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, pathlib.Path)
 
 
+def check_regular(path: Path) -> None:
+    """Raise UserError for a pipe, socket or device, which might be read without end.
+
+    Links are followed. What is not there, or cannot be asked, is told by whoever opens it.
+    """
+    if not isinstance(path, pathlib.Path):
+        return
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a pipe, socket or device; give a regular file")
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder and its parents, unless they are there; UserError where that fails."""
     try:
@@ -65,9 +86,14 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[pathlib.Path]:
-    """Give a local file to write, which becomes `path`, whole, if the block raises nothing."""
+    """Give an empty local file to write, which becomes `path`, whole, if the block raises nothing.
+
+    Its name cannot be foreseen and it is new, so that no link that was planted there is followed;
+    it has the permissions that the umask gives.
+    """
     if isinstance(path, pathlib.Path):
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        partial.touch(exist_ok=False)
         try:
             yield partial
             os.replace(partial, path)
@@ -126,7 +152,7 @@ class WholeFolder:
     The hidden folder is a neighbour of `path`. Where `path` is an empty folder already, which may
     be a mount, a link or `.`, it is a folder inside, whose content moves up at the end, config.json
     last. Where `path` is in object storage, it is a temporary folder here, which is copied there,
-    config.json last.
+    config.json last. The permissions of `path` are those that the umask gives.
     Raises UserError where `path` holds files, cannot be written, or (naming the hidden folder,
     which is then kept) when what was made cannot be moved there.
     """
@@ -147,10 +173,13 @@ class WholeFolder:
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 where, prefix = self.path.parent, f".{self.path.name}."
-            self._partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=where))
+            # Not mkdtemp, whose folders are their owner's alone: this one becomes the final one.
+            partial = where / f"{prefix}{secrets.token_hex(8)}"
+            partial.mkdir()
         except OSError as e:
             raise UserError(f"{self.path}: cannot be written there ({e.strerror})") from None
-        return self._partial
+        self._partial = partial
+        return partial
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
@@ -173,7 +202,6 @@ class WholeFolder:
             for entry in made:
                 os.replace(entry, self._partial.parent / entry.name)
         else:
-            self._partial.chmod(0o755)
             os.replace(self._partial, self.path)
 
     def _is_empty(self) -> bool:
@@ -182,8 +210,9 @@ class WholeFolder:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON values as an indented text file, replacing what is there."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write JSON values as an indented text file, whole or not at all, replacing what is there."""
+    with writing(path) as file:
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @functools.cache  # once a process

@@ -35,7 +35,7 @@ import numpy as np
 import safetensors
 
 from cascade.errors import UserError
-from cascade.storage import checksums, paths
+from cascade.storage import checksums, hub, paths
 
 Index = tuple[slice, ...]
 """A part of a tensor or parameter: one slice for each axis."""
@@ -196,13 +196,14 @@ def opened(folder: Path, stem: str, *, what: str, convert: str) -> Iterator[Weig
 
     stem: what the names of the files begin with. what: how errors call the folder ("text encoder").
     convert: Python that writes what is pickled as safetensors, for the error that refuses pickles.
-    Raises UserError for what is missing, damaged (by its checksum too, where there is one) or
-    pickled.
+    Raises UserError for what is missing, damaged (by its checksum too, where there is one), pickled,
+    or not what the hub published.
     """
     name = f"{what} {folder}"
     with contextlib.ExitStack() as stack:
         files = {}
         for file in _files(folder, stem, name, convert):
+            hub.check(file)
             try:
                 checksums.check(file)
                 files[file.name] = stack.enter_context(_open(file))
@@ -286,7 +287,7 @@ def write(
 
     tensors: (name, shape, dtype in safetensors' spelling), in the order of the file. read: name ->
     the array of that shape, which is cast to that dtype here. metadata: of the header; transformers
-    wants its default. The file appears whole or not at all, and anyone may read it.
+    wants its default. The file appears whole or not at all.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -303,7 +304,6 @@ def write(
                 if name != "__metadata__":
                     value = np.ascontiguousarray(read(name), DTYPES[entry["dtype"]])
                     file.write(value.reshape(-1).view(np.uint8).data)
-        partial.chmod(0o644)
 
 
 def copy(
@@ -370,6 +370,7 @@ _DAMAGE = (safetensors.SafetensorError, OSError)
 
 def _open(file: Path) -> contextlib.AbstractContextManager[Any]:
     """Open one safetensors file; raises _DAMAGE, of which FileNotFoundError is one."""
+    paths.check_regular(file)
     return safetensors.safe_open(os.fspath(file), framework="np")
 
 
@@ -417,6 +418,7 @@ def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
         *folder.glob(f"{stem}.safetensors.index.json"),
         *sorted(folder.glob(f"{stem}*safetensors*index*.json")),
     ]:
+        paths.check_regular(index)
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):

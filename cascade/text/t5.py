@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5EncoderModel, quantized
-from cascade.storage import checksums, paths, weights
+from cascade.storage import checksums, hub, paths, weights
 from cascade.storage.weights import Origin
 from cascade.text.captions import Captions
 from cascade.text.embedding import TextEmbedding
@@ -54,6 +54,8 @@ class T5Encoder:
 
     def __init__(self, config: T5Config, params: dict, tokenizer: Tokenizer):
         """params: T5EncoderModel's arrays, as nested dicts."""
+        self.commit: str | None = None
+        """That of the Hugging Face hub which was loaded; None for a folder."""
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
@@ -70,7 +72,8 @@ class T5Encoder:
         int8: bool = False,
         shardings: Callable[[Any], Any] | None = None,
     ) -> "T5Encoder":
-        """Read an encoder: "scenes", which ships, a local folder or, failing both, a hub's name.
+        """Read an encoder: "scenes", which ships, a local folder or, failing both, a hub's name,
+        which may end with @REVISION (a branch, tag or commit).
 
         A folder holds any google/t5-v1_1-* (the decoder of a full checkpoint is not read), or it is
         a DeepFloyd IF pipeline, or the text_encoder/ of one. Its weights are safetensors: one file,
@@ -88,15 +91,19 @@ class T5Encoder:
             `partial(cascade.devices.sharding.shardings, mesh=mesh)`; None is the default device.
         Raises UserError saying what is missing and what to do.
         """
+        folder = locate(name_or_dir)
         config, params, spiece = read_folder(
-            locate(name_or_dir), compute_dtype=compute_dtype, int8=int8, shardings=shardings
+            folder, compute_dtype=compute_dtype, int8=int8, shardings=shardings
         )
         tokenizer = Tokenizer(spiece, min(max_tokens, config.n_positions), captions)
         try:
             tokenizer.pieces("")
         except ValueError as e:
             raise UserError(f"text encoder {name_or_dir}: its spiece.model {e}") from None
-        return cls(config, params, tokenizer)
+        encoder = cls(config, params, tokenizer)
+        if is_hub_name(str(name_or_dir)):
+            encoder.commit = hub.commit(folder)
+        return encoder
 
     def save(self, folder: Path) -> None:
         """Write the encoder as a folder that `load` reads, in float16.
@@ -147,7 +154,7 @@ class T5Encoder:
 
 def is_hub_name(name: str) -> bool:
     """Tell whether `T5Encoder.load(name)` would ask the Hugging Face hub."""
-    if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", name) is None:
+    if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?" + hub.REVISION, name) is None:
         return False
     return name not in SHIPPED and not Path(name).is_dir()
 
@@ -187,6 +194,7 @@ def read_folder(
     Raises UserError when a file or tensor is missing, damaged, left over or of another shape.
     """
     folder, config_file, vocabulary = _places(folder)
+    hub.check(vocabulary)
     config = dataclasses.replace(_read_config(config_file), compute_dtype=compute_dtype, int8=int8)
     checksums.check(vocabulary)
     return config, _read_parameters(folder, config, shardings), vocabulary.read_bytes()
@@ -302,18 +310,17 @@ def check(name: str, shapes: Mapping[str, Sequence[int]], config: T5Config) -> d
 
 
 def _downloaded(name: str) -> Path:
-    import huggingface_hub
-
     wanted = ["config.json", "spiece.model", "model*.safetensors", "model*safetensors*.json"]
     # of a DeepFloyd IF pipeline
     wanted += ["tokenizer/spiece.model", "text_encoder/*.json", "text_encoder/*fp16*.safetensors"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        return hub.download(name, wanted)
     except Exception as e:  # the client lets several libraries' network errors through
         raise UserError(
             f"text encoder {name}: no folder of this name here, and the Hugging Face hub did not "
-            f"give it ({type(e).__name__}); check the name and the network, or give a local folder "
-            "with config.json, spiece.model and model.safetensors, or 'scenes', which ships"
+            f"give it ({type(e).__name__}); check the name, its revision and the "
+            "network, or give a local folder with config.json, spiece.model and model.safetensors, "
+            "or 'scenes', which ships"
         ) from None
 
 
@@ -343,6 +350,7 @@ def _weights_folder(folder: Path) -> Path:
 
 
 def _read_config(file: Path) -> T5Config:
+    paths.check_regular(file)
     checksums.check(file)
     try:
         return T5Config.from_hf_dict(json.loads(file.read_text()))

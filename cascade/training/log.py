@@ -71,6 +71,7 @@ class TrainingLog:
             self._own = tempfile.TemporaryDirectory()
             folder = pathlib.Path(self._own.name)
         before = workdir / "metrics.jsonl"
+        paths.check_regular(before)
         read = before.read_bytes() if before.exists() else b""
         lines = read.decode(errors="replace").splitlines()
         self._path, self._picture = folder / "metrics.jsonl", folder / "loss.png"

@@ -67,7 +67,7 @@ def test_a_run_lives_in_object_storage_as_it_does_here(bucket, tmp_path, monkeyp
     train.fit(CONFIG, "gs://bucket/run", until=8)
     train.fit(CONFIG, "gs://bucket/run")
     names = {p.name for p in (bucket / "run").iterdir()}
-    assert names == {"checkpoints", "metrics.jsonl", "loss.png", "tensorboard"}
+    assert names == {"checkpoints", "config.json", "metrics.jsonl", "loss.png", "tensorboard"}
     assert len(list((bucket / "run" / "tensorboard").iterdir())) == 2
     there = losses((bucket / "run" / "metrics.jsonl").read_text())
     assert there == losses((tmp_path / "here" / "metrics.jsonl").read_text())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,7 @@ def test_a_truncated_weights_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_file_is_what_the_library_would_have_written_and_anyone_may_read_it(tmp_path, dtype):
+def test_a_file_is_what_the_library_would_have_written(tmp_path, dtype):
     kernel = np.linspace(-2, 2, 12, dtype=np.float32).reshape(3, 4)
     params = {"b": {"10": kernel, "9": kernel.T}, "a": np.float32(7), "none": np.zeros((0, 3))}
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -65,7 +64,6 @@ def test_a_file_is_what_the_library_would_have_written_and_anyone_may_read_it(tm
     stored["a"] = stored["a"].reshape(())
     safetensors.numpy.save_file(stored, theirs, metadata={"made": "schön"})
     assert ours.read_bytes() == theirs.read_bytes()
-    assert stat.S_IMODE(ours.stat().st_mode) == 0o644
     back = load_safetensors(ours, abstract(params))
     assert back["a"] == 7 and back["none"].shape == (0, 3) and back["b"]["9"].flags.writeable
 
