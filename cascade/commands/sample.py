@@ -38,9 +38,10 @@ class Options:
 
     For picture 0000 this writes OUT/0000_64.png, OUT/0000_256.png, OUT/0000_1024.png and
     OUT/0000.json (prompt, seed, every setting, versions, the model's hash), and a line of JSON on
-    stdout; for several pictures it writes OUT/grid.png too. A folder that has pictures already is
-    continued. Lists such as --steps 16,4,2 go by stage, smallest first; one value is for all.
-    Several processes, started as `cascade train --help` says, share the pictures among them.
+    stdout; for several pictures it writes OUT/grid.png too, of the first 1024. A folder that has
+    pictures already is continued. Lists such as --steps 16,4,2 go by stage, smallest first; one
+    value is for all. Several processes, started as `cascade train --help` says, share the pictures
+    among them.
     """
 
     prompts_: Annotated[
@@ -48,7 +49,8 @@ class Options:
     ] = ()
     """What to draw; quote each prompt."""
     prompts: File = None
-    """A UTF-8 text file with one prompt a line, drawn after those given as words."""
+    """A UTF-8 text file with one prompt a line, of at most 16 MiB, drawn after those given as
+    words."""
     model: str = "scenes"
     """A model that ships (scenes), a folder that `cascade export` or `cascade convert` wrote, or
     the folders (or Hugging Face names) of DeepFloyd IF's stages with a comma between them, the
@@ -68,7 +70,7 @@ class Options:
     seed: int = 0
     """Seed of each prompt's first picture; the next ones count up."""
     num: int = 1
-    """Pictures of each prompt."""
+    """Pictures of each prompt; one command draws at most 1,000,000 in all."""
     until: Until = None
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
     lowres: File = None
@@ -103,7 +105,7 @@ class Options:
     """A T5 v1.1 encoder instead of the model's own: a local folder, or a name such as
     google/t5-v1_1-xl, or NAME@REVISION. Its width must be the one the model was trained on."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    """Pictures drawn together; default 1 on a CPU, 8 elsewhere."""
+    """Pictures drawn together, at most 4096; default 1 on a CPU, 8 elsewhere."""
     split_rows: int = 1
     """Number of this machine's devices that share each super-resolution picture, by its rows of
     pixels: less memory and time for 1024 px."""
@@ -111,6 +113,14 @@ class Options:
     """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
 
 
+MOST_PICTURES = 1_000_000
+"""One command draws at most so many, of all prompts."""
+MOST_PROMPT_BYTES = 2**24
+"""A file of prompts has at most so many bytes."""
+MOST_TOGETHER = 4096
+"""At most so many pictures are drawn in one batch."""
+MOST_IN_GRID = 1024
+"""grid.png shows at most so many pictures, the first ones."""
 LISTS = (
     *("grid", "steps", "guidance", "guidance_plan", "rescale", "aug_level", "sampler"),
     "threshold",
@@ -123,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
     tasks = that_have("SampleOptions")
     options = config.parse(_with_tasks(tasks), argv, prog="cascade sample")
     prompts = _prompts(options)
-    _check_words(options)
+    _check_words(options, len(prompts))
     folder = _output_folder(options.out)
     if options.compilation_cache:
         use_compilation_cache()
@@ -187,9 +197,9 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         first = int(multihost_utils.broadcast_one_to_all(np.int32(first)))
     total = len(prompts) * options.num
     batch_size = options.batch_size or default_batch_size()
-    own = numbers(total, batch_size, share)
+    count = sum(1 for _ in numbers(total, batch_size, share))
     side = 0
-    with _progress(len(own) * len(stages), shown=share[0] == 0) as progress:
+    with _progress(count * len(stages), shown=share[0] == 0) as progress:
         pictures = cascade.draw(
             prompts,
             seed=options.seed,
@@ -204,7 +214,7 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
             split_rows=options.split_rows,
             progress=progress,
         )
-        for number, picture in zip(own, pictures, strict=True):
+        for number, picture in zip(numbers(total, batch_size, share), pictures, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
             line = _write(picture, folder, first + number, save_png, options, records)
             print(json.dumps(line), flush=True)
@@ -212,7 +222,7 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
     if share[1] > 1:
         multihost_utils.sync_global_devices("pictures drawn")
     if total > 1 and share[0] == 0:
-        drawn = [folder / f"{first + n:04d}_{side}.png" for n in range(total)]
+        drawn = [folder / f"{first + n:04d}_{side}.png" for n in range(min(total, MOST_IN_GRID))]
         save_png(folder / "grid.png", grid([np.asarray(load_image(file)) for file in drawn]))
 
 
@@ -233,7 +243,15 @@ def _prompts(options: Options) -> list[str]:
         path = options.prompts
         paths.check_regular(path)
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            with path.open("rb") as file:
+                content = file.read(MOST_PROMPT_BYTES + 1)
+            if len(content) > MOST_PROMPT_BYTES:
+                raise UserError(
+                    f"--prompts {path}: must have at most {MOST_PROMPT_BYTES} bytes; draw it in "
+                    "several commands, each of a part of its lines"
+                )
+            text = content.decode("utf-8-sig")
+            lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         except UnicodeDecodeError as e:
             raise UserError(
                 f"--prompts {path}: not UTF-8 text (byte {e.start}); save it as UTF-8"
@@ -255,7 +273,7 @@ def _prompts(options: Options) -> list[str]:
     return [prompt for prompt, _ in prompts]
 
 
-def _check_words(options: Options) -> None:
+def _check_words(options: Options, prompts: int) -> None:
     if options.seed < 0:
         raise UserError(f"--seed must be 0 or more, got {options.seed}")
     if options.seed + options.num > 2**32:
@@ -269,6 +287,13 @@ def _check_words(options: Options) -> None:
     for flag, value in {**counts, "--split-rows": options.split_rows}.items():
         if value is not None and value < 1:
             raise UserError(f"{flag} must be 1 or more, got {value}")
+    if (options.batch_size or 0) > MOST_TOGETHER:
+        raise UserError(f"--batch-size must be at most {MOST_TOGETHER}, got {options.batch_size}")
+    if prompts * options.num > MOST_PICTURES:
+        raise UserError(
+            f"--num {options.num} of {prompts} prompt{'s' * (prompts > 1)}: one command draws at "
+            f"most {MOST_PICTURES} pictures; draw them in several, each with a --seed of its own"
+        )
 
 
 def _output_folder(name: Path) -> paths.Path:
@@ -333,10 +358,10 @@ def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
             file=sys.stderr,
         )
     encoders = [e for e in (cascade.encoder, *cascade.own_encoders.values()) if e is not None]
-    cuts = [encoder.tokenize(list(prompts)).truncated for encoder in encoders]
-    for i, prompt in enumerate(prompts):
+    for prompt in prompts:
         short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
-        cutting = [e for e, cut in zip(encoders, cuts, strict=True) if cut is not None and cut[i]]
+        cuts = [encoder.tokenize([prompt]).truncated for encoder in encoders]
+        cutting = [e for e, cut in zip(encoders, cuts, strict=True) if cut is not None and cut[0]]
         if cutting:
             print(
                 f"warning: prompt {short!r} is longer than {cutting[0].max_tokens} tokens; "

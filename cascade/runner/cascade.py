@@ -31,6 +31,10 @@ from cascade.storage import paths
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 from cascade.text.embedding import no_encoder
 
+PROMPTS_AT_ONCE = 64
+"""So many prompts are embedded together, or a batch of pictures' if that is more: the embeddings
+of all prompts would need memory for each."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -193,19 +197,24 @@ class Cascade:
         if seed < 0 or seed + num > 2**32:
             raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
         batch_size = batch_size or default_batch_size()
-        told = self._told([stage for stage, _ in stages], prompts, negative)
+        told = _ToldInParts(
+            lambda part: self._told([stage for stage, _ in stages], part, negative),
+            prompts,
+            at_once=max(PROMPTS_AT_ONCE, batch_size),
+        )
         runs = [
-            _PreparedStage(*placed, chosen, steered, given)
-            for placed, chosen, steered, given in zip(
-                _split(stages, split_rows), settings, steering, told, strict=True
+            _PreparedStage(*placed, chosen, steered)
+            for placed, chosen, steered in zip(
+                _split(stages, split_rows), settings, steering, strict=True
             )
         ]
-        jobs = [(p, seed + k) for p in range(len(prompts)) for k in range(num)]
-        for start in range(share[0] * batch_size, len(jobs), share[1] * batch_size):
-            batch = jobs[start : start + batch_size]
+        total = len(prompts) * num
+        for start in range(share[0] * batch_size, total, share[1] * batch_size):
+            end = min(start + batch_size, total)
+            batch = [(k // num, seed + k % num) for k in range(start, end)]
             filled = batch + batch[-1:] * (batch_size - len(batch))
-            rows = np.array([p for p, _ in filled])
             seeds = np.array([s for _, s in filled], np.uint32)
+            rows = told([p for p, _ in filled])
             drawn = self._draw_batch(runs, rows, seeds, lowres, progress)
             for i, (p, s) in enumerate(batch):
                 pictures = {side: batch_of_side[i] for side, batch_of_side in drawn.items()}
@@ -268,17 +277,18 @@ class Cascade:
             told.append(tuple({k: v for k, v in d.items() if v is not None} for d in (given, away)))
         return told
 
-    def _draw_batch(self, runs, rows, seeds, lowres, progress):
+    def _draw_batch(self, runs, told, seeds, lowres, progress):
+        """told: for each stage what it is given and led away from, with a row a picture."""
+        count = len(seeds)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-        low = None if lowres is None else np.broadcast_to(lowres, (len(rows), *lowres.shape))
+        low = None if lowres is None else np.broadcast_to(lowres, (count, *lowres.shape))
         drawn = {}
-        for run in runs:
-            config, (prompted, away) = run.stage.config, run.told
-            given = jax.tree.map(lambda x: x[rows], prompted)
+        for run, (given, away) in zip(runs, told, strict=True):
+            config = run.stage.config
             if low is not None:
                 small = images.to_float(jnp.asarray(low))
                 enlarged = {c.name: c.of_lowres(small) for c in config.conditions}
-                given |= {name: value for name, value in enlarged.items() if value is not None}
+                given = given | {k: v for k, v in enlarged.items() if v is not None}
             resolution = config.resolution
             x0 = run.stage.sample(
                 run.params,
@@ -286,9 +296,9 @@ class Cascade:
                 # folded by resolution, so that a stage draws the same wherever one starts
                 jax.vmap(lambda k, r=resolution: jax.random.fold_in(k, r))(keys),
                 settings=run.settings,
-                negative=jax.tree.map(lambda x: x[np.zeros_like(rows)], away),
+                negative=away,
                 steering=jax.tree.map(
-                    lambda x: np.broadcast_to(x, (len(rows), *x.shape)), run.steering
+                    lambda x: np.broadcast_to(x, (count, *x.shape)), run.steering
                 ),
                 place=run.place,
             )
@@ -300,20 +310,59 @@ class Cascade:
             low = images.to_uint8(x0)
             drawn[resolution] = low
             if progress:
-                progress(config.name, len(rows))
+                progress(config.name, count)
         return drawn
 
 
 @dataclass(frozen=True)
 class _PreparedStage:
-    """One stage of a drawing. told: what `Cascade._told` says of it."""
+    """One stage of a drawing."""
 
     stage: Stage
     params: Any
     place: sharding.ByRows | None
     settings: Sampling
     steering: Steering | None
-    told: tuple[dict[str, Any], dict[str, Any]]
+
+
+class _ToldInParts:
+    """What stages are told of many prompts, embedded part by part as the prompts come up.
+
+    The two parts that were asked for last are kept: all that one batch can need.
+    """
+
+    def __init__(
+        self,
+        told: Callable[[Sequence[str]], list[tuple[dict[str, Any], dict[str, Any]]]],
+        prompts: Sequence[str],
+        *,
+        at_once: int,
+    ):
+        """told: `Cascade._told` of some prompts. at_once: how many prompts make a part, at least as
+        many as a batch has rows."""
+        self._at_once = at_once
+        self._part = functools.lru_cache(maxsize=2)(
+            lambda i: told(prompts[i * at_once : (i + 1) * at_once])
+        )
+
+    def __call__(self, rows: Sequence[int]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """For each stage what it is given and led away from, a row for each of these prompts.
+
+        rows: places in the list of all prompts, in order.
+        """
+        first, last = rows[0] // self._at_once, rows[-1] // self._at_once
+        parts = [self._part(i) for i in range(first, last + 1)]
+        within = np.array(rows) - first * self._at_once
+        same = np.zeros_like(within)
+        told = []
+        for stage in zip(*parts, strict=True):
+            given = jax.tree.map(lambda *x: _joined(x)[within], *(given for given, _ in stage))
+            told.append((given, jax.tree.map(lambda x: x[same], stage[0][1])))
+        return told
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def check_chain(stages: Sequence[StageConfig]) -> None:
@@ -358,10 +407,10 @@ def by_rows(
     return sharding.ByRows(mesh)
 
 
-def numbers(total: int, batch_size: int, share: tuple[int, int]) -> list[int]:
+def numbers(total: int, batch_size: int, share: tuple[int, int]) -> Iterator[int]:
     """Which of `total` pictures, counted from 0, a share of `Cascade.draw` holds, in its order."""
-    starts = range(share[0] * batch_size, total, share[1] * batch_size)
-    return [k for start in starts for k in range(start, min(start + batch_size, total))]
+    for start in range(share[0] * batch_size, total, share[1] * batch_size):
+        yield from range(start, min(start + batch_size, total))
 
 
 def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list[Sampling]:
