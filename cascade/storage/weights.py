@@ -196,7 +196,7 @@ def opened(folder: Path, stem: str, *, what: str, convert: str) -> Iterator[Weig
 
     stem: what the names of the files begin with. what: how errors call the folder ("text encoder").
     convert: Python that writes what is pickled as safetensors, for the error that refuses pickles.
-    Raises UserError for what is missing, damaged (by its checksum too, where there is one), pickled,
+    Raises UserError for what is missing, damaged (by its checksum too, where there is one), pickled
     or not what the hub published.
     """
     name = f"{what} {folder}"
