@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import sys
 import time
@@ -259,6 +260,21 @@ def test_several_processes_draw_the_files_of_one(tmp_path, cache):
         {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")
     )
     assert len(one) == 13 and one == two
+
+
+def run_unlike(workdir):
+    """Each process is given another learning rate."""
+    own = float(os.environ["JAX_PROCESS_ID"])
+    with distributed.processes():
+        fit(dataclasses.replace(CONFIG, optimizer=Optimizer(learning_rate=1e-3 + own)), workdir)
+
+
+def test_processes_that_were_started_unlike_end_at_once_and_say_how(tmp_path, capfd):
+    group = processes.start_group(2, run_unlike, tmp_path / "run")
+    assert processes.codes(group, 100) == [2, 2]
+    told = "process 1 of 2 was started with another config than process 0"
+    assert capfd.readouterr().err.count(told) == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
