@@ -55,7 +55,7 @@ class T5Encoder:
     def __init__(self, config: T5Config, params: dict, tokenizer: Tokenizer):
         """params: T5EncoderModel's arrays, as nested dicts."""
         self.commit: str | None = None
-        """That of the Hugging Face hub which was loaded; None for a folder."""
+        """The commit of the Hugging Face hub that was loaded is this; None for a folder."""
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
