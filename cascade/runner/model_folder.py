@@ -124,7 +124,9 @@ class ModelFolder:
             return weights.read(opened, origins, target)
 
     def copy_stage(self, stage: str, folder: pathlib.Path) -> None:
-        """Write a stage as a new folder of a model, as it is."""
+        """Write a stage as a new folder of a model, as it is; UserError for a damaged file."""
+        for file in checksums.files_under(self._folder / stage):
+            checksums.check(file)
         shutil.copytree(self._folder / stage, folder)
 
     def _stage(self, name: str) -> tuple[StageConfig, bool]:

@@ -215,6 +215,8 @@ def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
     Raises UserError as `read_folder` does.
     """
     source, config_file, vocabulary = _places(source)
+    hub.check(vocabulary)
+    checksums.check(vocabulary)
     config = _read_config(config_file)
     with weights.opened(source, "model", what="text encoder", convert=CONVERT) as opened:
         names = [n for o in check(opened.name, opened.shapes, config).values() for n in o.names]

@@ -67,6 +67,10 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
 
     workdir = folder.path
     check_name(workdir)
+    if job.minutes is not None and jax.process_count() > 1:
+        raise UserError(
+            f"minutes={job.minutes}: several processes have no common clock; give images instead"
+        )
     distributed.agree(
         {
             "config": json.dumps(to_json(job)),  # what cannot be saved is told before training too
@@ -77,10 +81,6 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
     )
     mesh = sharding.make_mesh(job.mesh)
     check_batch(job, mesh)
-    if job.minutes is not None and jax.process_count() > 1:
-        raise UserError(
-            f"minutes={job.minutes}: several processes have no common clock; give images instead"
-        )
     folder.claim_if_there()
     saved = _saved_config(job, workdir)
     optimizer = job.transformation()

@@ -9,6 +9,7 @@ import safetensors.numpy
 from cascade.errors import UserError
 from cascade.runner.model_folder import SHIPPED, open_model
 from cascade.storage import checksums
+from cascade.text import t5
 from cascade.text.t5 import T5Encoder
 
 
@@ -52,6 +53,16 @@ def test_a_flipped_bit_in_any_file_of_a_model_is_refused_by_name(model, file):
     (model / file).write_bytes(content)
     with pytest.raises(UserError, match=rf"{file}: damaged.*checksum"):
         load(model)
+
+
+@pytest.mark.parametrize("file", ["base64/model.safetensors", "text_encoder/spiece.model"])
+def test_no_copy_gives_a_damaged_file_new_checksums(model, tmp_path, file):
+    content = bytearray((model / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (model / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file}: damaged"):
+        open_model(model).copy_stage("base64", tmp_path / "stage")
+        t5.copy_folder(model / "text_encoder", tmp_path / "encoder")
 
 
 def test_a_file_changed_by_hand_is_read_once_its_line_is_removed(model):

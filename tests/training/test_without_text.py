@@ -110,7 +110,9 @@ def test_what_else_an_example_holds_is_in_the_batch():
 def test_it_trains_previews_and_draws_without_any_text_encoder(run, tmp_path):
     assert len(list((run / "previews").iterdir())) == 1
     export([run], tmp_path / "model")
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["base8", "config.json"]
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        *("SHA256SUMS", "base8", "config.json")
+    ]
     drawn = Cascade.load(tmp_path / "model")(["grey 1", "grey 90"])
     assert not np.array_equal(drawn[0].images[8], drawn[1].images[8])
 
