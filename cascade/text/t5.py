@@ -96,6 +96,11 @@ class T5Encoder:
             tokenizer.pieces("")
         except ValueError as e:
             raise UserError(f"text encoder {name_or_dir}: its spiece.model {e}") from None
+        if tokenizer.size > config.vocab_size:
+            raise UserError(
+                f"text encoder {name_or_dir}: vocab_size of config.json must be at least "
+                f"{tokenizer.size}, the pieces of spiece.model, got {config.vocab_size}"
+            )
         return cls(config, params, tokenizer)
 
     def save(self, folder: Path) -> None:
@@ -346,7 +351,7 @@ def _read_config(file: Path) -> T5Config:
         return T5Config.from_hf_dict(json.loads(file.read_text()))
     except FileNotFoundError:
         raise UserError(f"text encoder {file}: no such file") from None
-    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, OSError, RecursionError, TypeError, ValueError) as e:
         raise UserError(f"text encoder {file}: {e}") from None
 
 
