@@ -20,6 +20,7 @@ import importlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -32,8 +33,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cascade.errors import UserError
+from cascade.ranges import shown
 
 T = TypeVar("T")
+MOST_INT = 2**63
+"""A whole number of a config is below this; no count of anything is not."""
 
 
 def load(path: str) -> Any:
@@ -202,8 +206,11 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
         try:
             return float(value)
         except OverflowError:
-            size = f"a number of {value.bit_length()} bits"
-            raise UserError(f"{where} must be a float, got {size}") from None
+            raise UserError(f"{where} must be a float, got {shown(value)}") from None
+    if cls is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, got {value!r}")
+    if cls is int and type(value) is int and abs(value) >= MOST_INT:
+        raise UserError(f"{where} must be below 2^63, got {shown(value)}")
     if not isinstance(value, cls) or (isinstance(value, bool) and cls is not bool):
         raise UserError(f"{where} must be {cls.__name__}, got {value!r}")
     return value
@@ -212,7 +219,8 @@ def from_json(cls: Any, value: Any, where: str = "config") -> Any:
 def check(config: Any, where: str) -> None:
     """Raise UserError unless every field has a value of its type, as `from_json` would.
 
-    Python checks none of what a config file gives to a dataclass.
+    Python checks none of what a config file gives to a dataclass. NaN and infinity are numbers to
+    Python and to JSON as it reads it, and no setting.
     """
     try:
         value = to_json(config)
@@ -274,7 +282,9 @@ def _from_object(expected: tuple[Any, ...], value: Any, where: str) -> Any:
         return cls(**{k: from_json(hints[k], v, f"{where}.{k}") for k, v in fields.items()})
     except UserError:
         raise
-    except (TypeError, ValueError) as e:
+    except RecursionError:
+        raise UserError(f"{where[:80]}: is nested too deeply; write it flatter") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise UserError(f"{where}: {e}") from None
 
 

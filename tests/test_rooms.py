@@ -10,26 +10,30 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cascade"
 BELOW = {
     "errors": set(),
-    "config": {"errors"},
+    "ranges": set(),
+    "config": {"errors", "ranges"},
     "devices": {"errors"},
-    "diffusion": set(),
-    "models": set(),
+    "diffusion": {"ranges"},
+    "models": {"ranges"},
     "storage": {"config", "errors", "models"},
     "images": {"errors", "storage"},
     "text": {"config", "errors", "models", "storage"},
     "data": {"config", "errors", "images", "storage", "text"},
-    "stage": {"diffusion", "images", "models"},
-    "published": {"config", "diffusion", "errors", "models", "stage", "storage", "text"},
+    "stage": {"diffusion", "images", "models", "ranges"},
+    "published": {
+        *("config", "diffusion", "errors", "models", "ranges", "stage", "storage", "text"),
+    },
     "runner": {
-        *("config", "devices", "diffusion", "errors", "images", "models", "published", "stage"),
-        *("storage", "text"),
+        *("config", "devices", "diffusion", "errors", "images", "models", "published", "ranges"),
+        *("stage", "storage", "text"),
     },
     "training": {
         *("config", "data", "devices", "diffusion", "errors", "images", "models", "published"),
         *("runner", "stage", "storage", "text"),
     },
     "scenes": {
-        *("config", "data", "devices", "errors", "images", "models", "storage", "text", "training"),
+        *("config", "data", "devices", "errors", "images", "models", "ranges", "storage", "text"),
+        "training",
     },
     "planning": {
         *("devices", "errors", "models", "runner", "stage", "storage", "text", "training"),

@@ -20,6 +20,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cascade import ranges
 from cascade.diffusion.process import expand
 
 Denoiser = Callable[[Float[Array, " b *d"], Float[Array, " b"]], Float[Array, " b *d"]]
@@ -121,7 +122,7 @@ class Interval(GuidancePlan):
     """sigma / alpha above which there is none, above low."""
 
     def __post_init__(self):
-        if not 0 <= self.low < self.high:
+        if not 0 <= self.low < self.high < math.inf:
             raise ValueError(f"Interval.low must be in [0, high={self.high}), got {self.low}")
 
     def __call__(self, w, logsnr, grid):
@@ -144,6 +145,7 @@ class Oscillating(GuidancePlan):
     the paper states none."""
 
     def __post_init__(self):
+        ranges.real(self, 0, 1e6, "low")
         if not 0 <= self.share <= 1:
             raise ValueError(f"Oscillating.share must be in [0, 1], got {self.share}")
 
@@ -267,8 +269,6 @@ def _nearest(logsnr: Float[Array, " b"], grid: Float[Array, " n"]) -> Int[Array,
 
 def _check(percentile: float, cap: float | None) -> None:
     if not 0 < percentile < 1:
-        raise ValueError(
-            f"Threshold.percentile is a fraction in (0, 1), such as .995; got {percentile}"
-        )
+        raise ValueError(f"Threshold.percentile must be in (0, 1), such as .995, got {percentile}")
     if cap is not None and cap < 1:
         raise ValueError(f"Threshold.cap must be at least 1 (static clipping), got {cap}")

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cascade import ranges
+from cascade.diffusion import process
 from cascade.diffusion.process import Schedule
 from cascade.diffusion.samplers import time_grid
 
@@ -80,6 +82,7 @@ class EvenLogSNR(Grid):
     """Full log-SNR at the last time before 0; kept within the schedule's range."""
 
     def __post_init__(self):
+        ranges.real(self, -60, 60, "first", "last")
         if not self.first < self.last:
             raise ValueError(f"EvenLogSNR.first must be below last={self.last}, got {self.first}")
 
@@ -102,6 +105,8 @@ class Karras(Grid):
     """Above 0: the larger, the shorter the steps near the clean end."""
 
     def __post_init__(self):
+        ranges.real(self, 0, 1e12, "first", "last")
+        ranges.real(self, 0, 1000, "rho")
         if not 0 < self.last < self.first:
             raise ValueError(f"Karras.first must be above last={self.last} > 0, got {self.first}")
         if self.rho <= 0:
@@ -136,6 +141,7 @@ class OnTable(Grid):
     def __post_init__(self):
         if self.spacing not in ("leading", "trailing"):
             raise ValueError(f'OnTable.spacing: "leading" or "trailing", got {self.spacing!r}')
+        ranges.whole(self, 1, process.MOST_ENTRIES, "entries")
         if self.offset < 0 or (self.offset and self.spacing == "trailing"):
             raise ValueError(
                 f'OnTable.offset must be 0, or more with spacing="leading", got {self.offset}'

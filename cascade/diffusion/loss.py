@@ -35,7 +35,16 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr, ndtr
 from jaxtyping import Array, Float, Int, Key
 
-from cascade.diffusion.process import Prediction, Schedule, alpha_sigma, corrupt, expand, to_x0
+from cascade import ranges
+from cascade.diffusion.process import (
+    MOST_ENTRIES,
+    Prediction,
+    Schedule,
+    alpha_sigma,
+    corrupt,
+    expand,
+    to_x0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,7 @@ class Loss:
                 'Loss.weighting: "plain", "min_snr", "truncated_snr" or "debiased", '
                 f"got {self.weighting!r}"
             )
+        ranges.real(self, -1e12, 1e12, "gamma")
         if self.gamma <= 0:
             raise ValueError(f"Loss.gamma must be positive (an SNR), got {self.gamma}")
 
@@ -94,8 +104,8 @@ class LearnedVariance:
     "rescaled" loss."""
 
     def __post_init__(self):
-        if self.steps < 2:
-            raise ValueError(f"LearnedVariance.steps must be at least 2, got {self.steps}")
+        ranges.whole(self, 2, MOST_ENTRIES, "steps")
+        ranges.real(self, -1e12, 1e12, "weight")
         if self.weight <= 0:
             raise ValueError(f"LearnedVariance.weight must be positive, got {self.weight}")
 

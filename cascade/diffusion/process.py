@@ -30,6 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cascade import ranges
+
+MOST_ENTRIES = 100_000
+"""A table of discrete times has at most so many entries."""
 Prediction = Literal["eps", "x0", "v"]
 """What a network predicts: the noise, the clean example, or v of equation (3)."""
 
@@ -66,6 +70,7 @@ class Cosine(Schedule):
     pixel averages of a 256 px image are as noisy as the pixels of a 64 px one."""
 
     def __post_init__(self):
+        ranges.real(self, -60, 60, "logsnr_min", "logsnr_max", "shift")
         if not self.logsnr_min < self.logsnr_max:
             raise ValueError(
                 "Cosine.logsnr_min must be below Cosine.logsnr_max, "
@@ -105,6 +110,7 @@ class InterpolatedCosine(Schedule):
     resolution_shift(512, reference=256)."""
 
     def __post_init__(self):
+        ranges.real(self, -60, 60, "shift_clean", "shift_noise")
         Cosine(logsnr_min=self.logsnr_min, logsnr_max=self.logsnr_max)
         # A cosine falls by 2 pi a unit of time where it is flattest; the change of shift must not
         # undo that. The ends of the range take a little of it: 6 is safe for usual ones.
@@ -138,6 +144,7 @@ class LinearVP(Schedule):
     """The rate at t=1, beta_min or more."""
 
     def __post_init__(self):
+        ranges.real(self, 0, 1000, "beta_min", "beta_max")
         if not 0 < self.beta_min <= self.beta_max:
             raise ValueError(
                 "LinearVP needs 0 < beta_min <= beta_max, "
@@ -169,6 +176,8 @@ class Sigmoid(Schedule):
     """The temperature, above 0: a smaller one is steeper in the middle."""
 
     def __post_init__(self):
+        ranges.real(self, -1000, 1000, "start", "end")
+        ranges.real(self, 0, 1000, "tau")
         if not self.start < self.end:
             raise ValueError(f"Sigmoid.start must be below end={self.end}, got {self.start}")
         if self.tau <= 0:
@@ -199,7 +208,7 @@ class Discrete(Schedule):
     roots linear (Rombach et al. 2022, as published with the paper); or "cosine", from
     alpha^2 = cos^2(pi/2 (t + .008) / 1.008) and at most .999 (Nichol & Dhariwal 2021)."""
     steps: int = 1000
-    """Entries of the table, 2 or more."""
+    """Entries of the table, 2 to 100,000."""
     first: float = 1e-4
     """beta of the cleanest entry, in (0, last]; "cosine" does not read it."""
     last: float = 0.02
@@ -210,13 +219,13 @@ class Discrete(Schedule):
             raise ValueError(
                 f'Discrete.betas: "linear", "scaled linear" or "cosine", got {self.betas!r}'
             )
+        ranges.real(self, 0, 1, "first", "last")
         if not 0 < self.first <= self.last < 1:
             raise ValueError(
                 f"Discrete.first must be in (0, last={self.last}], and last below 1, "
                 f"got {self.first}"
             )
-        if self.steps < 2:
-            raise ValueError(f"Discrete.steps must be at least 2, got {self.steps}")
+        ranges.whole(self, 2, MOST_ENTRIES, "steps")
 
     def logsnr(self, t: Float[Array, " *b"]) -> Float[Array, " *b"]:
         return jnp.interp(

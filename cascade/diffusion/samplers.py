@@ -19,6 +19,7 @@ an image is the same whatever else is in the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from cascade import ranges
 from cascade.diffusion.denoise import Denoiser, WithVariance
 from cascade.diffusion.process import Schedule, alpha_sigma, eps_from_x0, expand
 
@@ -309,9 +311,10 @@ class Heun(Step):
     def __post_init__(self):
         if self.slope not in ("angle", "noise"):
             raise ValueError(f'Heun.slope: "angle" or "noise", got {self.slope!r}')
+        ranges.real(self, 0, 1e3, "churn_noise")
         if not 0 <= self.churn <= 2**0.5 - 1:
             raise ValueError(f"Heun.churn must be in [0, sqrt(2) - 1], got {self.churn}")
-        if not 0 <= self.churn_within[0] < self.churn_within[1]:
+        if not 0 <= self.churn_within[0] < self.churn_within[1] < math.inf:
             raise ValueError(f"Heun.churn_within must rise from 0 or more, got {self.churn_within}")
 
     def __call__(self, denoiser, x_t, leg, memory):

@@ -19,7 +19,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from cascade import ranges
 from cascade.models.layers import Conv, GroupNorm, Linear, attend, enlarge
+
+MOST_WIDTH = 2**14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,15 @@ class AutoencoderConfig:
     """Activations have this dtype, norms, softmax and output float32; float16 would overflow."""
 
     def __post_init__(self):
+        sizes = ("channels", "latent_channels", "groups")
+        ranges.whole(self, 1, ranges.MOST_CHANNELS, *sizes)
+        ranges.whole(self, 1, ranges.MOST_BLOCKS, "blocks")
+        ranges.real(self, 1e-6, 1e6, "scaling")
+        if len(self.widths) > ranges.MOST_LEVELS or max(self.widths, default=1) > MOST_WIDTH:
+            raise ValueError(
+                f"AutoencoderConfig.widths must be at most {ranges.MOST_LEVELS}, none above "
+                f"{MOST_WIDTH}, got {ranges.shown(self.widths)}"
+            )
         if not self.widths or any(w < 1 or w % self.groups for w in self.widths):
             raise ValueError(
                 f"AutoencoderConfig.widths must be multiples of groups={self.groups}, at least "

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from cascade import ranges
 from cascade.models import layers
 from cascade.models.layers import Conv, GroupNorm, Linear, Resample
 from cascade.models.network import NetworkConfig
@@ -36,20 +37,12 @@ class LevelsConfig(NetworkConfig):
 
     def __post_init__(self):
         name = type(self).__name__
-        if not self.levels:
-            raise ValueError(f"{name}.levels must hold at least one level, got none")
-        for i, level in enumerate(self.levels):
-            if level.width < 8 or level.width % 8:
-                raise ValueError(
-                    f"{name}.levels[{i}].width must be a multiple of 8, got {level.width}"
-                )
-            if level.blocks < 1:
-                raise ValueError(
-                    f"{name}.levels[{i}].blocks must be at least 1, got {level.blocks}"
-                )
-        for field in ("in_channels", "out_channels", "patch", "head_width"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{name}.{field} must be at least 1, got {getattr(self, field)}")
+        ranges.levels(self, width=8)
+        sizes = ("in_channels", "out_channels", "head_width")
+        ranges.whole(self, 1, ranges.MOST_CHANNELS, *sizes)
+        ranges.whole(self, 1, 64, "patch")
+        if self.emb_width is not None:
+            ranges.whole(self, 1, ranges.MOST_CHANNELS, "emb_width")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{name}.dropout must be in [0, 1), got {self.dropout}")
 

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cascade import ranges
 from cascade.models.layers import Linear, stack
 
 
@@ -40,7 +41,7 @@ class CLIPTextConfig:
     num_attention_heads: int = 8
     """An attention layer has this many heads, at least 1."""
     max_position_embeddings: int = 77
-    """A text has at most this many tokens, at least 1."""
+    """A text has at most this many tokens, at least 2."""
     hidden_act: str = "quick_gelu"
     """Feed-forward layers are activated by this function: gelu or quick_gelu."""
     layer_norm_eps: float = 1e-5
@@ -49,13 +50,12 @@ class CLIPTextConfig:
     """The matrix products have this dtype."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, int) and (not isinstance(value, int) or value < 1):
-                raise ValueError(
-                    f"CLIPTextConfig.{field.name} must be a positive integer, got {value!r}"
-                )
-        if self.hidden_act not in _ACTIVATIONS:
+        ranges.whole(self, 1, 2**22, "vocab_size")
+        ranges.whole(self, 1, ranges.MOST_CHANNELS, "hidden_size", "intermediate_size")
+        ranges.whole(self, 1, 1024, "num_hidden_layers", "num_attention_heads")
+        ranges.whole(self, 2, 4096, "max_position_embeddings")
+        ranges.real(self, 0, 1, "layer_norm_eps")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in _ACTIVATIONS:
             raise ValueError(
                 f"CLIPTextConfig.hidden_act must be {' or '.join(_ACTIVATIONS)}, "
                 f"got {self.hidden_act!r}"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from cascade import ranges
 from cascade.models import layers
 from cascade.models.blocks import (
     Attention,
@@ -56,10 +57,7 @@ class EfficientUNetConfig(LevelsConfig):
     def __post_init__(self):
         super().__post_init__()
         for i, level in enumerate(self.levels):
-            if level.stride < 1:
-                raise ValueError(
-                    f"EfficientUNetConfig.levels[{i}].stride must be at least 1, got {level.stride}"
-                )
+            ranges.whole(level, 1, 64, "stride", called=f"EfficientUNetConfig.levels[{i}]")
             if level.self_attention or level.text_attention:
                 self.check_heads(f"levels[{i}].width", level.width)
 

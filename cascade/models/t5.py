@@ -25,7 +25,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from cascade import ranges
 from cascade.models.layers import stack
+
+MOST_IDS, MOST_LAYERS, MOST_HEADS = 2**22, 1024, 2**12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,24 @@ class T5Config:
     """Whether the layers' matrices are kept as `quantized`."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "d_kv"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"T5Config.{name} must be at least 1, got {getattr(self, name)}")
+        ranges.whole(self, 1, MOST_IDS, "vocab_size")
+        ranges.whole(self, 1, ranges.MOST_CHANNELS, "d_model", "d_kv")
+        ranges.whole(self, 1, 4 * ranges.MOST_CHANNELS, "d_ff")
+        ranges.whole(self, 1, MOST_LAYERS, "num_layers")
+        ranges.whole(self, 1, MOST_HEADS, "num_heads")
+        if self.num_decoder_layers is not None:
+            ranges.whole(self, 0, MOST_LAYERS, "num_decoder_layers")
+        ranges.whole(self, 4, 2**12, "relative_attention_num_buckets")
+        ranges.whole(self, 1, 2**20, "relative_attention_max_distance")
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
+            raise ValueError(
+                "T5Config.relative_attention_max_distance must be above half of "
+                f"relative_attention_num_buckets={self.relative_attention_num_buckets}, got "
+                f"{self.relative_attention_max_distance}"
+            )
+        ranges.whole(self, 1, 2**20, "n_positions")
+        ranges.whole(self, 0, self.vocab_size - 1, "pad_token_id", "eos_token_id")
+        ranges.real(self, 0, 1, "layer_norm_epsilon")
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(
                 "T5Config.feed_forward_proj must be 'gated-gelu' (T5 v1.1, Flan-T5), got "

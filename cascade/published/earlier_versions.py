@@ -67,7 +67,7 @@ def upgraded(value: Any) -> Any:
         return _upgraded(value)
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
         raise UserError(f"a config of an earlier version is damaged: {e!r}") from None
 
 

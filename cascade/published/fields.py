@@ -7,6 +7,8 @@ network is refused by name.
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from cascade.ranges import MOST_CHANNELS, MOST_LEVELS, shown
+
 
 def read_fields(
     fields: Mapping[str, Any],
@@ -40,15 +42,32 @@ def read_fields(
     return given
 
 
-def integer(given: Mapping[str, Any], field: str) -> int:
-    """Read a positive integer, or the one value of a list: diffusers lets some go by level.
+def integer(given: Mapping[str, Any], field: str, most: int = MOST_CHANNELS) -> int:
+    """Read an integer, 1 to most, or the one value of a list: diffusers lets some go by level.
 
     Raises ValueError naming the field.
     """
-    values = set(v) if isinstance(v := given[field], list | tuple) else {v}
-    value = values.pop() if len(values) == 1 else None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field} must be one positive integer, got {given[field]!r}")
+    values = v if isinstance(v := given[field], list | tuple) else [v]
+    value = values[0] if values and all(v == values[0] for v in values) else None
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{field} must be one positive integer, got {shown(given[field])}")
+    if value > most:
+        raise ValueError(f"{field} must be at most {most}, got {shown(value)}")
+    return value
+
+
+def number(given: Mapping[str, Any], field: str, low: float | int, high: float | int) -> float:
+    """Read a number, low to high. Raises ValueError naming the field."""
+    value = given[field]
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ValueError(f"{field} must be a number, {low:g} to {high:g}, got {shown(value)}")
+    return float(value)
+
+
+def flag(given: Mapping[str, Any], field: str) -> bool:
+    """Read a field that is true or false. Raises ValueError naming the field."""
+    if type(value := given[field]) is not bool:
+        raise ValueError(f"{field} must be true or false, got {shown(value)}")
     return value
 
 
@@ -57,9 +76,13 @@ def one_each(given: Mapping[str, Any], field: str, kind: type, levels: int) -> l
 
     kind: the type of a value. Raises ValueError naming the field if the list has another length.
     """
-    values = [v] * levels if isinstance(v := given[field], kind) else v
+    values = [v] * levels if type(v := given[field]) is kind else v
     if not isinstance(values, list | tuple) or len(values) != levels:
-        raise ValueError(f"{field} must have {levels} values, as down_block_types has, got {v!r}")
+        raise ValueError(
+            f"{field} must have {levels} values, as down_block_types has, got {shown(v)}"
+        )
+    if not all(type(value) is kind for value in values):
+        raise ValueError(f"{field} must be of {kind.__name__}, got {shown(v)}")
     return list(values)
 
 
@@ -73,8 +96,10 @@ def levels_with(
     """
     downs, ups = given["down_block_types"], given["up_block_types"]
     for field, names, known in (("down_block_types", downs, down), ("up_block_types", ups, up)):
-        if not isinstance(names, list | tuple) or not set(names) <= known.keys():
-            raise ValueError(f"{field} must be of {' and '.join(known)}, got {names!r}")
+        if not isinstance(names, list | tuple) or not all(name in list(known) for name in names):
+            raise ValueError(f"{field} must be of {' and '.join(known)}, got {shown(names)}")
+        if not 1 <= len(names) <= MOST_LEVELS:
+            raise ValueError(f"{field} must list 1 to {MOST_LEVELS} levels, got {len(names)}")
     if [down[name] for name in downs] != [up[name] for name in reversed(ups)]:
         raise ValueError(
             f"up_block_types must mirror down_block_types, attention for attention, got {ups!r}"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy as np
 from cascade.config import read_json
 from cascade.diffusion import denoise, grids, process, samplers
 from cascade.errors import UserError
+from cascade.published.fields import flag, integer, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +59,12 @@ def read_scheduler(file: Path) -> Scheduler:
 
     for field in ("trained_betas", "rescale_betas_zero_snr"):
         one_of(field, {_DEFAULTS[field]: None})
-    steps = given["num_train_timesteps"]
+    steps, numbers = _numbers(file, given)
     spacing = one_of("timestep_spacing", {"leading": "leading", "trailing": "trailing"})
     if given["thresholding"]:
         threshold: dict[str, Any] = {
-            "percentile": given["dynamic_thresholding_ratio"],
-            "cap": given["sample_max_value"],
+            "percentile": numbers["dynamic_thresholding_ratio"],
+            "cap": numbers["sample_max_value"],
         }
     elif given["clip_sample"]:
         one_of("clip_sample_range", {1.0: None})
@@ -86,8 +88,8 @@ def read_scheduler(file: Path) -> Scheduler:
                     },
                 ),
                 steps=steps,
-                first=given["beta_start"],
-                last=given["beta_end"],
+                first=numbers["beta_start"],
+                last=numbers["beta_end"],
             ),
             prediction=one_of(
                 "prediction_type", {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -104,6 +106,25 @@ def read_scheduler(file: Path) -> Scheduler:
     except UserError:
         raise
     except (TypeError, ValueError) as e:
+        raise UserError(f"{file}: {e}") from None
+
+
+def _numbers(file: Path, given: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
+    """The entries of the table, and the other numbers; all flags are flags."""
+    ranges = {
+        "beta_start": (0, 1),
+        "beta_end": (0, 1),
+        "dynamic_thresholding_ratio": (0, 1),
+        "sample_max_value": (0, 1e6),
+    }
+    try:
+        for field in ("thresholding", "clip_sample", "set_alpha_to_one"):
+            flag(given, field)
+        if type(given["steps_offset"]) is not int:
+            raise ValueError(f"steps_offset must be a whole number, got {given['steps_offset']!r}")
+        steps = integer(given, "num_train_timesteps", process.MOST_ENTRIES)
+        return steps, {field: number(given, field, *ends) for field, ends in ranges.items()}
+    except ValueError as e:
         raise UserError(f"{file}: {e}") from None
 
 

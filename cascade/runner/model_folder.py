@@ -23,6 +23,7 @@ from cascade.config import from_json, read_json
 from cascade.errors import UserError
 from cascade.published import earlier_versions
 from cascade.published.pipelines import Pipelines, is_pipeline
+from cascade.ranges import shown
 from cascade.stage import Stage, StageConfig
 from cascade.storage import checksums, paths, weights
 from cascade.storage.network import Published
@@ -32,6 +33,10 @@ from cascade.text.embedding import TextEncoder
 
 VERSION = 2
 """What config.json says of the layout. Version 1 named parameters otherwise; it still opens."""
+MOST_STAGES = 16
+"""A cascade has at most so many stages: from 8 px that many would draw more than 2^18."""
+MOST_TOKENS = 4096
+"""A prompt is padded or cut to at most so many tokens; memory grows with their square."""
 SHIPPED = pathlib.Path(__file__).parents[1] / "pretrained"
 
 
@@ -175,10 +180,18 @@ def _described(folder: pathlib.Path) -> dict[str, Any]:
         )
     names = about.get("stages")
     if not isinstance(names, list) or not names or not all(map(_is_plain_name, names)):
-        raise UserError(f"{file}: stages must list folder names, got {names!r}")
+        raise UserError(f"{file}: stages must list folder names, got {names!r}"[:200])
+    if len(names) > MOST_STAGES:
+        raise UserError(f"{file}: stages must list at most {MOST_STAGES} names, got {len(names)}")
     tokens = about.get("max_tokens", 1)
     if type(tokens) is not int or tokens < 1:
-        raise UserError(f"{file}: max_tokens must be 1 or more, got {tokens!r}")
+        raise UserError(f"{file}: max_tokens must be 1 or more, got {tokens!r}"[:200])
+    if tokens > MOST_TOKENS:
+        raise UserError(f"{file}: max_tokens must be at most {MOST_TOKENS}, got {shown(tokens)}")
+    encoder = about.get("text_encoder")
+    if encoder is not None and (not isinstance(encoder, str) or "\0" in encoder):
+        raise UserError(f"{file}: text_encoder must be a name, got {encoder!r}"[:200])
+    from_json(Captions, about.get("captions", "verbatim"), f"{file}: captions")
     words = about.get("known_words", [])
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{file}: known_words must be a list of words, got {words!r}"[:200])

@@ -40,6 +40,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from cascade import ranges
 from cascade.devices import sharding
 from cascade.models.t5 import T5Config, T5Decoder, T5EncoderModel
 from cascade.scenes.captions import Caption, captions, mentions
@@ -101,6 +102,9 @@ class TextPretraining(Job):
                 "TextPretraining.encoder.vocab_size must leave room for 256 bytes, characters and "
                 f"{SENTINELS} sentinels: at least {_FEWEST_IDS}, got {self.encoder.vocab_size}"
             )
+        ranges.real(self, 0, 1, "described", "retold", "hidden", "corrupted", "weight_decay")
+        ranges.real(self, 0, 1e3, "mean_span")
+        ranges.real(self, 0, 1e30, "learning_rate")
         if not 0 < self.corrupted < 1 or self.mean_span < 1:
             raise ValueError(
                 "TextPretraining.corrupted must lie in (0, 1) and mean_span be at least 1, got "

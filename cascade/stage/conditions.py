@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from cascade import images
+from cascade import images, ranges
 from cascade.diffusion import loss, process, samplers
 from cascade.models.network import NetworkConfig
 from cascade.models.signals import PooledText, Signals, TimeEmbedding, Widths
@@ -149,9 +149,8 @@ class Text(Condition):
 
     def __post_init__(self):
         for name in ("width", "head_width", "context_width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Text.{name} must be at least 1, got {value}")
+            if getattr(self, name) is not None:
+                ranges.whole(self, 1, ranges.MOST_CHANNELS, name)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Text.dropout must be in [0, 1), got {self.dropout}")
 

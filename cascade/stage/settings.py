@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from cascade import ranges
 from cascade.diffusion.denoise import Constant, GuidancePlan, Threshold
 from cascade.diffusion.grids import Grid, Uniform
 from cascade.diffusion.samplers import DPMSolverPP2M, Step
 
 MOST_STEPS = 10_000
+MOST_GUIDANCE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Sampling:
     grid: Grid = field(default_factory=Uniform)
     """The times of the steps."""
     guidance: float = 4.0
-    """Weight w of classifier-free guidance, 0 or more; 1 means none."""
+    """Weight w of classifier-free guidance, 0 to 1e6; 1 means none."""
     guidance_plan: GuidancePlan = field(default_factory=Constant)
     """How the weight changes over the steps."""
     guidance_rescale: float = 0.0
@@ -35,15 +36,15 @@ class Sampling:
     exceed the level trained on, but in public weights."""
 
     def __post_init__(self):
-        if self.steps > MOST_STEPS:
-            raise ValueError(f"Sampling.steps must be at most {MOST_STEPS}, got {self.steps}")
+        ranges.whole(self, -MOST_STEPS, MOST_STEPS, "steps")  # below 1, the grid says more
         try:
             self.grid.check(self.steps)
             self.guidance_plan.check(self.steps)
         except ValueError as e:
             raise ValueError(f"Sampling.{e}") from None
-        if not 0 <= self.guidance < math.inf:
+        if self.guidance < 0:
             raise ValueError(f"Sampling.guidance must be 0 or more, got {self.guidance}")
+        ranges.real(self, 0, MOST_GUIDANCE, "guidance")
         for name in ("aug_level", "guidance_rescale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Sampling.{name} must be in [0, 1], got {getattr(self, name)}")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from cascade import images
+from cascade import images, ranges
 from cascade.models import AutoencoderConfig, Network
 
 
@@ -23,10 +23,7 @@ class Space:
     """Side in pixels of the square pictures that a stage draws."""
 
     def __post_init__(self):
-        if self.resolution < 1:
-            raise ValueError(
-                f"{type(self).__name__}.resolution must be positive, got {self.resolution}"
-            )
+        ranges.whole(self, 1, ranges.MOST_PIXELS, "resolution")
 
     @property
     def bounded(self) -> bool:

@@ -39,7 +39,7 @@ def read_config(folder: Path, parse: Callable[[Mapping[str, Any]], Config], mode
         raise UserError(f"{file}: must hold the fields of a {model.split('.')[-1]}")
     try:
         return parse(fields)
-    except (TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise UserError(f"{file}: {e}") from None
 
 

@@ -51,7 +51,15 @@ class CLIPTextEncoder:
         """
         network = text_encoder(folder)
         config = dataclasses.replace(network.config, compute_dtype=compute_dtype)
-        return cls(config, network.read(compute_dtype), read_tokenizer(folder))
+        tokenizer = read_tokenizer(folder)
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        for name, value in {name: getattr(tokenizer, name) for name in names}.items():
+            if value is None or not 0 <= value < config.vocab_size:
+                raise UserError(
+                    f"CLIP tokenizer {folder / 'tokenizer'}: {name} must be below vocab_size="
+                    f"{config.vocab_size} of text_encoder/config.json, got {value}"
+                )
+        return cls(config, network.read(compute_dtype), tokenizer)
 
     @property
     def width(self) -> int:

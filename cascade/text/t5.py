@@ -100,6 +100,11 @@ class T5Encoder:
             tokenizer.pieces("")
         except ValueError as e:
             raise UserError(f"text encoder {name_or_dir}: its spiece.model {e}") from None
+        if tokenizer.size > config.vocab_size:
+            raise UserError(
+                f"text encoder {name_or_dir}: vocab_size of config.json must be at least "
+                f"{tokenizer.size}, the pieces of spiece.model, got {config.vocab_size}"
+            )
         encoder = cls(config, params, tokenizer)
         if is_hub_name(str(name_or_dir)):
             encoder.commit = hub.commit(folder)
@@ -358,7 +363,7 @@ def _read_config(file: Path) -> T5Config:
         return T5Config.from_hf_dict(json.loads(file.read_text()))
     except FileNotFoundError:
         raise UserError(f"text encoder {file}: no such file") from None
-    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, OSError, RecursionError, TypeError, ValueError) as e:
         raise UserError(f"text encoder {file}: {e}") from None
 
 

@@ -72,6 +72,11 @@ class Tokenizer:
         mask = np.arange(self.max_tokens) < lengths[:, None]
         return Tokens(ids=ids, mask=mask, truncated=truncated)
 
+    @property
+    def size(self) -> int:
+        """How many ids the vocabulary has."""
+        return self._processor.get_piece_size()
+
     def pieces(self, text: str) -> list[int]:
         """Give all ids of one text, without the end of sequence.
 

@@ -8,6 +8,7 @@ stopping, updates that are not finite. Stages and text encoders are jobs.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -118,7 +119,7 @@ class Job:
                 f"{self._kind}.batch_size must be a multiple of microbatches={self.microbatches}, "
                 f"got {self.batch_size}"
             )
-        if self.minutes is not None and not self.minutes > 0:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"{self._kind}.minutes must be above 0, got {self.minutes}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"{self._kind}.ema_decay must be in [0, 1), got {self.ema_decay}")
@@ -237,10 +238,10 @@ class Optimizer:
 
     def __post_init__(self):
         for name in ("learning_rate", "clip", "eps"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Optimizer.{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_images", "cooldown_images", "weight_decay"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"Optimizer.{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:

@@ -416,7 +416,7 @@ def test_contradicting_settings_are_refused(fields, message):
         (lambda: Text(width=8, dropout=1.0), r"Text.dropout must be in \[0, 1\), got 1.0"),
         (lambda: Text(width=0), "Text.width must be at least 1, got 0"),
         (lambda: Augmentation(max_level=1.5), r"Augmentation.max_level must be in \[0, 1\]"),
-        (lambda: Pixels(resolution=0), "Pixels.resolution must be positive, got 0"),
+        (lambda: Pixels(resolution=0), "Pixels.resolution must be at least 1, got 0"),
         (
             lambda: Latents(resolution=9, autoencoder=AUTOENCODER),
             "Latents.resolution must be a multiple of 2, .* got 9",

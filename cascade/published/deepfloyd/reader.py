@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cascade.published.deepfloyd.unet import Activation, IFLevel, IFUNetConfig, Sees
-from cascade.published.fields import integer, levels_with, one_each, read_fields
+from cascade.published.fields import (
+    flag,
+    integer,
+    levels_with,
+    number,
+    one_each,
+    read_fields,
+)
 from cascade.storage.network import Published, read_config
 
 MODEL = "diffusers.UNet2DConditionModel"
@@ -56,14 +63,16 @@ def unet_config(fields: Mapping[str, Any]) -> IFUNetConfig:
         out_channels=integer(given, "out_channels"),
         text_width=integer(given, "encoder_hid_dim"),
         cross_width=integer(given, "cross_attention_dim"),
-        emb_width=given["time_embedding_dim"] or 4 * widths[0],
+        emb_width=4 * widths[0]
+        if given["time_embedding_dim"] is None
+        else integer(given, "time_embedding_dim"),
         head_width=integer(given, "attention_head_dim"),
         pool_heads=integer(given, "addition_embed_type_num_heads"),
         lowres=lowres,
         groups=integer(given, "norm_num_groups"),
-        epsilon=float(given["norm_eps"]),
-        residual_scale=1 / given["resnet_out_scale_factor"],
-        middle_scale=1 / given["mid_block_scale_factor"],
+        epsilon=number(given, "norm_eps", 0, 1),
+        residual_scale=1 / number(given, "resnet_out_scale_factor", 1e-3, 1e3),
+        middle_scale=1 / number(given, "mid_block_scale_factor", 1e-3, 1e3),
         activation=act,
     )
 
@@ -153,8 +162,7 @@ def _levels(given: Mapping[str, Any]) -> tuple[tuple[IFLevel, ...], Sees]:
     attends = levels_with(given, _DOWN, _UP)
     count = len(attends)
     only, middle = given["only_cross_attention"], given["mid_block_only_cross_attention"]
-    if middle is None:
-        middle = only is True
+    middle = only is True if middle is None else flag(given, "mid_block_only_cross_attention")
     widths = one_each(given, "block_out_channels", int, count)
     blocks = one_each(given, "layers_per_block", int, count)
     only = one_each(given, "only_cross_attention", bool, count)

@@ -20,6 +20,7 @@ from cascade.errors import UserError
 from cascade.published.deepfloyd import reader as deepfloyd
 from cascade.published.schedulers import read_scheduler
 from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
+from cascade.ranges import MOST_PIXELS, shown
 from cascade.stage import Augmentation, Pixels, Sampling, StageConfig
 from cascade.storage import network as published
 from cascade.text.captions import Captions
@@ -77,27 +78,29 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
     Raises UserError naming the file and the field that is not of DeepFloyd IF.
     """
     index = folder / "model_index.json"
-    if (kind := read_json(index).get("_class_name")) not in KINDS:
+    told = read_json(index)
+    kind = told.get("_class_name") if isinstance(told, dict) else None
+    if kind not in KINDS:
         raise UserError(f"{index}: _class_name must be {' or '.join(KINDS)}, got {kind!r}")
     network = deepfloyd.read_unet_config(folder / "unet")
     side = read_json(folder / "unet" / "config.json").get("sample_size")
-    if not isinstance(side, int) or side % network.side_multiple:
+    if type(side) is not int or side % network.side_multiple or not 1 <= side <= MOST_PIXELS:
         raise UserError(
             f"{folder / 'unet' / 'config.json'}: sample_size must be a multiple of "
-            f"{network.side_multiple}, got {side!r}"
+            f"{network.side_multiple}, at most {MOST_PIXELS}, got {shown(side)}"
         )
     if network.lowres != (kind == KINDS[1]):
         raise UserError(f"{index}: a {kind} does not go with the U-Net beside it")
     scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
     conditions: tuple[Any, ...] = (PublishedText(width=network.text_width),)
-    sampling = Sampling(
-        steps=100,
-        grid=scheduler.grid,
-        guidance=7.0,
-        sampler=scheduler.sampler,
-        threshold=scheduler.threshold,
-    )
     try:
+        sampling = Sampling(
+            steps=100,
+            grid=scheduler.grid,
+            guidance=7.0,
+            sampler=scheduler.sampler,
+            threshold=scheduler.threshold,
+        )
         if network.lowres:
             noising = read_scheduler(folder / "image_noising_scheduler" / "scheduler_config.json")
             augmentation = Augmentation(schedule=noising.schedule, after_upsampling=True)

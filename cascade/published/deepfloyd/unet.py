@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from cascade import ranges
 from cascade.models.layers import (
     Conv,
     GroupNorm,
@@ -95,14 +96,14 @@ class IFUNetConfig(NetworkConfig):
     """Blocks and embeddings are activated by this function."""
 
     def __post_init__(self):
-        if not self.levels:
-            raise ValueError("IFUNetConfig.levels must hold at least one level, got none")
+        sizes = ("in_channels", "out_channels")
+        told = ("text_width", "cross_width", "emb_width", "head_width", "pool_heads")
+        ranges.whole(self, 1, ranges.MOST_CHANNELS, "groups")
+        ranges.levels(self, width=self.groups)
+        ranges.whole(self, 1, ranges.MOST_CHANNELS, *sizes, *told)
+        ranges.real(self, 0, 1, "epsilon")
+        ranges.real(self, -1e3, 1e3, "residual_scale", "middle_scale")
         for i, level in enumerate(self.levels):
-            if level.blocks < 1 or level.width < 1 or level.width % self.groups:
-                raise ValueError(
-                    f"IFUNetConfig.levels[{i}] needs blocks of at least 1 and a width that is a "
-                    f"multiple of groups={self.groups}, got {level.blocks} and {level.width}"
-                )
             attends = level.attention or level is self.levels[-1]  # the middle always does
             if attends and level.width % self.head_width:
                 raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.models import AutoencoderConfig
-from cascade.published.fields import integer, levels_with, one_each, read_fields
+from cascade.published.fields import integer, levels_with, number, one_each, read_fields
 from cascade.published.x4_upscaler.unet import FirstSees, UpscalerLevel, UpscalerUNetConfig
 from cascade.storage import network as published
 from cascade.storage.network import Published, Shapes, read_config
@@ -50,7 +50,7 @@ def unet_config(fields: Mapping[str, Any]) -> UpscalerUNetConfig:
         text_width=integer(given, "cross_attention_dim"),
         heads=integer(given, "attention_head_dim"),
         groups=integer(given, "norm_num_groups"),
-        epsilon=float(given["norm_eps"]),
+        epsilon=number(given, "norm_eps", 0, 1),
     )
 
 
@@ -68,21 +68,22 @@ def autoencoder_config(fields: Mapping[str, Any]) -> AutoencoderConfig:
         without_effect={"sample_size", "force_upcast"},
         network="the autoencoder of latent diffusion",
     )
-    widths = given["block_out_channels"]
+    count = len(w) if isinstance(w := given["block_out_channels"], list) else 1
+    widths = one_each(given, "block_out_channels", int, count)
     for field, kind in (("down_block_types", _VAE_DOWN), ("up_block_types", _VAE_UP)):
-        if list(given[field]) != [kind] * len(widths):
+        if given[field] != [kind] * len(widths):
             raise ValueError(
                 f"{field} must be {kind} for each of block_out_channels, got {given[field]!r}"
             )
-    if (channels := given["in_channels"]) != given["out_channels"]:
+    if (channels := integer(given, "in_channels")) != given["out_channels"]:
         raise ValueError(f"out_channels must be in_channels={channels}")
     return AutoencoderConfig(
         widths=tuple(widths),
         blocks=integer(given, "layers_per_block"),
-        channels=integer(given, "in_channels"),
+        channels=channels,
         latent_channels=integer(given, "latent_channels"),
         groups=integer(given, "norm_num_groups"),
-        scaling=float(given["scaling_factor"]),
+        scaling=number(given, "scaling_factor", 1e-6, 1e6),
     )
 
 

@@ -92,8 +92,9 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
             f"{folder / 'text_encoder' / 'config.json'}: hidden_size must be the U-Net's "
             f"cross_attention_dim, {network.text_width}, got {text.hidden_size}"
         )
-    most = read_json(index).get("max_noise_level", 350)
-    if not isinstance(most, int) or not 0 <= most < network.noise_levels:
+    told = read_json(index)
+    most = told.get("max_noise_level", 350) if isinstance(told, dict) else None
+    if type(most) is not int or not 0 <= most < network.noise_levels:
         raise UserError(
             f"{index}: max_noise_level must be in 0..{network.noise_levels - 1}, got {most!r}"
         )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from cascade import ranges
 from cascade.models.layers import Conv, GroupNorm, Linear, Remat, attend, enlarge, run
 from cascade.models.network import NetworkConfig
 from cascade.models.signals import Signals, Widths, check_signals, sinusoids
@@ -69,25 +70,24 @@ class UpscalerUNetConfig(NetworkConfig):
     """GroupNorm adds this to the variance in residual blocks; it is 1e-6 in transformer blocks."""
 
     def __post_init__(self):
-        if not self.levels:
-            raise ValueError("UpscalerUNetConfig.levels must hold at least one level, got none")
+        if self.lowres_channels < 1:
+            raise ValueError(
+                "UpscalerUNetConfig.lowres_channels must be at least 1: in_channels of "
+                f"unet/config.json less out_channels, got {self.lowres_channels}"
+            )
+        sizes = ("in_channels", "out_channels")
+        told = ("lowres_channels", "noise_levels", "text_width", "heads")
+        ranges.whole(self, 1, ranges.MOST_CHANNELS, "groups")
+        ranges.levels(self, width=self.groups)
+        ranges.whole(self, 1, ranges.MOST_CHANNELS, *sizes, *told)
+        ranges.real(self, 0, 1, "epsilon")
         for i, level in enumerate(self.levels):
-            if level.blocks < 1 or level.width < 1 or level.width % self.groups:
-                raise ValueError(
-                    f"UpscalerUNetConfig.levels[{i}] needs blocks of at least 1 and a width that "
-                    f"is a multiple of groups={self.groups}, got {level.blocks} and {level.width}"
-                )
             attends = level.attention or level is self.levels[-1]  # the middle always does
             if attends and level.width % self.heads:
                 raise ValueError(
                     f"UpscalerUNetConfig.levels[{i}].width must be a multiple of heads="
                     f"{self.heads}, got {level.width}"
                 )
-        if self.lowres_channels < 1:
-            raise ValueError(
-                "UpscalerUNetConfig.lowres_channels must be at least 1: in_channels of "
-                f"unet/config.json less out_channels, got {self.lowres_channels}"
-            )
 
     def build(self, widths: Widths, *, rngs: nnx.Rngs) -> UpscalerUNet:
         self.check(widths)
