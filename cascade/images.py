@@ -116,6 +116,12 @@ def save_png(
         Image.fromarray(image).save(file, format="PNG", pnginfo=info)
 
 
+class Unreadable(ValueError):
+    """A file that cannot be read as a picture; its text says why."""
+
+
+# Pillow refuses a PNG for a comment or colour profile of 1 MiB; its picture is as good as others.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is read as a picture: formats that Pillow decodes itself, without another program."""
 MOST_PIXELS = 2**26
@@ -131,27 +137,59 @@ def load_image(path: str | os.PathLike[str], *, ground: str = "white") -> Image.
             return decoded(opened, ground=ground)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
+    except (Unreadable, OSError) as e:
         raise UserError(f"picture {path}: cannot be read as an image ({e})") from None
 
 
 def decoded(file: Any, *, ground: str = "white") -> Image.Image:
     """Read an open picture file as people see it: in RGB, turned as its EXIF says.
 
-    ground: the colour behind what is transparent. Of 16 bits the upper 8 are kept. Raises what
-    Pillow does for what is no picture of FORMATS, and DecompressionBombError for one of more than
-    MOST_PIXELS, before its pixels are read.
+    ground: the colour behind what is transparent. Of 16 bits the upper 8 are kept, of several
+    frames the first. Raises Unreadable for what is no picture of FORMATS, is damaged, has pixels of
+    no agreed range, or, before they are read, more than MOST_PIXELS of them.
     """
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise Image.DecompressionBombError(
-                f"it has {image.width} x {image.height} pixels, and at most {MOST_PIXELS} are read"
-            )
-        turned = ImageOps.exif_transpose(image)
-        if turned.mode.startswith("I"):
-            turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-        if not turned.has_transparency_data:
-            return turned.convert("RGB")
-        picture = turned.convert("RGBA")
-        behind = Image.new("RGBA", picture.size, ground)
-        return Image.alpha_composite(behind, picture).convert("RGB")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            image.verify()  # the checksums of a PNG, which reading its pixels may never come to
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Unreadable(
+                    f"it has {image.width} x {image.height} pixels, and at most {MOST_PIXELS} "
+                    "are read"
+                )
+            image.load()
+            return _on_ground(_eight_bits(_turned(image)), ground)
+    except UnidentifiedImageError:
+        raise Unreadable(f"it is none of {', '.join(FORMATS)}") from None
+    except Exception as e:  # each format's decoder has its own, for each way to be damaged
+        raise Unreadable(" ".join(str(e).split()) or type(e).__name__) from None
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says, if that can be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of the metadata: the pixels have been read
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture in a mode of 8 bits a channel, or fewer."""
+    if image.mode == "F":
+        raise Unreadable("its pixels are floats, whose range nobody knows; save it with 8 bits")
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image)
+    if levels.min() < 0 or levels.max() >= 2**16:
+        raise Unreadable("its pixels have more than 16 bits; save it with 8 or 16")
+    return Image.fromarray((levels >> 8).astype(np.uint8))
+
+
+def _on_ground(image: Image.Image, ground: str) -> Image.Image:
+    """The picture in RGB, with that colour behind what is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    picture = image.convert("RGBA")
+    behind = Image.new("RGBA", picture.size, ground)
+    return Image.alpha_composite(behind, picture).convert("RGB")

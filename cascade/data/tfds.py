@@ -7,11 +7,9 @@ import io
 import pathlib
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from cascade import images
 from cascade.config import read_json
-from cascade.data.source import Data, Example, Source
+from cascade.data.source import BadRecord, Data, Example, Source
 from cascade.errors import UserError
 from cascade.storage import paths
 
@@ -49,12 +47,20 @@ class _TFDSSource(Source):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[index]
+        where, key = f"{_where(self.config)}: record {index}", f"record {index}"
+        try:
+            record = self.records[index]
+        except Exception as e:  # ArrayRecord's and TFDS's own, for each way to be damaged
+            why = " ".join(str(e).split())
+            raise BadRecord(f"{where} cannot be read ({why})", key, "unreadable record") from None
         try:
             picture = images.decoded(io.BytesIO(record[self.config.image]))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
-            raise UserError(f"{_where(self.config)}: record {index} has no picture ({e})") from None
-        caption = record[self.config.caption].decode()
+        except images.Unreadable as e:
+            raise BadRecord(f"{where} has no picture ({e})", key, "unreadable picture") from None
+        try:
+            caption = record[self.config.caption].decode()
+        except UnicodeDecodeError:
+            raise BadRecord(f"{where}: caption is not UTF-8", key, "unreadable caption") from None
         return {"image": images.square(picture, self.resolution), "caption": caption}
 
 

@@ -46,6 +46,7 @@ from cascade.storage.paths import Path
 from cascade.storage.weights import save_safetensors
 from cascade.training.job import Batches, Job
 from cascade.training.log import TrainingLog
+from cascade.training.skipped import Skipped
 from cascade.training.step import State, begin, make_train_step, step_flops, whole
 
 
@@ -108,6 +109,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
     log = None
     profile = _Profile(workdir / "profile", job.profile_steps)
     stop = _StopSignal()
+    skipped = Skipped(workdir, step * job.batch_size)
     bar = tqdm(
         total=job.images,
         initial=min(step * job.batch_size, job.images),
@@ -123,6 +125,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             before = time.perf_counter()
             batch = next(data)
             waited = time.perf_counter() - before
+            skipped.add(running.skipped(), (step + 1) * job.batch_size)
             batch = running.prepare(batch, step)
             ends_at = ()
             if clock is not None:
@@ -147,7 +150,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             log.add(metrics, waited)
             ends = step >= last or log.diverged
             if ends or _due(step, job.log_every_images, job):
-                loss = log.write(step)["loss"]
+                loss = log.write(step, skipped.counts)["loss"]
                 bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
             if ends or _due(step, job.save_every_images, job):
