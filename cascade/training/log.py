@@ -177,16 +177,32 @@ class TrainingLog:
 
 
 class _TensorBoard:
-    """What an earlier writer has of steps after `step` is not shown."""
+    """What an earlier writer has of steps after `step` is not shown.
+
+    Events are written here: the thread that tensorboardX has for it ends in silence when the disk
+    is full, and whoever closes it waits without end.
+    """
 
     def __init__(self, folder: pathlib.Path, step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "tensorboard" / "events"))
+        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._writer.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def write(self, row: dict[str, Any], step: int) -> None:
+        from tensorboardX.summary import scalar
+
         for name, value in row.items():
-            self._writer.add_scalar(name, value, step)
+            self._add(step, summary=scalar(name, value))
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
