@@ -51,8 +51,8 @@ class _TFDSSource(Source):
         try:
             record = self.records[index]
         except Exception as e:  # ArrayRecord's and TFDS's own, for each way to be damaged
-            why = " ".join(str(e).split())
-            raise BadRecord(f"{where} cannot be read ({why})", key, "unreadable record") from None
+            why = f"{where} cannot be read ({_line(e)})"
+            raise BadRecord(why, key, "unreadable record") from None
         try:
             picture = images.decoded(io.BytesIO(record[self.config.image]))
         except images.Unreadable as e:
@@ -107,6 +107,13 @@ def _records(config: TFDSData) -> Any:
             f"{where}: not found; give the folder above NAME/VERSION, or prepare it first "
             "(`cascade data make` makes scenes)"
         ) from None
+    except UserError:
+        raise
+    except Exception as e:  # protobuf's and TFDS's own, for each way to be damaged
+        raise UserError(
+            f"{where}: its dataset_info.json or features.json cannot be read ({_line(e)}); restore "
+            "the folder from a copy, or prepare the dataset again"
+        ) from None
     features = dict(builder.info.features.items())
     wanted = ((config.image, tfds.features.Image), (config.caption, tfds.features.Text))
     for name, kind in wanted:
@@ -118,9 +125,13 @@ def _records(config: TFDSData) -> Any:
     undecoded = {config.image: tfds.decode.SkipDecoding()}
     try:
         return builder.as_data_source(config.split, decoders=undecoded)
-    except (ValueError, NotImplementedError) as e:
+    except Exception as e:  # for no such split, other files than these, none, or damaged ones
         splits = ", ".join(builder.info.splits)
         raise UserError(
-            f"{where}: split {config.split!r} cannot be read ({e}); its splits are {splits}, and "
-            "its files must be array_record"
+            f"{where}: split {config.split!r} cannot be read ({_line(e)}); its splits are "
+            f"{splits}, and its files must be array_record"
         ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
