@@ -7,6 +7,7 @@ processes or workers, and a run that stops and resumes sees what it would have s
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from cascade.errors import UserError
 TokenizeFn = Callable[[Sequence[str]], Any]
 """Texts -> anything with `.ids` int32 [n, l] and `.mask` bool [n, l], as cascade.text's Tokens."""
 Batch = dict[str, np.ndarray]
+_KILLED = "terminated unexpectedly"
+"""What Grain says of a worker that did not end by itself."""
 _ENOUGH_TO_JUDGE = 1000
 """So many examples are asked for before the share of bad ones ends a run."""
 
@@ -117,7 +120,12 @@ class Batches(Iterator[Batch]):
             )
         if self._iterator is None:
             self._iterator = self._start()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as e:
+            if not self._workers or _KILLED not in str(e):
+                raise
+            batch = self._anew()
         bad = batch.pop(BAD_RECORDS, ())
         self.bad_records += bad
         self._bad += len(bad)
@@ -150,6 +158,19 @@ class Batches(Iterator[Batch]):
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
+
+    def _anew(self) -> Batch:
+        """The next batch, of new data workers: one of those before was killed."""
+        told = "a data worker was killed (by the system, for want of memory?)"
+        print(f"warning: {told}; all are started again", file=sys.stderr)
+        self.close()
+        self._iterator = self._start()
+        try:
+            return next(self._iterator)
+        except RuntimeError as e:
+            if _KILLED not in str(e):
+                raise
+            raise UserError(f"{told}, and so was a new one; set fewer workers") from None
 
     def _start(self) -> Any:
         import grain

@@ -3,7 +3,10 @@
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -174,12 +177,49 @@ def test_more_bad_examples_than_allowed_end_it(tmp_path):
     assert len(take(loaded(data, batch_size=100, most_bad=0.3), 12)) == 12
 
 
-def test_a_dataset_of_nothing_but_bad_examples_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_of_nothing_but_bad_examples_is_refused(tmp_path, workers):
     data = folder_of(tmp_path / "d", bad=range(8))
-    for most, said in ((1000, 8), (3, 3)):
-        monkeypatch.setattr(transforms, "MOST_BAD_IN_A_ROW", most)
-        with pytest.raises(UserError, match=rf"{said} examples in a row cannot be read, .*\.png"):
-            next(loaded(data))
+    with pytest.raises(UserError, match=r"8 examples in a row cannot be read, .*\.png"):
+        next(loaded(data, workers=workers))
+
+
+def test_no_more_than_a_few_bad_examples_in_a_row_are_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(transforms, "MOST_BAD_IN_A_ROW", 3)
+    with pytest.raises(UserError, match=r"3 examples in a row cannot be read"):
+        next(loaded(folder_of(tmp_path / "d", bad=range(8))))
+
+
+def children():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def test_a_killed_worker_is_replaced_and_no_example_is_lost(tmp_path, capsys):
+    data = folder_of(tmp_path / "d")
+    expected = levels(take(loaded(data), 12))
+    before, found, seen = children(), loaded(data, workers=1), []
+    for step in range(12):
+        seen.append(next(found))
+        if step == 3:
+            for worker in children() - before:
+                os.kill(worker, signal.SIGKILL)
+    found.close()
+    assert levels(seen) == expected
+    assert "a data worker was killed" in capsys.readouterr().err
+
+
+def test_workers_that_are_killed_again_and_again_end_it(tmp_path, monkeypatch):
+    def killed(self):
+        def fail():
+            raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+            yield
+
+        return fail()
+
+    found = loaded(folder_of(tmp_path / "d"), workers=1)
+    monkeypatch.setattr(type(found), "_start", killed)
+    with pytest.raises(UserError, match="and so was a new one; set fewer workers"):
+        next(found)
 
 
 # Folders.
