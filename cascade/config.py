@@ -36,6 +36,8 @@ from cascade.errors import UserError
 from cascade.ranges import shown
 
 T = TypeVar("T")
+MOST_JSON = 2**26
+"""Bytes of the largest JSON file that is read."""
 MOST_INT = 2**63
 """A whole number of a config is below this; no count of anything is not."""
 
@@ -230,11 +232,20 @@ def check(config: Any, where: str) -> None:
 
 
 def read_json(path: Any) -> Any:
-    """Parse a JSON file, here or in a bucket; UserError when it is missing or is not JSON."""
+    """Parse a JSON file, here or in a bucket.
+
+    Raises UserError when it is missing, is not JSON, or has more than MOST_JSON bytes.
+    """
     if isinstance(path, Path) and path.exists() and not path.is_file():
         raise UserError(f"{path}: is no regular file; it must be a JSON file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MOST_JSON + 1)
+        if len(content) > MOST_JSON:
+            raise UserError(f"{path}: has more than the {MOST_JSON} bytes of the largest JSON file")
+        return json.loads(content.decode())
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:

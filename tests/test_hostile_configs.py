@@ -31,6 +31,16 @@ def job_of(tmp_path, body):
 RETURN = "return StageTraining(stage=stage, data=data, images=8, batch_size=8)"
 
 
+def test_a_json_file_is_read_up_to_a_limit(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    file.write_text("[" + " " * 98 + "]")
+    monkeypatch.setattr(config, "MOST_JSON", 100)
+    assert config.read_json(file) == []
+    file.write_text("[" + " " * 99 + "]")
+    with pytest.raises(UserError, match="a.json: has more than the 100 bytes"):
+        config.read_json(file)
+
+
 def test_the_config_is_a_job_as_it_stands(tmp_path):
     assert job_of(tmp_path, RETURN).stage == testing.base_stage()
 

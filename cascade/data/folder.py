@@ -80,6 +80,8 @@ def summary(records: Sequence[BadRecord]) -> str:
     )
 
 
+MOST_CAPTION = 2**16
+"""Bytes of the longest caption file that is read."""
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _UNREAD = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".ppm", ".pgm"}
 """Suffixes of pictures that are not read; other files are no part of a dataset."""
@@ -173,7 +175,14 @@ def _pair(path: pathlib.Path, folder: pathlib.Path, key: str) -> tuple[Path, str
             *(key, "without a caption"),
         )
     try:
-        return path, beside.read_bytes().removeprefix(b"\xef\xbb\xbf").decode().strip()
+        with beside.open("rb") as file:
+            content = file.read(MOST_CAPTION + 1)
+        if len(content) > MOST_CAPTION:
+            return BadRecord(
+                f"{beside}: has more than the {MOST_CAPTION} bytes that a caption may have",
+                *(key, "whose caption is too long"),
+            )
+        return path, content.removeprefix(b"\xef\xbb\xbf").decode().strip()
     except UnicodeDecodeError:
         return BadRecord(
             f"{beside}: is not UTF-8 text; save it as UTF-8", key, "whose caption is not UTF-8"

@@ -34,6 +34,7 @@ import jax
 import numpy as np
 import safetensors
 
+from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.storage import checksums, hub, paths
 
@@ -420,7 +421,7 @@ def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
     ]:
         paths.check_regular(index)
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(read_json(index)["weight_map"].values()))
             if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
                 raise ValueError  # a name of a file elsewhere
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):

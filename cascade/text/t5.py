@@ -7,7 +7,6 @@ stacked parameters. Tensors of a decoder, which full T5 checkpoints have, are ig
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config, T5EncoderModel, quantized
 from cascade.storage import checksums, hub, paths, weights
@@ -359,11 +359,10 @@ def _weights_folder(folder: Path) -> Path:
 def _read_config(file: Path) -> T5Config:
     paths.check_regular(file)
     checksums.check(file)
+    fields = read_json(file)
     try:
-        return T5Config.from_hf_dict(json.loads(file.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"text encoder {file}: no such file") from None
-    except (ArithmeticError, AttributeError, OSError, RecursionError, TypeError, ValueError) as e:
+        return T5Config.from_hf_dict(fields)
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as e:
         raise UserError(f"text encoder {file}: {e}") from None
 
 

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from cascade import images
 from cascade.commands import data as command
-from cascade.data import FolderData, batches, transforms
+from cascade.data import FolderData, batches, folder, transforms
 from cascade.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -226,15 +226,14 @@ def test_workers_that_are_killed_again_and_again_end_it(tmp_path, monkeypatch):
 
 
 def test_what_is_left_out_of_a_folder_is_counted_by_reason(tmp_path, capsys):
-    folder = tmp_path / "d"
-    folder_of(folder, count=3)
-    (folder / "0.txt").unlink()
-    (folder / "1.txt").write_bytes(b"\xff\xfe\xff")
-    (folder / "b.heic").write_bytes(b"")
-    (folder / "c.png").symlink_to(folder / "nothing.png")
-    (folder / "c.txt").write_text("c")
-    (folder / "notes.md").write_text("no picture")
-    source = FolderData(path=str(folder)).open(8)
+    folder_of(tmp_path, count=3)
+    (tmp_path / "0.txt").unlink()
+    (tmp_path / "1.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "b.heic").write_bytes(b"")
+    (tmp_path / "c.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "c.txt").write_text("c")
+    (tmp_path / "notes.md").write_text("no picture")
+    source = FolderData(path=str(tmp_path)).open(8)
     assert len(source) == 1 and source[0]["caption"] == "2"
     assert {record.key: record.reason for record in source.left_out} == {
         "0.png": "without a caption",
@@ -244,9 +243,18 @@ def test_what_is_left_out_of_a_folder_is_counted_by_reason(tmp_path, capsys):
     }
     (line,) = capsys.readouterr().err.splitlines()
     assert "1 pictures with captions; left out 1 without a caption (0.png); 1 whose" in line
-    assert set(loaded(FolderData(path=str(folder))).bad_records) == {
+    assert set(loaded(FolderData(path=str(tmp_path))).bad_records) == {
         (record.key, record.reason) for record in source.left_out
     }
+
+
+def test_a_caption_file_of_any_size_takes_no_memory(tmp_path, monkeypatch):
+    folder_of(tmp_path, count=2)
+    monkeypatch.setattr(folder, "MOST_CAPTION", 100)
+    (tmp_path / "0.txt").write_text("a" * 100)
+    (tmp_path / "1.txt").write_text("a" * 101)
+    source = FolderData(path=str(tmp_path)).open(8)
+    assert [record.reason for record in source.left_out] == ["whose caption is too long"]
 
 
 def test_pictures_of_every_format_that_is_read_are_found(tmp_path):
