@@ -169,9 +169,7 @@ def test_a_nul_character_that_no_command_had_is_told_where_it_is(tmp_path):
     pictures(tmp_path)
     listed = json.dumps({"file": "a\0b.png", "caption": "a circle"})
     (tmp_path / "captions.jsonl").write_text(listed)
-    with pytest.raises(
-        UserError, match=r"captions.jsonl, line 1: file and caption must be text, and file no NUL"
-    ):
+    with pytest.raises(UserError, match="line 1: .* and file no NUL character"):
         FolderData(path=str(tmp_path)).open(8)
 
 
