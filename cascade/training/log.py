@@ -4,7 +4,8 @@ A row holds the means of its steps: loss and norms (of steps whose update was fi
 (how many were not), images_per_second, step_seconds, data_wait_seconds (of a step, until its batch
 was there), tflops_per_device, mfu (of a device whose peak is known), and memory_gib (the most
 that a device of this process held so far, where its driver tells). A run that could not read some
-records of its data also has skipped_records/REASON, how many different ones by then.
+records of its data also has skipped_records/REASON, how many different ones by then. The first row
+after a run went on with another command has `changed`, what is otherwise, which the plot marks.
 """
 
 from __future__ import annotations
@@ -50,14 +51,17 @@ class TrainingLog:
         skip_limit: int,
         wandb: str | None = None,
         config: Any = None,
+        changed: str = "",
     ):
         """pending: what `pending()` gave when the run stopped. step_flops: FLOPs of one step on
         all devices together. skip_limit: see `diverged`.
 
-        wandb: name of a Weights & Biases project. config: JSON values, for its page.
+        wandb: name of a Weights & Biases project. config: JSON values, for its page. changed: what
+        the command has changed, for the next row.
         """
         self._title, self._batch_size, self._step_flops = title, batch_size, step_flops
         self._skip_limit, self._skipped_in_a_row = skip_limit, 0
+        self.changed = changed
         self._pending: list[dict[str, Any]] = list(pending)
         self._checked, self._waited = 0, 0.0
         self._since = (time.perf_counter(), step)
@@ -124,12 +128,15 @@ class TrainingLog:
         row["skipped"] = len(pending) - len(good)
         row |= {f"skipped_records/{reason}": count for reason, count in skipped.items()}
         row |= self._speed(step)
+        row |= {"changed": self.changed} if self.changed else {}
+        self.changed = ""
         if self._on:
             self._rows.append(row)
             with self._path.open("a") as f:
                 f.write(json.dumps(row) + "\n")
+            told = row.get("changed")
             for writer in self._writers:
-                writer.write({k: v for k, v in row.items() if v is not None}, step)
+                writer.write({k: v for k, v in row.items() if v not in (None, told)}, step)
             if self._since[0] - self._plotted > PLOT_SECONDS:
                 self._plot()
             self._copy()
@@ -244,6 +251,11 @@ def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     seen = [r for r in rows if r["loss"] is not None]
     axes.plot([r["images"] for r in seen], [r["loss"] for r in seen])
     axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=title)
+    for row in rows:
+        if "changed" in row:
+            axes.axvline(row["images"], color="tab:red", linestyle="--", label=row["changed"][:60])
+    if any("changed" in row for row in rows):
+        axes.legend(fontsize="x-small", title="changed there")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -259,6 +271,6 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 1:
         return None
-    numbers = row.values()
+    numbers = [value for name, value in row.items() if name != "changed"]
     whole = all(v is None or isinstance(v, int | float) for v in numbers) and "loss" in row
-    return row if whole else None
+    return row if whole and isinstance(row.get("changed", ""), str) else None

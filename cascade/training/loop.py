@@ -28,8 +28,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -95,14 +96,15 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
     mesh = sharding.make_mesh(job.mesh)
     check_batch(job, mesh)
     folder.claim_if_there()
-    saved = _saved_config(job, workdir)
+    saved, changed = _saved_config(job, workdir)
     optimizer = job.transformation()
     if job.trainable.freezes:
         _check_trainable(job, optimizer)
     running = job.open(mesh, workdir)
     data = running.batches
     checkpoints = None if saved is None else Checkpoints(workdir, keep=job.keep, clears=True)
-    state, placement, figures = _initial_state(job, optimizer, mesh, checkpoints, saved, data)
+    state, placement, unwritten = _initial_state(job, optimizer, mesh, checkpoints, saved, data)
+    changed = "; ".join(dict.fromkeys(filter(None, (unwritten.changed, changed))))
     folder.claim()  # after all that may be wrong
     if jax.process_index() == 0:
         paths.write_json(workdir / "config.json", to_json(job))
@@ -147,7 +149,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             if log is None:
                 given = (state, batch, *ends_at)
                 work = step_flops(job, train_step, *given) if job.even else None
-                log = _log(job, workdir, step, work, figures)
+                log = _log(job, workdir, step, work, unwritten.figures, changed)
             profile.before_step()
             state, metrics = train_step(state, batch, *ends_at)
             # One step may be under way while the next is prepared; more would only hide progress.
@@ -167,7 +169,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
             if ends or _due(step, job.save_every_images, job):
                 kept = {"train": state["train"], "ema": state["ema"]}
-                at = {**data.get_state(), _FIGURES: log.pending()}
+                at = {**data.get_state(), _FIGURES: log.pending(), _CHANGED: log.changed}
                 checkpoints.save(step, **kept, config=to_json(job), data=at)
             if job.ema_profiles and (ends or _due(step, job.ema_snapshot_images, job)):
                 _snapshot(state["train"]["profiles"], workdir, step)
@@ -237,8 +239,8 @@ def _initial_state(
     checkpoints: Checkpoints | None,
     saved: Any,
     data: Batches,
-) -> tuple[State, Any, list[dict[str, Any]]]:
-    """The state, where each array is put, and the figures of steps that are in no row yet.
+) -> tuple[State, Any, _Unwritten]:
+    """The state, where each array is put, and what is in no row yet.
 
     saved: as `_saved_config` gave it; checkpoints: None where that is None.
     """
@@ -258,11 +260,11 @@ def _initial_state(
         return jax.jit(begun, out_shardings=placement, donate_argnums=0)(params)
 
     if checkpoints is None:
-        return started(), placement, []
+        return started(), placement, _Unwritten()
     if not checkpoints.steps():
         state = earlier_versions.text_run_state(checkpoints.directory.parent / _EARLIER, started())
         data.set_state({"examples": int(state["train"]["step"]) * job.batch_size})
-        return jax.device_put(state, placement), placement, []
+        return jax.device_put(state, placement), placement, _Unwritten()
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
     )
@@ -275,7 +277,7 @@ def _initial_state(
         at, train, ema, data_state = checkpoints.restore(**target)
         state = {"train": train, "ema": ema}
     try:
-        figures = data_state.pop(_FIGURES, [])  # earlier versions kept none
+        unwritten = _Unwritten(data_state.pop(_FIGURES, []), data_state.pop(_CHANGED, ""))
         data.set_state(data_state)
     except UserError:
         raise
@@ -286,7 +288,7 @@ def _initial_state(
         ) from None
     if job.trainable.freezes:
         state |= {k: v for k, v in started().items() if k == "frozen"}
-    return state, placement, figures
+    return state, placement, unwritten
 
 
 def _key(job: Job) -> jax.Array:
@@ -294,16 +296,25 @@ def _key(job: Job) -> jax.Array:
     return jax.random.key(job.seed, impl="rbg")
 
 
-_FIGURES = "figures"
+class _Unwritten(NamedTuple):
+    """What a checkpoint keeps for the next row; earlier versions kept none."""
+
+    figures: Sequence[dict[str, Any]] = ()
+    """Those of the steps since the last row."""
+    changed: str = ""
+    """What the command had changed when the run went on."""
+
+
+_FIGURES, _CHANGED = "figures", "changed"
 """Where the place in the data keeps them."""
 _EARLIER = "state.safetensors"
 """What earlier versions kept a text encoder's run in."""
 
 
-def _saved_config(job: Job, workdir: Path) -> Any:
-    """The config of the run that the folder holds, as JSON; None if it holds none. UserError where
-    the job cannot go on with it."""
-    saved = None
+def _saved_config(job: Job, workdir: Path) -> tuple[Any, str]:
+    """The config of the run that the folder holds, as JSON, and what the job has otherwise; None if
+    it holds none. UserError where the job cannot go on with it."""
+    saved, changed = None, ""
     if (workdir / "checkpoints").is_dir():
         checkpoints = Checkpoints(workdir)
         saved = checkpoints.read_config() if checkpoints.steps() else None
@@ -313,12 +324,12 @@ def _saved_config(job: Job, workdir: Path) -> Any:
     if saved is not None:
         there = saved_job(saved, str(workdir))
         _check_fixed(job, there, workdir)
-        if changed := _differences(to_json(there), to_json(job)):
-            told = f"{workdir}: goes on with what the command has changed: {'; '.join(changed)}"
-            if jax.process_index() == 0:
-                print(told, file=sys.stderr)
+        changed = "; ".join(_differences(to_json(there), to_json(job)))
+        if changed and jax.process_index() == 0:
+            told = f"{workdir}: goes on with what the command has changed: {changed}"
+            print(told, file=sys.stderr)
     multihost_utils.sync_global_devices("the run was looked at")  # before any process begins one
-    return saved
+    return saved, changed
 
 
 def _check_fixed(job: Job, there: Job, workdir: Path) -> None:
@@ -339,7 +350,12 @@ def _check_fixed(job: Job, there: Job, workdir: Path) -> None:
 
 
 def _log(
-    job: Job, workdir: Path, step: int, step_flops: float | None, figures: list[dict[str, Any]]
+    job: Job,
+    workdir: Path,
+    step: int,
+    step_flops: float | None,
+    figures: Sequence[dict[str, Any]],
+    changed: str,
 ) -> TrainingLog:
     return TrainingLog(
         workdir,
@@ -351,6 +367,7 @@ def _log(
         skip_limit=job.skip_limit,
         wandb=job.wandb,
         config=to_json(job),
+        changed=changed,
     )
 
 

@@ -370,6 +370,20 @@ def test_a_run_that_goes_on_says_what_the_command_has_changed(tmp_path, capsys):
     assert "goes on with what the command has changed" in told
     assert "seed: 0 there, 5 here" in told and "mesh.fsdp: " in told
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
+    assert ["changed" in row for row in rows(tmp_path)] == [False, True]
+    assert "seed: 0 there, 5 here" in rows(tmp_path)[1]["changed"]
+
+
+def test_a_change_is_in_the_next_row_also_if_the_run_is_stopped_before(tmp_path, monkeypatch):
+    fit(LINE, tmp_path, until=8)
+    seldom = dataclasses.replace(LINE, seed=5, log_every_images=24)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._StopSignal, "asked", lambda self, step: True)
+        assert fit(seldom, tmp_path) is False
+    fit(seldom, tmp_path, until=24)
+    assert ["changed" in row for row in rows(tmp_path)] == [False, True]
+    fit(seldom, tmp_path)
+    assert sum("changed" in row for row in rows(tmp_path)) == 1
 
 
 def test_a_refused_run_leaves_no_folder_behind(tmp_path):

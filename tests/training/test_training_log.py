@@ -5,7 +5,9 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from cascade.devices import xla_flags
@@ -51,6 +53,25 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(tmp_path, monkeypatch):
         log.write(step)
     log.close()
     assert drawn == [3, 4]
+
+
+def test_a_changed_command_is_marked_in_the_row_and_in_the_plot(tmp_path):
+    for name, told in (("plain", ""), ("changed", "optimizer.learning_rate: 0.1 there, 1 here")):
+        (tmp_path / name).mkdir()
+        log = log_in(tmp_path / name, changed=told)
+        for step in (1, 2, 3):
+            log.add(metrics(1.0 / step), waited=0.0)
+            log.write(step)
+        log.close()
+        again = log_in(tmp_path / name, step=3)  # the mark is kept by a run that goes on
+        again.close()
+        assert [row.get("changed") for row in rows(tmp_path / name)] == [told or None, None, None]
+    plots = [
+        np.asarray(Image.open(tmp_path / n / "loss.png").convert("RGB")).astype(int)
+        for n in ("plain", "changed")
+    ]
+    red = [(plot[..., 0] - plot[..., 1:].max(-1) > 100).sum() for plot in plots]
+    assert red[0] == 0 and red[1] > 50
 
 
 def test_only_skipped_steps_in_a_row_make_a_run_diverge_also_across_rows(tmp_path):
