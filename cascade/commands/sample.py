@@ -16,6 +16,7 @@ import tyro
 from cascade import config
 from cascade.devices import distributed
 from cascade.errors import UserError
+from cascade.runner import counts
 from cascade.storage import paths
 from cascade.tasks import that_have
 
@@ -117,8 +118,6 @@ MOST_PICTURES = 1_000_000
 """One command draws at most so many, of all prompts."""
 MOST_PROMPT_BYTES = 2**24
 """A file of prompts has at most so many bytes."""
-MOST_TOGETHER = 4096
-"""At most so many pictures are drawn in one batch."""
 MOST_IN_GRID = 1024
 """grid.png shows at most so many pictures, the first ones."""
 LISTS = (
@@ -265,30 +264,21 @@ def _prompts(options: Options) -> list[str]:
         prompts += [
             (line.strip(), f"--prompts {path}, line {i + 1}") for i, line in enumerate(lines)
         ]
-    if not prompts:
-        raise UserError('nothing to draw: give a prompt, as in cascade sample "a red circle"')
-    for prompt, where in prompts:
-        if not prompt.strip():
-            raise UserError(f"{where} is empty; write what to draw, or remove it")
-    return [prompt for prompt, _ in prompts]
+    texts = [prompt for prompt, _ in prompts]
+    counts.check_prompts(texts, [where for _, where in prompts])
+    return texts
 
 
 def _check_words(options: Options, prompts: int) -> None:
-    if options.seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {options.seed}")
-    if options.seed + options.num > 2**32:
-        raise UserError(
-            f"--seed {options.seed} and --num {options.num}: their sum must be at most 2^32"
-        )
+    counts.check(
+        seed=options.seed,
+        num=options.num,
+        batch_size=options.batch_size,
+        split_rows=options.split_rows,
+    )
     for flag, value in {"--model": options.model, "--text-encoder": options.text_encoder}.items():
         if value == "":
             raise UserError(f"{flag} is empty; give a folder or a name, or leave it out")
-    counts = {"--num": options.num, "--batch-size": options.batch_size}
-    for flag, value in {**counts, "--split-rows": options.split_rows}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{flag} must be 1 or more, got {value}")
-    if (options.batch_size or 0) > MOST_TOGETHER:
-        raise UserError(f"--batch-size must be at most {MOST_TOGETHER}, got {options.batch_size}")
     if prompts * options.num > MOST_PICTURES:
         raise UserError(
             f"--num {options.num} of {prompts} prompt{'s' * (prompts > 1)}: one command draws at "

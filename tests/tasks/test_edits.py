@@ -21,9 +21,9 @@ from cascade.errors import UserError
 from cascade.models import AutoencoderConfig
 from cascade.published.pipelines import Pipelines
 from cascade.runner.cascade import Cascade, with_options
+from cascade.runner.edits import Edit, default_strength, edits
 from cascade.stage import Latents, Stage, TextInput, stage
 from cascade.tasks.editing import SampleOptions
-from cascade.tasks.editing.steering import Edit, default_strength, edits
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "deepfloyd"
 RECORDED = np.load(FOLDER / "edits.npz")
@@ -167,7 +167,10 @@ def test_less_strength_stays_closer_to_the_picture(cascade):
         (["--strength", ".5"], "--strength .5: goes with --init-image"),
         (["--init-image", "none.png"], "none.png: no such file"),
         (["--init-image", "a.png", "--mask", "mask.png"], "mask is 8x8 px, the picture 9x8 px"),
-        (["--init-image", "a.png", "--strength", "0"], "base8: Edit.strength must be in (0, 1]"),
+        (
+            ["--init-image", "a.png", "--strength", "0"],
+            "--strength 0.0: must be above 0",
+        ),
         (["--init-image", "a.png", "--strength", ".1"], "takes none: it must be at least 1/3"),
         (["--init-image", "a.png", "--strength", "x"], "--strength x: must be a number"),
         (["--init-image", "a.png", "--strength", "1,1"], "2 values for 3 stages"),

@@ -5,8 +5,7 @@ draws from there: little noise keeps its layout, much keeps nothing. With a mask
 picture is put back after every step, as noisy as x is by then (Song et al. 2021, "Score-Based
 Generative Modeling through SDEs", App. I.2).
 
-    stages = [stage.config for stage, _ in cascade.select(until=64)]
-    cascade("a blue square", until=64, steering=edits(stages, cascade.settings[:1], picture))
+    cascade("a blue square", init=picture, mask=white_is_new, strength=0.8)
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from PIL import Image
 
 from cascade import images
 from cascade.diffusion import process, samplers
-from cascade.errors import UserError
+from cascade.errors import OptionError, UserError
 from cascade.stage import Sampling, StageConfig, Start, Steering
 
 
@@ -100,6 +99,11 @@ def edits(
     stays and 255 where it is drawn anew. strength: one for each stage; None is `default_strength`.
     Raises UserError for what does not fit.
     """
+    if mask is not None and 0 < mask.max() < 128:
+        raise UserError(
+            f"the mask is {mask.max()} of 255 where it is brightest, and half of that or more is "
+            "drawn anew: nothing would be; make it white (255) where the picture is to change"
+        )
     if mask is not None and mask.shape != picture.shape[:2]:
         raise UserError(
             f"the mask is {mask.shape[1]}x{mask.shape[0]} px, the picture "
@@ -115,8 +119,10 @@ def edits(
         if stage.space.shape() != (side, side, 3):
             raise UserError(
                 f"stage {stage.name} draws in {type(stage.space).__name__} and begins from no "
-                "picture: leave it out with --until"
+                "picture: stop at a smaller size (until)"
             )
+        if not 0 < share <= 1:
+            raise OptionError("strength", share, "must be above 0, and at most 1")
         try:
             edit = Edit(
                 picture=images.to_float(_square(picture, side)),
@@ -129,6 +135,19 @@ def edits(
             raise UserError(f"stage {stage.name}: {e}") from None
         found.append(edit)
     return found
+
+
+def edited(
+    stages: Sequence[StageConfig], steering: Sequence[Steering | None]
+) -> dict[str, Any] | None:
+    """What a picture's metadata say of `edits`; None if none of the stages has one."""
+    own = {s.name: e for s, e in zip(stages, steering, strict=True) if isinstance(e, Edit)}
+    if not own:
+        return None
+    return {
+        "masked": any(e.repaint is not None for e in own.values()),
+        "strength": {name: e.strength for name, e in own.items()},
+    }
 
 
 def default_strength(stage: StageConfig, masked: bool) -> float:
