@@ -99,16 +99,7 @@ def edits(
     stays and 255 where it is drawn anew. strength: one for each stage; None is `default_strength`.
     Raises UserError for what does not fit.
     """
-    if mask is not None and 0 < mask.max() < 128:
-        raise UserError(
-            f"the mask is {mask.max()} of 255 where it is brightest, and half of that or more is "
-            "drawn anew: nothing would be; make it white (255) where the picture is to change"
-        )
-    if mask is not None and mask.shape != picture.shape[:2]:
-        raise UserError(
-            f"the mask is {mask.shape[1]}x{mask.shape[0]} px, the picture "
-            f"{picture.shape[1]}x{picture.shape[0]} px: they must be of one size"
-        )
+    check_mask(picture, mask)
     if strength is None:
         strength = [default_strength(stage, mask is not None) for stage in stages]
     if len(strength) != len(stages):
@@ -135,6 +126,25 @@ def edits(
             raise UserError(f"stage {stage.name}: {e}") from None
         found.append(edit)
     return found
+
+
+def check_mask(
+    picture: UInt8[np.ndarray, "h w 3"], mask: UInt8[np.ndarray, "mh mw"] | None
+) -> None:
+    """Raise UserError unless the mask, if there is one, has the picture's size and is black alone
+    or white somewhere."""
+    if mask is None:
+        return
+    if mask.shape != picture.shape[:2]:
+        raise UserError(
+            f"the mask is {mask.shape[1]}x{mask.shape[0]} px, the picture "
+            f"{picture.shape[1]}x{picture.shape[0]} px: they must be of one size"
+        )
+    if 0 < mask.max(initial=0) < 128:
+        raise UserError(
+            f"the mask is {mask.max()} of 255 where it is brightest, and drawn anew is what has "
+            "128 or more: nothing would be; make it white (255) where the picture is to change"
+        )
 
 
 def edited(

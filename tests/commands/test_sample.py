@@ -237,9 +237,9 @@ def test_lowres_starts_from_a_picture(fake, tmp_path):
     assert not (tmp_path / "0001_8.png").exists()
 
 
-def test_a_long_prompt_is_cut_with_a_warning(fake, tmp_path, capsys):
-    sample("red " * 2500, "--until", "8", "--out", str(tmp_path))
-    assert "longer than 12 tokens" in capsys.readouterr().err
+def test_a_long_prompt_is_cut_with_a_warning(fake, tmp_path):
+    with pytest.warns(UserWarning, match="longer than 12 tokens"):
+        sample("red " * 2500, "--until", "8", "--out", str(tmp_path))
     assert (tmp_path / "0000_8.png").exists()
 
 
@@ -271,7 +271,9 @@ def test_the_words_reach_what_loads_and_what_draws(tmp_path, monkeypatch, capsys
     )
     words = "--model m --seed 7 --num 2 --negative blue --split-rows 2 --batch-size 2 --until 16"
     words += " --dtype bfloat16 --t5-int8 --offload --text-encoder e --steps 1"
-    sample("red frog", *words.split(), "--out", str(tmp_path))
+    with pytest.warns(UserWarning, match="trained on: frog") as warned:
+        sample("red frog", *words.split(), "--out", str(tmp_path))
+    assert len(warned) == 1
     assert loaded == {
         "model": "m",
         "dtype": "bfloat16",
@@ -289,6 +291,39 @@ def test_the_words_reach_what_loads_and_what_draws(tmp_path, monkeypatch, capsys
     }
     assert {name: drawn[name] for name in expected} == expected
     assert [s.steps for s in drawn["settings"]] == [1, 1]
-    captured = capsys.readouterr()
-    assert captured.err.count("trained on: frog") == 1
-    assert [json.loads(line)["seed"] for line in captured.out.splitlines()] == [7, 8]
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--steps", "4,5"], "--steps 4,5: 2 values for 3 stages (base8, sr16, sr32); give one"),
+        (["--aug-level", "2"], "--aug-level 2: must be in [0, 1], got 2.0"),
+        (["--rescale", "x"], "--rescale x: must be a number, such as 0.5, got 'x'"),
+        (["--sampler", "ddim:3"], "--sampler ddim:3: eta must be in [0, 1], got 3.0"),
+        (["--split-rows", "9"], "--split-rows 9: must lie in 1..8, the devices here"),
+        (["--split-rows", "3"], "--split-rows 3: must divide the 16 rows of sr16's pictures"),
+        (["--until", "64"], "--until 64: this model draws 8, 16, 32 px"),
+        (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+    ],
+)
+def test_errors_call_options_as_they_are_typed(fake, tmp_path, capsys, words, message):
+    out = tmp_path / "out"
+    words = ["sample", "a", *words, "--out", str(out), "--no-compilation-cache"]
+    assert fails(capsys, *words).startswith(f"error: {message}")
+    assert not out.exists()
+
+
+def test_warnings_are_lines_before_the_bar(tmp_path):
+    """In a process of its own: pytest collects warnings that a person would see."""
+    words = ["sample", "red frog", "a frog", "--until", "64", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cascade", *words, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stderr.splitlines()
+    assert first == "warning: not in the captions that scenes was trained on: frog"
+    assert not any("warning" in line for line in others)

@@ -24,6 +24,8 @@ class Counted:
     def __init__(self, encoder):
         self.encoder, self.asked = encoder, []
 
+        self.tokenize = encoder.tokenize
+
     def __call__(self, texts):
         self.asked.append(len(texts))
         return self.encoder(texts)

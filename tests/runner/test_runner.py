@@ -98,10 +98,10 @@ def test_starting_from_a_picture_goes_on_as_the_cascade_would(cascade, red, side
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"split_rows": 9}, "must lie in 1..8"),
-        ({"split_rows": 3}, "must divide the 16 rows of sr16"),
-        ({"until": 64}, "this model draws 8, 16, 32 px"),
-        ({"seed": -1}, "seed must be"),
+        ({"split_rows": 9}, "split_rows=9: must lie in 1..8"),
+        ({"split_rows": 3}, "split_rows=3: must divide the 16 rows of sr16"),
+        ({"until": 64}, "until=64: this model draws 8, 16, 32 px"),
+        ({"seed": -1}, "seed=-1: must be 0 or more"),
         ({"lowres": np.zeros((9, 9, 3), np.uint8)}, "9x9 px; this model starts from 8x8 or 16x16"),
         ({"lowres": np.zeros((8, 16, 3), np.uint8)}, "16x8 px"),
         ({"lowres": np.zeros((8, 8, 3), np.uint8), "until": 8}, "has that side already"),
