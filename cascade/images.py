@@ -167,13 +167,15 @@ def _kind(given: Any) -> str:
     if isinstance(given, Image.Image):
         return 'a PIL image of floats: scale it to 0..255 and convert it with .convert("L")'
     if not hasattr(given, "dtype"):
-        return f"a {type(given).__name__}"
+        return f"a value of type {type(given).__name__}"
     got = f"{given.dtype} {list(given.shape)}"
     if np.issubdtype(given.dtype, np.floating):
         return (
             f"{got}: convert it with (255 * x).round().astype(np.uint8) if 1.0 is its white and 0 "
             "its black, with cascade.images.to_uint8(x) if -1 is its black"
         )
+    if given.ndim == 4:
+        return f"{got}: give a list of its pictures, list(x)"
     if given.dtype == np.uint8:
         return f"{got}: make a PIL image of it with PIL.Image.fromarray"
     return f"{got}: if its values are 0..255, convert it with .astype(np.uint8)"

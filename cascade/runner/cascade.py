@@ -56,9 +56,9 @@ def _listed(draw: Callable[P, Iterator[Picture]]) -> Callable[P, list[Picture]]:
 
 
 class Cascade:
-    """Stages in the order they draw, smallest first, and the text encoder they share.
+    """A model that draws pictures from prompts: stages, smallest first, and their text encoder.
 
-    own_encoders: those of stages that have their own, by the stage's name.
+    `Cascade.load` opens one; to call it draws a list of `Picture`, with all options of `draw`.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class Cascade:
         own_encoders: Mapping[str, TextEncoder] = {},
     ):
         """encoder: None for stages that read no text. known_words: all the words that training
-        captions had, if that is a closed list. UserError unless each stage enlarges what the one
+        captions had, if that is a closed list. own_encoders: those of stages that have their
+        own, by the stage's name. Raises UserError unless each stage enlarges what the one
         before it draws."""
         self.stages = list(stages)
         self.encoder, self.own_encoders = encoder, dict(own_encoders)
@@ -182,10 +183,10 @@ class Cascade:
             model(["a star", "a ring"], num=4, guidance=[5, 2, 1])  # eight, by stages' weights
             model("a blue square", init=Image.open("photo.jpg"), strength=0.6, until=64)
 
-        What is drawn. prompts: one, or a list. num: pictures of each prompt, which have seeds
-        seed .. seed + num - 1, below 2**32. until: the side in pixels of the last stage that draws;
-        None is all stages. negative: a text that guidance moves away from. The same prompt, seed
-        and settings make the same picture among any others.
+        What is drawn. prompts: one, or a list. seed: of each prompt's first picture, 0 or more; the
+        next ones count up, below 2**32. num: pictures of each prompt. until: the side in pixels of
+        the last stage that draws; None is all stages. negative: a text that guidance moves away
+        from. The same prompt, seed and settings make the same picture among any others.
 
         How, by stage: one value for all stages, or a list with one for each, smallest first, as for
         the options of `cascade sample` of these names, whose words they take. steps: of sampling,

@@ -105,8 +105,7 @@ def alike(steering: Sequence[Steering | None]) -> Steered:
 
 def _listed(option: str, given: Any, prompts: int) -> list[Any]:
     """One for all prompts, or one for each of them."""
-    many = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 4
-    listed = list(given) if many else [given]
+    listed = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(listed) not in (1, prompts):
         raise UserError(
             f"{option}: {len(listed)} pictures for {prompts} prompt{'s' * (prompts != 1)}; give "
