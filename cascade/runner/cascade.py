@@ -516,14 +516,6 @@ def numbers(total: int, batch_size: int, share: tuple[int, int]) -> Iterator[int
         yield from range(start, min(start + batch_size, total))
 
 
-def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list[Sampling]:
-    """Settings with fields replaced stage by stage: with_options(s, steps=(20, 8, 4))."""
-    return [
-        dataclasses.replace(s, **{k: v[i] for k, v in options.items()})
-        for i, s in enumerate(settings)
-    ]
-
-
 def _split(
     stages: Sequence[tuple[Stage, Any]], count: int
 ) -> list[tuple[Stage, Any, sharding.ByRows | None]]:

@@ -65,6 +65,7 @@ def test_options_by_stage_decide_what_is_drawn(model):
         )
     )
     assert not np.array_equal(own, guided)
+    assert np.array_equal(own, model("red", until=8, seed=3, settings=model.settings[:1])[0].image)
     np.testing.assert_array_equal(guided, as_settings)
 
 

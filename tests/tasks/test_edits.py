@@ -20,7 +20,7 @@ from cascade.diffusion.process import alpha_sigma
 from cascade.errors import UserError
 from cascade.models import AutoencoderConfig
 from cascade.published.pipelines import Pipelines
-from cascade.runner.cascade import Cascade, with_options
+from cascade.runner.cascade import Cascade
 from cascade.runner.edits import Edit, default_strength, edits
 from cascade.stage import Latents, Stage, TextInput, stage
 from cascade.tasks.editing import SampleOptions
@@ -66,7 +66,7 @@ def test_if_edits_as_its_pipelines_do(name, number, steps, strength, level, tmp_
         clean=True,
     )
     inject(monkeypatch, number, picture.shape[1:])
-    (settings,) = with_options([model.config.sampling], steps=[steps], aug_level=[level])
+    settings = dataclasses.replace(model.config.sampling, steps=steps, aug_level=level)
     mask = jnp.ones(INPUTS["text"].shape[:2], bool)
     text, negative = (
         {"text": TextInput(jnp.asarray(INPUTS[k]), mask)} for k in ("text", "negative")
@@ -149,12 +149,10 @@ def test_a_picture_is_drawn_anew_where_the_mask_is_white_at_every_size(cascade):
 
 def test_less_strength_stays_closer_to_the_picture(cascade):
     init = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    settings = with_options(cascade.settings[:1], steps=[4], guidance=[1.0])
-    base = cascade.stages[0][0].config
 
     def change(strength):
-        steering = edits([base], settings, init, strength=[strength])
-        drawn = cascade("a b", settings=settings, until=8, steering=steering)[0].image
+        options = {"until": 8, "steps": 4, "guidance": 1.0, "strength": strength}
+        drawn = cascade("a b", init=init, **options)[0].image
         return np.abs(drawn.astype(float) - init).mean()
 
     assert change(0.25) < 0.8 * change(1.0)
