@@ -15,9 +15,12 @@ from PIL import Image, ImageDraw
 import cascade as package
 from cascade import images, testing
 from cascade.diffusion import samplers
-from cascade.errors import UserError
+from cascade.diffusion.denoise import Threshold
+from cascade.errors import OptionError, UserError
+from cascade.models import AutoencoderConfig
 from cascade.runner.cascade import Cascade
 from cascade.runner.edits import edits
+from cascade.stage import Latents, Stage
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,13 @@ def test_what_cannot_be_drawn_is_told_when_it_is_asked_for(model, options, messa
     with pytest.raises(UserError) as e:
         model.draw("a b", **options)
     assert message in str(e.value)
+
+
+def test_a_model_that_only_enlarges_asks_for_a_picture(model):
+    above = Cascade(model.stages[1:], model.encoder)
+    with pytest.raises(OptionError, match="lowres=None: this model only enlarges") as e:
+        above.draw("a b")
+    assert e.value.on_command_line == "--lowres: this model only enlarges pictures; give it one"
 
 
 @pytest.mark.parametrize("prompts", [[], [""], ["a", " "]])
@@ -297,6 +307,30 @@ def test_frames_show_how_a_picture_came_about(model, batch_size):
             assert np.abs(path[-1].astype(int) - without.images[side]).max() <= 1
             assert not np.array_equal(path[0], path[-1])
     assert not np.array_equal(drawn[0].frames[8], drawn[1].frames[8])
+
+
+def test_frames_of_a_stage_in_latents_are_pictures(model):
+    base, _ = model.stages[0]
+    config = base.config
+    autoencoder = AutoencoderConfig(widths=(8, 8), blocks=1, groups=4, scaling=0.2)
+    latent = Stage(
+        dataclasses.replace(
+            config,
+            space=Latents(resolution=16, autoencoder=autoencoder),
+            network=dataclasses.replace(config.network, in_channels=4, out_channels=4),
+            sampling=dataclasses.replace(config.sampling, threshold=Threshold(kind="none")),
+        )
+    )
+    drawn = Cascade([(latent, testing.lively(latent))], model.encoder)("a b", frames=2)[0]
+    assert drawn.frames[16].shape == (2, 16, 16, 3)
+    assert np.abs(drawn.frames[16][-1].astype(int) - drawn.image).max() <= 1
+    assert not np.array_equal(drawn.frames[16][0], drawn.image)
+
+
+def test_frames_of_pictures_that_devices_share_are_the_same(model):
+    alone, shared = (model("a b", until=16, frames=2, split_rows=n)[0] for n in (1, 4))
+    for side, path in alone.frames.items():
+        assert np.abs(shared.frames[side].astype(int) - path).max() <= 1
 
 
 # What is read of it.
