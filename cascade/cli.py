@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         # Worker threads and libraries read these at import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
         words = argv[1:]
         while True:

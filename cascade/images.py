@@ -8,7 +8,6 @@ Block means of a crop that starts on the block grid equal the crop of the block 
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -122,14 +121,18 @@ def rgb(picture: Any, called: str, *, ground: str = "white") -> UInt8[np.ndarray
 
     A PIL image becomes what `decoded` makes of its file; ground: as there. called: the name of the
     option in errors. Raises TypeError for any other value, floats included: whether 1.0 is white or
-    hardly anything is not for a program to guess.
+    hardly anything is not for a program to guess. Raises ValueError for a picture of no pixels.
     """
-    if isinstance(picture, Image.Image) and picture.mode != "F":
-        return np.asarray(_as_from_a_file(picture, ground))
-    if hasattr(picture, "shape"):
-        array = np.asarray(picture)
-        if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
-            return array
+    if isinstance(picture, Image.Image) and 0 not in picture.size:
+        try:
+            return np.asarray(_on_ground(_eight_bits(_turned(picture)), ground))
+        except Unreadable as e:
+            raise TypeError(f"{called}: {e}") from None
+    array = np.asarray(picture)
+    if array.size == 0:
+        raise ValueError(f"{called}: must have pixels, got a picture of none")
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
+        return array
     raise TypeError(
         f"{called}: must be a PIL image or a uint8 array [h, w, 3] of 0..255, got {_kind(picture)}"
     )
@@ -151,21 +154,10 @@ def mask(picture: Any, called: str) -> UInt8[np.ndarray, "h w"]:
     return np.asarray(Image.fromarray(rgb(picture, called, ground="black")).convert("L"))
 
 
-def _as_from_a_file(picture: Image.Image, ground: str) -> Image.Image:
-    """What would be read if it were saved: there is one way in which pictures are read."""
-    if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
-        picture = picture.convert("RGB")  # no PNG has those
-    with io.BytesIO() as file:
-        picture.save(file, format="PNG", compress_level=0, exif=picture.getexif())
-        return decoded(file, ground=ground)
-
-
 def _kind(given: Any) -> str:
     """What a person gave instead of a picture, and how to make a picture of it."""
     if isinstance(given, (str, os.PathLike)):
         return f"{str(given)!r}: open it with PIL.Image.open"
-    if isinstance(given, Image.Image):
-        return 'a PIL image of floats: scale it to 0..255 and convert it with .convert("L")'
     if not hasattr(given, "dtype"):
         return f"a value of type {type(given).__name__}"
     got = f"{given.dtype} {list(given.shape)}"
@@ -181,6 +173,12 @@ def _kind(given: Any) -> str:
     return f"{got}: if its values are 0..255, convert it with .astype(np.uint8)"
 
 
+class Unreadable(ValueError):
+    """A file that cannot be read as a picture; its text says why."""
+
+
+# Pillow refuses a PNG for a comment or colour profile of 1 MiB; its picture is as good as others.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is read as a picture: formats that Pillow decodes itself, without another program."""
 MOST_PIXELS = 2**26
@@ -196,27 +194,59 @@ def load_image(path: str | os.PathLike[str], *, ground: str = "white") -> Image.
             return decoded(opened, ground=ground)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
+    except (Unreadable, OSError) as e:
         raise UserError(f"picture {path}: cannot be read as an image ({e})") from None
 
 
 def decoded(file: Any, *, ground: str = "white") -> Image.Image:
     """Read an open picture file as people see it: in RGB, turned as its EXIF says.
 
-    ground: the colour behind what is transparent. Of 16 bits the upper 8 are kept. Raises what
-    Pillow does for what is no picture of FORMATS, and DecompressionBombError for one of more than
-    MOST_PIXELS, before its pixels are read.
+    ground: the colour behind what is transparent. Of 16 bits the upper 8 are kept, of several
+    frames the first. Raises Unreadable for what is no picture of FORMATS, is damaged, has pixels of
+    no agreed range, or, before they are read, more than MOST_PIXELS of them.
     """
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise Image.DecompressionBombError(
-                f"it has {image.width} x {image.height} pixels, and at most {MOST_PIXELS} are read"
-            )
-        turned = ImageOps.exif_transpose(image)
-        if turned.mode.startswith("I"):
-            turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-        if not turned.has_transparency_data:
-            return turned.convert("RGB")
-        picture = turned.convert("RGBA")
-        behind = Image.new("RGBA", picture.size, ground)
-        return Image.alpha_composite(behind, picture).convert("RGB")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            image.verify()  # the checksums of a PNG, which reading its pixels may never come to
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Unreadable(
+                    f"it has {image.width} x {image.height} pixels, and at most {MOST_PIXELS} "
+                    "are read"
+                )
+            image.load()
+            return _on_ground(_eight_bits(_turned(image)), ground)
+    except UnidentifiedImageError:
+        raise Unreadable(f"it is none of {', '.join(FORMATS)}") from None
+    except Exception as e:  # each format's decoder has its own, for each way to be damaged
+        raise Unreadable(" ".join(str(e).split()) or type(e).__name__) from None
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says, if that can be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of the metadata: the pixels have been read
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture in a mode of 8 bits a channel, or fewer."""
+    if image.mode == "F":
+        raise Unreadable("its pixels are floats, whose range nobody knows; save it with 8 bits")
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image)
+    if levels.min() < 0 or levels.max() >= 2**16:
+        raise Unreadable("its pixels have more than 16 bits; save it with 8 or 16")
+    return Image.fromarray((levels >> 8).astype(np.uint8))
+
+
+def _on_ground(image: Image.Image, ground: str) -> Image.Image:
+    """The picture in RGB, with that colour behind what is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    picture = image.convert("RGBA")
+    behind = Image.new("RGBA", picture.size, ground)
+    return Image.alpha_composite(behind, picture).convert("RGB")

@@ -1,11 +1,15 @@
-"""Files of models that anybody may have damaged or made up: they open, or are refused in a line.
+"""Files that anybody may have damaged or made up: they open, or are refused in a line.
+
+Models, text encoders, vocabularies, datasets, the figures of runs.
 
 CASCADE_FUZZ=10000 runs so many cases, CASCADE_FUZZ_SEED=7 others. Nothing is drawn or compiled. The
 cases run in a process of their own, since the tests' own check the types of every call.
 """
 
+import contextlib
 import copy
 import functools
+import io
 import json
 import os
 import random
@@ -18,15 +22,22 @@ import tracemalloc
 from pathlib import Path
 
 from model_folders import model_folder
+from PIL import Image
 from pipelines import IF8, IF16, T5, write_model, write_pipeline, write_upscaler
 
 from cascade import testing
+from cascade.data.inspection import dataset_in
+from cascade.data.source import BadRecord
 from cascade.errors import UserError
 from cascade.runner.cascade import check_chain
 from cascade.runner.model_folder import open_model
+from cascade.scenes.dataset import ScenesData
+from cascade.scenes.make import make
 from cascade.stage import Stage
 from cascade.storage import weights
 from cascade.text import t5
+from cascade.text.tokenizer import Tokenizer
+from cascade.training.log import TrainingLog
 
 CASES = int(os.environ.get("CASCADE_FUZZ", "100"))
 DEEP = CASES > 100
@@ -67,6 +78,58 @@ def opened_text_encoder(folder):
         t5.check(file.name, file.shapes, config)
 
 
+def make_vocabulary(to):
+    to.mkdir()
+    shutil.copy(T5 / "spiece.model", to)
+
+
+def read_vocabulary(folder):
+    """The vocabulary as a text encoder reads it, and a prompt through it."""
+    file = folder / "spiece.model"
+    try:
+        tokenizer = Tokenizer(file.read_bytes(), 16)
+        tokenizer.pieces("a red circle")
+    except ValueError as e:
+        raise UserError(f"{file} {e}") from None
+
+
+def make_pictures(to):
+    to.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8), "red").save(to / f"{name}.png")
+    lines = [json.dumps({"file": f"{name}.png", "caption": "a red one"}) for name in ("a", "b")]
+    (to / "captions.jsonl").write_text("\n".join(lines))
+
+
+def read_dataset(folder):
+    """Every example, or why it is left out."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        source = dataset_in(str(folder)).open(8)
+    for i in range(len(source)):
+        with contextlib.suppress(BadRecord):
+            assert source[i]["image"].shape == (8, 8, 3)
+
+
+def make_figures(to):
+    to.mkdir()
+    rows = [{"step": i, "images": 8 * i, "loss": 1.0 / i, "skipped": 0} for i in range(1, 5)]
+    (to / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_figures(folder):
+    """A run that goes on reads its figures; no damage to them stops it."""
+    (folder / "run").mkdir()
+    shutil.copy(folder / "metrics.jsonl", folder / "run")
+    try:
+        log = TrainingLog(folder / "run", "run", step=4, batch_size=8, skip_limit=3)
+        assert len(log._rows) <= 1000 * 4
+        log.close()
+    except UserError:
+        raise AssertionError("a damaged row stops a run") from None
+    finally:
+        shutil.rmtree(folder / "run")
+
+
 KINDS = {
     "ours": (lambda to: model_folder(to, testing.base_stage()), opened),
     "if": (lambda to: write_model(to, IF8, IF16), opened),
@@ -75,7 +138,12 @@ KINDS = {
     "upscaler": (write_upscaler, opened),
     "old": (lambda to: shutil.copytree(OLD, to), opened),
     "t5": (lambda to: shutil.copytree(T5, to), opened_text_encoder),
+    "vocabulary": (make_vocabulary, read_vocabulary),
+    "pictures": (make_pictures, read_dataset),
+    "tfds": (lambda to: make(ScenesData(), to, count=3, resolution=8) and None, read_dataset),
+    "figures": (make_figures, read_figures),
 }
+ANY_FILE = ("vocabulary", "pictures", "tfds", "figures")
 OLD = Path(__file__).parent / "fixtures" / "version_0_1_0" / "native_model"
 
 
@@ -86,6 +154,24 @@ def places(value):
         yield value, key
         if isinstance(inner, (dict, list)):
             yield from places(inner)
+
+
+def damaged(content, draw):
+    """The bytes of any file with some of them changed, and in words what."""
+    data = bytearray(content)
+    at = draw.randrange(len(data))
+    kind = draw.choice(("flip", "flip", "cut", "zeros", "noise", "twice"))
+    if kind == "flip":
+        data[at] ^= 1 << draw.randrange(8)
+    elif kind == "cut":
+        del data[at:]
+    elif kind == "zeros":
+        data[at : at + 64] = bytes(len(data[at : at + 64]))
+    elif kind == "noise":
+        data[at : at + 8] = draw.randbytes(len(data[at : at + 8]))
+    else:
+        data[at:at] = data[at : at + 100]
+    return bytes(data), f"{kind} at {at}"
 
 
 def mutated(text, draw):
@@ -129,7 +215,8 @@ def failures(root, cases, seed):
     files = [
         (kind, file)
         for kind, folder in folders.items()
-        for file in sorted(folder.rglob("*.json"))
+        for file in sorted(folder.rglob("*"))
+        if file.suffix == ".json" or (kind in ANY_FILE and file.is_file())
         if "tokenizer" not in file.parts
     ]
     for kind in KINDS:
@@ -137,7 +224,10 @@ def failures(root, cases, seed):
     for case in range(cases):
         kind, file = draw.choice(files)
         whole = file.read_bytes()
-        content, told = mutated(whole.decode(), draw)
+        if file.suffix == ".json":
+            content, told = mutated(whole.decode(), draw)
+        else:
+            content, told = damaged(whole, draw)
         file.write_bytes(content)
         began, problem = time.monotonic(), None
         tracemalloc.start()

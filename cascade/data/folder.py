@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 from cascade import images
-from cascade.data.source import Data, Example, Source
+from cascade.data.source import BadRecord, Data, Example, Source
 from cascade.errors import UserError
 from cascade.storage import paths
 from cascade.storage.paths import Path
@@ -20,8 +23,9 @@ class FolderData(Data):
 
     The folder holds captions.jsonl, whose lines are {"file": "a/1.png", "caption": "..."} with
     files relative to the folder, one example a line. Without that file it holds pictures (png, jpg,
-    jpeg, webp; subfolders too), each beside a UTF-8 text file of the same stem: a/1.png, a/1.txt.
-    Pictures are cropped to their central square.
+    jpeg, webp, gif, bmp, tif, tiff; subfolders too), each beside a UTF-8 text file of the same
+    stem: a/1.png, a/1.txt. Pictures are cropped to their central square. What has no caption, or
+    cannot be read, is left out, with a warning that counts it by reason.
     """
 
     path: str
@@ -36,89 +40,146 @@ class FolderData(Data):
 class _FolderSource(Source):
     def __init__(self, config: FolderData, resolution: int):
         self.resolution = resolution
-        folder = paths.path(config.path)
-        if not folder.is_dir():
+        self._folder = paths.path(config.path)
+        if not self._folder.is_dir():
             raise UserError(
-                f"data folder {folder}: no such folder; give one that holds pictures and captions"
+                f"data folder {self._folder}: no such folder; give one that holds pictures and "
+                "captions"
             )
-        listing = folder / "captions.jsonl"
-        pairs = _listed(listing) if listing.exists() else _paired(folder)
+        listing = self._folder / "captions.jsonl"
+        found = list(_listed(listing) if listing.exists() else _paired(self._folder))
+        self.left_out = [one for one in found if isinstance(one, BadRecord)]
+        pairs = [cast(tuple[Path, str], one) for one in found if not isinstance(one, BadRecord)]
+        if not pairs:
+            raise self.left_out[0]
         self.paths, self.captions = [str(path) for path, _ in pairs], [text for _, text in pairs]
+        if self.left_out:
+            told = f"{len(pairs)} pictures with captions; left out {summary(self.left_out)}"
+            print(f"warning: data folder {self._folder}: {told}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        picture = images.load_image(self.paths[index])
+        file = self.paths[index]
+        try:
+            picture = images.load_image(file)
+        except UserError as e:
+            raise BadRecord(str(e), _key(file, self._folder), "unreadable picture") from None
         return {"image": images.square(picture, self.resolution), "caption": self.captions[index]}
 
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+def summary(records: Sequence[BadRecord]) -> str:
+    """The records counted by reason, each with the first two keys, for people."""
+    keys = collections.defaultdict(list)
+    for record in records:
+        keys[record.reason].append(record.key if record.key.isprintable() else repr(record.key))
+    return "; ".join(
+        f"{len(of)} {reason} ({', '.join(of[:2])}{', ...' if len(of) > 2 else ''})"
+        for reason, of in keys.items()
+    )
 
 
-def _listed(listing: Path) -> list[tuple[Path, str]]:
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_UNREAD = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".ppm", ".pgm"}
+"""Suffixes of pictures that are not read; other files are no part of a dataset."""
+
+
+def _key(path: Path | str, folder: Path) -> str:
+    return str(path).removeprefix(f"{folder}/")
+
+
+def _listed(listing: Path) -> Iterator[tuple[Path, str] | BadRecord]:
     """The pairs named by a captions.jsonl."""
-    pairs = []
-    for number, line in enumerate(_read_text(listing).split("\n"), 1):
+    paths.check_regular(listing)
+    seen = False
+    lines = listing.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        seen = True
+        key = f"captions.jsonl, line {number}"
         where = f"{listing}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode())
             file, caption = entry["file"], entry["caption"]
-            caption.encode()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f'{where}: must be JSON, as {{"file": "1.png", "caption": "a red circle"}}'
-            ) from None
-        if not isinstance(file, str) or not isinstance(caption, str):
-            raise UserError(f"{where}: file and caption must be text")
-        if "\0" in file:
-            raise UserError(f"{where}: file {file!r} has a NUL character; remove it")
+            if isinstance(caption, str):
+                caption.encode()  # a lone surrogate is no text
+        except (ValueError, KeyError, TypeError, RecursionError):
+            yield BadRecord(
+                f'{where}: must be JSON, as {{"file": "1.png", "caption": "a red circle"}}',
+                *(key, "line that is no JSON of file and caption"),
+            )
+            continue
+        if not isinstance(file, str) or not isinstance(caption, str) or "\0" in file:
+            yield BadRecord(
+                f"{where}: file and caption must be text, and file no NUL character",
+                *(key, "line whose file or caption is no text"),
+            )
+            continue
         path = listing.parent / file
         _check_within(path, listing.parent, where)
         if not paths.is_remote(path) and not path.is_file():
-            raise UserError(f"{where}: no picture {path}; put it there or remove the line")
-        pairs.append((path, caption.strip()))
-    if not pairs:
+            yield BadRecord(
+                f"{where}: no picture {path}; put it there or remove the line", file, "missing"
+            )
+            continue
+        yield path, caption.strip()
+    if not seen:
         raise UserError(f"{listing}: names no picture; write one line for each, or remove the file")
-    return pairs
 
 
-def _paired(folder: Path) -> list[tuple[Path, str]]:
+def _paired(folder: Path) -> Iterator[tuple[Path, str] | BadRecord]:
     """The pictures under a folder, with the text files beside them, in the order of their paths."""
     if not isinstance(folder, pathlib.Path):
         raise UserError(f"data folder {folder}: in object storage it must hold captions.jsonl")
-    seen = [
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    pictures = sorted(p for p in seen if p.suffix.lower() in _SUFFIXES and p.is_file())
-    if linked := sorted(path for path in seen if path.is_symlink() and path.is_dir()):
-        print(
-            f"warning: data folder {folder}: left out {linked[0].relative_to(folder)}"
-            f"{f' and {len(linked) - 1} more' if len(linked) > 1 else ''}: links to folders are "
-            "not followed; put the pictures here",
-            file=sys.stderr,
-        )
-    if not pictures:
+    some = False
+    for path in sorted(folder.rglob("*")):
+        key = path.relative_to(folder).as_posix()
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_dir():
+            if path.is_symlink():
+                yield BadRecord(
+                    f"{path}: links to folders are not followed; put the pictures here",
+                    *(key, "link to a folder, which is not followed"),
+                )
+        elif path.suffix.lower() in _UNREAD:
+            yield BadRecord(
+                f"picture {path}: pictures of this kind are not read; save it as PNG or JPEG",
+                *(key, "of a format that is not read"),
+            )
+        elif path.suffix.lower() in _SUFFIXES:
+            some = True
+            yield _pair(path, folder, key)
+    if not some:
         raise UserError(
             f"data folder {folder}: holds no pictures ({', '.join(sorted(_SUFFIXES))}); "
             "put them there, each with a .txt file of the same name"
         )
-    pairs = []
-    for path in pictures:
-        beside = path.with_suffix(".txt")
-        if not beside.is_file():
-            raise UserError(
-                f"picture {path}: has no caption; write it to {beside.name} beside it, "
-                f"or list all pictures in {folder / 'captions.jsonl'}"
-            )
-        for file in (path, beside):
-            _check_within(file, folder, f"picture {path}")
-        pairs.append((path, _read_text(beside).strip()))
-    return pairs
+
+
+def _pair(path: pathlib.Path, folder: pathlib.Path, key: str) -> tuple[Path, str] | BadRecord:
+    """The picture and the caption beside it."""
+    beside = path.with_suffix(".txt")
+    for file in (path, beside):
+        _check_within(file, folder, f"picture {path}")
+    if not path.is_file():
+        return BadRecord(f"picture {path}: a link to nothing, or no file", key, "no file")
+    if not beside.is_file():
+        return BadRecord(
+            f"picture {path}: has no caption; write it to {beside.name} beside it, "
+            f"or list all pictures in {folder / 'captions.jsonl'}",
+            *(key, "without a caption"),
+        )
+    try:
+        return path, beside.read_bytes().removeprefix(b"\xef\xbb\xbf").decode().strip()
+    except UnicodeDecodeError:
+        return BadRecord(
+            f"{beside}: is not UTF-8 text; save it as UTF-8", key, "whose caption is not UTF-8"
+        )
+    except OSError as e:
+        return BadRecord(f"{beside}: {e.strerror}", key, "whose caption cannot be read")
 
 
 def _check_within(file: Path, folder: Path, where: str) -> None:
@@ -129,11 +190,3 @@ def _check_within(file: Path, folder: Path, where: str) -> None:
         outside = ".." in str(file).split("/")
     if outside:
         raise UserError(f"{where}: {file} is outside the folder {folder}; put it there")
-
-
-def _read_text(path: Path) -> str:
-    paths.check_regular(path)
-    try:
-        return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cascade import config, images
 from cascade.data.folder import FolderData
-from cascade.data.source import Data
+from cascade.data.source import BadRecord, Data, Example, Source
 from cascade.data.tfds import TFDSData
 from cascade.errors import UserError
 from cascade.storage import paths
@@ -23,9 +24,10 @@ def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) ->
     """Write a contact sheet PNG of `count` examples, spread over the dataset, with their captions.
 
     out: the file to write, which may be in object storage. resolution: side of a picture in pixels.
-    Returns statistics of up to 500 examples, spread likewise, as JSON values. Raises UserError
-    where `out` exists or its folder does not, for a number that is not positive, and for a dataset
-    as `Data.open` does.
+    Returns statistics of up to 500 examples, spread likewise, as JSON values, with the examples
+    among them that cannot be read, counted by reason. Raises UserError where `out` exists or its
+    folder does not, for a number that is not positive, where no example can be read, and for a
+    dataset as `Data.open` does.
     """
     sheet = paths.path(out)
     if sheet.exists():
@@ -35,7 +37,8 @@ def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) ->
     if count < 1 or resolution < 1:
         raise UserError(f"count and resolution must be positive, got {count} and {resolution}")
     source = data.open(resolution)
-    shown = [source[i] for i in _spread(len(source), count)]
+    readable, bad = _read(source, 500)
+    shown = _read(source, count)[0]
     cells = [_cell(example["image"], example["caption"]) for example in shown]
     height = max(len(cell) for cell in cells)
     cells = [
@@ -43,17 +46,17 @@ def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) ->
         for cell in cells
     ]
     images.save_png(sheet, images.grid(cells, gap=8))
-    sampled = [source[i] for i in _spread(len(source), 500)]
-    lengths = [len(_words(example["caption"])) for example in sampled]
-    words = collections.Counter(w for e in sampled for w in _words(e["caption"]))
-    mean = np.mean([example["image"].mean(axis=(0, 1)) for example in sampled], axis=0)
+    lengths = [len(_words(example["caption"])) for example in readable]
+    words = collections.Counter(w for e in readable for w in _words(e["caption"]))
+    mean = np.mean([example["image"].mean(axis=(0, 1)) for example in readable], axis=0)
     return {
         "source": config.to_json(data),
         "examples": len(source),
-        "sampled": len(sampled),
+        "sampled": len(readable),
+        "bad_records": _by_reason([*source.left_out, *bad]),
         "words_per_caption": {"mean": round(float(np.mean(lengths)), 2), "max": max(lengths)},
         "empty_captions": sum(length == 0 for length in lengths),
-        "distinct_captions": len({example["caption"] for example in sampled}),
+        "distinct_captions": len({example["caption"] for example in readable}),
         "distinct_words": len(words),
         "commonest_words": dict(words.most_common(20)),
         "mean_rgb": [round(float(value), 1) for value in mean],
@@ -80,6 +83,30 @@ def dataset_in(source: str, split: str = "train") -> Data:
             f"found {', '.join(str(info.relative_to(folder)) for info in infos)}"
         )
     return TFDSData(name=names[0], data_dir=source, split=split)
+
+
+def _read(source: Source, count: int) -> tuple[list[Example], list[BadRecord]]:
+    """At most `count` examples spread over the source, those that can be read and those that
+    cannot; UserError where none can."""
+    readable, bad = [], []
+    for index in _spread(len(source), count):
+        try:
+            readable.append(source[index])
+        except BadRecord as e:
+            bad.append(e)
+    if not readable:
+        raise UserError(f"none of {len(bad)} examples can be read, the first: {bad[0]}")
+    return readable, bad
+
+
+def _by_reason(records: Sequence[BadRecord]) -> dict[str, dict[str, Any]]:
+    """How many records are bad for each reason, and the keys of the first of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        of = found.setdefault(record.reason, {"count": 0, "first": []})
+        of["count"] += 1
+        of["first"] += [record.key] * (len(of["first"]) < 20)
+    return found
 
 
 def _spread(length: int, count: int) -> list[int]:

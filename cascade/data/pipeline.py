@@ -7,6 +7,7 @@ processes or workers, and a run that stops and resumes sees what it would have s
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -15,12 +16,16 @@ from jaxtyping import Int
 
 from cascade.data.degradation import Degradation
 from cascade.data.source import Data
-from cascade.data.transforms import LoadExample, check_resolutions
+from cascade.data.transforms import BAD_RECORDS, LoadExample, check_resolutions
 from cascade.errors import UserError
 
 TokenizeFn = Callable[[Sequence[str]], Any]
 """Texts -> anything with `.ids` int32 [n, l] and `.mask` bool [n, l], as cascade.text's Tokens."""
 Batch = dict[str, np.ndarray]
+_KILLED = "terminated unexpectedly"
+"""What Grain says of a worker that did not end by itself."""
+_ENOUGH_TO_JUDGE = 1000
+"""So many examples are asked for before the share of bad ones ends a run."""
 
 
 def batches(
@@ -35,6 +40,7 @@ def batches(
     tokenizer: TokenizeFn | None,
     rows: Int[np.ndarray, " rows"] | Sequence[int] | None = None,
     workers: int = 0,
+    most_bad: float = 1.0,
 ) -> "Batches":
     """Endless batches, prefetched, each with only the rows that this process is to load.
 
@@ -54,6 +60,8 @@ def batches(
     rows: which rows of each batch this process loads; None loads all.
     workers: processes that prepare batches, which must be able to pickle `tokenizer`; 0 uses
         threads of this one.
+    most_bad: the share of examples that may be unreadable, each of which the next one stands in
+        for, once a thousand of them were asked for.
 
     Raises ValueError for options that make no sense, and UserError for a dataset that is missing,
     makes no sense or is empty.
@@ -79,7 +87,9 @@ def batches(
     if len(own) < batch_size:
         examples = grain.MapDataset.source(cast(Any, _Rows(examples, own, batch_size)))
     dataset = examples.batch(len(own), batch_fn=_Collate(tokenizer))
-    return Batches(dataset, examples=batch_size, workers=workers)
+    batches = Batches(dataset, examples=batch_size, workers=workers, most_bad=most_bad)
+    batches.bad_records += [(record.key, record.reason) for record in source.left_out]
+    return batches
 
 
 class Batches(Iterator[Batch]):
@@ -88,15 +98,38 @@ class Batches(Iterator[Batch]):
     So a run may resume with another number of processes, of workers, or of examples in a batch.
     """
 
-    def __init__(self, dataset: Any, *, examples: int, workers: int):
-        """dataset: a Grain MapDataset of batches. examples: how many all processes take a step."""
+    bad_records: list[tuple[str, str]]
+    """The (key, reason) of what could not be read up to the newest batch, in the order in which
+    they were met, some more than once; whoever has noted them may clear it."""
+
+    def __init__(self, dataset: Any, *, examples: int, workers: int, most_bad: float = 1.0):
+        """dataset: a Grain MapDataset of batches. examples: how many all processes take a step.
+
+        most_bad: see `batches`.
+        """
         self._dataset, self._examples, self._workers = dataset, examples, workers
         self._step, self._iterator = 0, None
+        self.bad_records = []
+        self._most_bad, self._asked, self._bad = most_bad, 0, 0
 
     def __next__(self) -> Batch:
+        if self._asked >= _ENOUGH_TO_JUDGE and self._bad > self._most_bad * self._asked:
+            raise UserError(
+                f"{self._bad} of {self._asked} examples could not be read, which is more than the "
+                f"share of {self._most_bad:g} that may be left out; see which, and mend the dataset"
+            )
         if self._iterator is None:
             self._iterator = self._start()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as e:
+            if not self._workers or _KILLED not in str(e):
+                raise
+            batch = self._anew()
+        bad = batch.pop(BAD_RECORDS, ())
+        self.bad_records += bad
+        self._bad += len(bad)
+        self._asked += len(bad) + len(batch["image"])
         self._step += 1
         return batch
 
@@ -125,6 +158,19 @@ class Batches(Iterator[Batch]):
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
+
+    def _anew(self) -> Batch:
+        """The next batch, of new data workers: one of those before was killed."""
+        told = "a data worker was killed (by the system, for want of memory?)"
+        print(f"warning: {told}; all are started again", file=sys.stderr)
+        self.close()
+        self._iterator = self._start()
+        try:
+            return next(self._iterator)
+        except RuntimeError as e:
+            if _KILLED not in str(e):
+                raise
+            raise UserError(f"{told}, and so was a new one; set fewer workers") from None
 
     def _start(self) -> Any:
         import grain
@@ -166,8 +212,10 @@ class _Collate:
     tokenizer: TokenizeFn | None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
-        names = [name for name in examples[0] if name != "caption"]
+        names = [name for name in examples[0] if name not in ("caption", BAD_RECORDS)]
         stacked = {name: np.stack([example[name] for example in examples]) for name in names}
+        if bad := [record for example in examples for record in example.get(BAD_RECORDS, ())]:
+            stacked[BAD_RECORDS] = cast(Any, bad)  # host-only, taken out again by Batches
         if self.tokenizer is None:
             return stacked
         tokens = self.tokenizer([example["caption"] for example in examples])

@@ -9,6 +9,8 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import UInt8
 
+from cascade.errors import UserError
+
 
 class Example(TypedDict):
     """A picture, levels 0..255, and its caption.
@@ -23,6 +25,19 @@ class Example(TypedDict):
     """What it shows, as the dataset has it."""
 
 
+class BadRecord(UserError):
+    """An example that cannot be had: training leaves it out and goes on."""
+
+    def __init__(self, message: str, key: str = "", reason: str = ""):
+        """message: for people, in a line.
+
+        key: names the example in its dataset. reason: a few words, alike for all that is bad in the
+        same way.
+        """
+        super().__init__(message)
+        self.key, self.reason = key, reason
+
+
 class Source:
     """Random access to the examples of a dataset, all at one resolution.
 
@@ -31,13 +46,15 @@ class Source:
 
     resolution: int
     """Side of the pictures in pixels."""
+    left_out: Sequence[BadRecord] = ()
+    """What looked like an example when the source was opened, and is none of those counted."""
 
     def __len__(self) -> int:
         """The number of examples."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index` in 0..len - 1. Raises UserError if its picture cannot be read."""
+        """Example `index` in 0..len - 1. Raises BadRecord if it cannot be read."""
         raise NotImplementedError
 
     def window(self, index: int, y: int, x: int, size: int) -> Example:

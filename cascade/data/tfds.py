@@ -7,11 +7,9 @@ import io
 import pathlib
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from cascade import images
 from cascade.config import read_json
-from cascade.data.source import Data, Example, Source
+from cascade.data.source import BadRecord, Data, Example, Source
 from cascade.errors import UserError
 from cascade.storage import paths
 
@@ -49,12 +47,20 @@ class _TFDSSource(Source):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[index]
+        where, key = f"{_where(self.config)}: record {index}", f"record {index}"
+        try:
+            record = self.records[index]
+        except Exception as e:  # ArrayRecord's and TFDS's own, for each way to be damaged
+            why = f"{where} cannot be read ({_line(e)})"
+            raise BadRecord(why, key, "unreadable record") from None
         try:
             picture = images.decoded(io.BytesIO(record[self.config.image]))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
-            raise UserError(f"{_where(self.config)}: record {index} has no picture ({e})") from None
-        caption = record[self.config.caption].decode()
+        except images.Unreadable as e:
+            raise BadRecord(f"{where} has no picture ({e})", key, "unreadable picture") from None
+        try:
+            caption = record[self.config.caption].decode()
+        except UnicodeDecodeError:
+            raise BadRecord(f"{where}: caption is not UTF-8", key, "unreadable caption") from None
         return {"image": images.square(picture, self.resolution), "caption": caption}
 
 
@@ -101,6 +107,13 @@ def _records(config: TFDSData) -> Any:
             f"{where}: not found; give the folder above NAME/VERSION, or prepare it first "
             "(`cascade data make` makes scenes)"
         ) from None
+    except UserError:
+        raise
+    except Exception as e:  # protobuf's and TFDS's own, for each way to be damaged
+        raise UserError(
+            f"{where}: its dataset_info.json or features.json cannot be read ({_line(e)}); restore "
+            "the folder from a copy, or prepare the dataset again"
+        ) from None
     features = dict(builder.info.features.items())
     wanted = ((config.image, tfds.features.Image), (config.caption, tfds.features.Text))
     for name, kind in wanted:
@@ -112,9 +125,13 @@ def _records(config: TFDSData) -> Any:
     undecoded = {config.image: tfds.decode.SkipDecoding()}
     try:
         return builder.as_data_source(config.split, decoders=undecoded)
-    except (ValueError, NotImplementedError) as e:
+    except Exception as e:  # for no such split, other files than these, none, or damaged ones
         splits = ", ".join(builder.info.splits)
         raise UserError(
-            f"{where}: split {config.split!r} cannot be read ({e}); its splits are {splits}, and "
-            "its files must be array_record"
+            f"{where}: split {config.split!r} cannot be read ({_line(e)}); its splits are "
+            f"{splits}, and its files must be array_record"
         ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -9,7 +9,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cascade.data.degradation import Degradation
-from cascade.data.source import Source
+from cascade.data.source import BadRecord, Example, Source
+from cascade.errors import UserError
+
+BAD_RECORDS = "bad_records"
+"""Under this name a loaded example lists the (key, reason) of those that it stands in for."""
+MOST_BAD_IN_A_ROW = 1000
 
 
 def block_means(image: UInt8[np.ndarray, "h w c"], factor: int) -> UInt8[np.ndarray, "h2 w2 c"]:
@@ -74,9 +79,26 @@ class LoadExample:
     """What makes `lowres`; None for plain means over blocks."""
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Example `index`, of which crop and degradation are drawn from `rng`."""
+        """Example `index`, of which crop and degradation are drawn from `rng`.
+
+        In place of one that cannot be read there is the next that can; UserError where so many in a
+        row cannot that the whole dataset must be at fault.
+        """
+        bad: list[BadRecord] = []
+        count = len(self.source)
+        for at in range(index, index + min(MOST_BAD_IN_A_ROW, count)):
+            try:
+                example = self._loaded(at % count, rng)
+            except BadRecord as e:
+                bad.append(e)
+                continue
+            named = [(record.key, record.reason) for record in bad]
+            return {**example, BAD_RECORDS: named} if named else {**example}
+        raise UserError(f"{len(bad)} examples in a row cannot be read, the first: {bad[0]}")
+
+    def _loaded(self, index: int, rng: np.random.Generator) -> Example | dict[str, Any]:
         if self.lowres_resolution is None:
-            return {**self.source[index]}
+            return self.source[index]
         factor = self.source.resolution // self.lowres_resolution
         if self.crop is None:
             example = self.source[index]

@@ -8,11 +8,15 @@ any mesh. `STEP/SHA256SUMS`, written before a checkpoint appears, has the checks
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
 import pathlib
 import re
+import sys
+import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -57,11 +61,10 @@ class Checkpoints:
             folder = folder.absolute()  # for Orbax
         self.directory = folder / "checkpoints"
         paths.make_folder(self.directory)
-        if clears and jax.process_index() == 0:
-            for begun in [p for p in self.directory.iterdir() if ".orbax-checkpoint-tmp" in p.name]:
-                epath.Path(begun).rmtree()
+        if clears:
+            self._remove_begun()
         self._saving: int | None = None
-        logging.getLogger("absl").addFilter(_not_of_orbax)
+        _hush_orbax()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -149,12 +152,22 @@ class Checkpoints:
         except Exception as e:
             if (reason := _of_the_system(e)) is None:
                 raise
+            for _ in range(20):  # writers that are still under way make folders again
+                with contextlib.suppress(OSError):
+                    self._remove_begun()
+                time.sleep(0.05)
             kept = [p.name for p in self.directory.iterdir() if p.name.isdigit()]
             raise UserError(
                 f"{self.directory}: a checkpoint could not be written ({reason}); complete ones "
                 f"stay (steps {', '.join(sorted(kept, key=int)) or 'none yet'}); make room, then "
                 "run the same command again"
             ) from e
+
+    def _remove_begun(self) -> None:
+        """Remove checkpoints that are not complete, and that nobody is writing."""
+        if jax.process_index() == 0:
+            for begun in [p for p in self.directory.iterdir() if ".orbax-checkpoint-tmp" in p.name]:
+                epath.Path(begun).rmtree()
 
     def _seal(self) -> None:
         """Write the checksums of the checkpoint that is about to appear; one process does."""
@@ -228,9 +241,34 @@ def _all_processes(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(ok)).all())
 
 
+_ORBAX = f"{os.sep}orbax{os.sep}"
+
+
+@functools.cache
+def _hush_orbax() -> None:
+    """Leave out what Orbax says besides what it raises, which is told.
+
+    It logs pages, and a traceback before it raises the same. Where a disk is full, its writers that
+    failed after the first are futures that asyncio logs, each with a traceback; TensorStore has
+    more to say to an event loop that is closed by then, which nobody can catch.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_of_orbax)
+    shown = sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = show
+
+
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs pages, and a traceback before it raises the same; what it raises is told."""
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+    trace = record.exc_info[2] if record.exc_info else None
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
+    if record.name == "asyncio" and (error := record.exc_info and record.exc_info[1]):
+        return _of_the_system(error) is None
+    return not any(_ORBAX in text for text in (record.pathname, *files))
 
 
 def _of_the_system(error: BaseException | None) -> str | None:

@@ -82,10 +82,15 @@ class Lock:
             self._write()
             return self._is_own_after(SETTLE)
         try:
-            with open(self._file, "x", encoding="utf-8") as file:
-                json.dump(self._own, file)
+            file = open(self._file, "x", encoding="utf-8")  # noqa: SIM115 - closed below
         except FileExistsError:
             return False
+        try:
+            with file:
+                json.dump(self._own, file)
+        except OSError:  # of a full disk
+            self._file.unlink()
+            raise
         return True
 
     def _holds(self, there: dict[str, Any]) -> bool:

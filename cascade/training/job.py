@@ -47,6 +47,11 @@ class Running:
 
     batches: Batches
 
+    def skipped(self) -> list[tuple[str, str]]:
+        """The key of each record of the data that turned out to be unreadable since this was last
+        asked, and the reason in a few words."""
+        return []
+
     def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """A batch of `batches` -> what the loss takes, on all devices."""
         raise NotImplementedError

@@ -3,7 +3,8 @@
 A row holds the means of its steps: loss and norms (of steps whose update was finite), `skipped`
 (how many were not), images_per_second, step_seconds, data_wait_seconds (of a step, until its batch
 was there), tflops_per_device, mfu (of a device whose peak is known), and memory_gib (the most
-that a device of this process held so far, where its driver tells).
+that a device of this process held so far, where its driver tells). A run that could not read some
+records of its data also has skipped_records/REASON, how many different ones by then.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,8 +110,11 @@ class TrainingLog:
         """The figures of the steps since the last row, as JSON values."""
         return jax.tree.map(lambda x: np.asarray(x).item(), jax.device_get(self._pending))
 
-    def write(self, step: int) -> dict[str, Any]:
-        """Write and return the row of the steps since the last one."""
+    def write(self, step: int, skipped: Mapping[str, int] = {}) -> dict[str, Any]:
+        """Write and return the row of the steps since the last one.
+
+        skipped: how many records of the data the run could not read by now, by reason.
+        """
         self._check()
         pending, self._pending, self._checked = jax.device_get(self._pending), [], 0
         good = [m for m in pending if not m["skipped"]]
@@ -118,6 +122,7 @@ class TrainingLog:
         for name in pending[0]:
             row[name] = float(np.mean([float(m[name]) for m in good])) if good else None
         row["skipped"] = len(pending) - len(good)
+        row |= {f"skipped_records/{reason}": count for reason, count in skipped.items()}
         row |= self._speed(step)
         if self._on:
             self._rows.append(row)
@@ -172,16 +177,32 @@ class TrainingLog:
 
 
 class _TensorBoard:
-    """What an earlier writer has of steps after `step` is not shown."""
+    """What an earlier writer has of steps after `step` is not shown.
+
+    Events are written here: the thread that tensorboardX has for it ends in silence when the disk
+    is full, and whoever closes it waits without end.
+    """
 
     def __init__(self, folder: pathlib.Path, step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "tensorboard" / "events"))
+        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._writer.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def write(self, row: dict[str, Any], step: int) -> None:
+        from tensorboardX.summary import scalar
+
         for name, value in row.items():
-            self._writer.add_scalar(name, value, step)
+            self._add(step, summary=scalar(name, value))
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -46,6 +47,7 @@ from cascade.storage.paths import Path
 from cascade.storage.weights import save_safetensors
 from cascade.training.job import Batches, Job
 from cascade.training.log import TrainingLog
+from cascade.training.skipped import Skipped
 from cascade.training.step import State, begin, make_train_step, step_flops, whole
 
 
@@ -59,7 +61,18 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
     saved, and at once where another training holds the folder, or processes were started unlike.
     """
     with _Folder(paths.path(workdir)) as folder:
-        return _fit(job, folder, until)
+        try:
+            return _fit(job, folder, until)
+        except OSError as e:
+            if e.errno not in _FULL:
+                raise
+            raise UserError(
+                f"{folder.path}: cannot be written to ({e.strerror}); complete checkpoints stay; "
+                "make room, then run the same command again"
+            ) from None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
@@ -108,6 +121,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
     log = None
     profile = _Profile(workdir / "profile", job.profile_steps)
     stop = _StopSignal()
+    skipped = Skipped(workdir, step * job.batch_size)
     bar = tqdm(
         total=job.images,
         initial=min(step * job.batch_size, job.images),
@@ -123,6 +137,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             before = time.perf_counter()
             batch = next(data)
             waited = time.perf_counter() - before
+            skipped.add(running.skipped(), (step + 1) * job.batch_size)
             batch = running.prepare(batch, step)
             ends_at = ()
             if clock is not None:
@@ -147,7 +162,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             log.add(metrics, waited)
             ends = step >= last or log.diverged
             if ends or _due(step, job.log_every_images, job):
-                loss = log.write(step)["loss"]
+                loss = log.write(step, skipped.counts)["loss"]
                 bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
             if ends or _due(step, job.save_every_images, job):

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from cascade import images
-from cascade.data import Data, Degradation, batches
+from cascade.data import Batches, Data, Degradation, batches
 from cascade.data.pipeline import TokenizeFn
 from cascade.data.transforms import check_resolutions
 from cascade.devices import sharding
@@ -30,7 +30,7 @@ from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
 from cascade.text.captions import Captions
 from cascade.text.embedding import no_encoder
 from cascade.training import preview
-from cascade.training.job import Batches, Job, Optimizer, Running
+from cascade.training.job import Job, Optimizer, Running
 from cascade.training.step import step_key
 from cascade.training.trainable import LoRA
 
@@ -149,12 +149,17 @@ class StageTraining(StageJob):
     whole picture."""
     degradation: Degradation | None = None
     """How low-resolution pictures are degraded; None is plain means over blocks."""
+    most_bad: float = 0.25
+    """The share of the data that may be unreadable: the next example stands in for each one that
+    is, WORKDIR/skipped.jsonl lists them, and the run ends where there are more."""
     preview_prompts: tuple[str, ...] = ()
     """What previews of a base stage draw; super-resolution enlarges four of the batch."""
 
     def __post_init__(self):
         super().__post_init__()
         self.at_least("text_tokens", 1)
+        if not 0 <= self.most_bad <= 1:
+            raise ValueError(f"StageTraining.most_bad must be in [0, 1], got {self.most_bad}")
         check_resolutions(
             self.stage.resolution,
             self.stage.lowres_resolution,
@@ -185,6 +190,8 @@ class RunningStage(Running):
     """Pictures, and their captions if the stage reads text, which the frozen text encoder embeds on
     the devices."""
 
+    batches: Batches
+
     def __init__(self, job: StageTraining, mesh: Mesh):
         self._job, self._mesh = job, mesh
         self._encoder = encoder = None if job.stage.text is None else _text_encoder(job, mesh)
@@ -208,7 +215,12 @@ class RunningStage(Running):
             tokenizer=tokenizer,
             rows=rows,
             workers=job.workers,
+            most_bad=job.most_bad,
         )
+
+    def skipped(self):
+        records, self.batches.bad_records = self.batches.bad_records, []
+        return records
 
     def prepare(self, batch, step):
         return self.embedded(sharding.shard_batch(batch, self._mesh), step)

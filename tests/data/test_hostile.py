@@ -112,7 +112,7 @@ def test_hidden_folders_are_passed_over_and_linked_ones_are_told(tmp_path, capsy
     (folder / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert len(FolderData(path=str(folder)).open(8)) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ") and "left out more" in line
+    assert line.startswith("warning: ") and line.endswith("is not followed (more)")
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,14 @@ def test_hidden_folders_are_passed_over_and_linked_ones_are_told(tmp_path, capsy
         "null",
     ],
 )
-def test_a_damaged_line_of_a_list_is_named(tmp_path, line):
+def test_a_damaged_line_of_a_list_is_left_out_and_named(tmp_path, line):
     folder = picture(tmp_path / "d" / "a.png").parent
     good = json.dumps({"file": "a.png", "caption": "a"})
     (folder / "captions.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(UserError, match="captions.jsonl, line 2"):
-        FolderData(path=str(folder)).open(8)
+    source = FolderData(path=str(folder)).open(8)
+    assert len(source) == 1
+    (record,) = source.left_out
+    assert record.key == "captions.jsonl, line 2" and f"{record.key}: " in str(record)
 
 
 # TFDS.

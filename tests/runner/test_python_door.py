@@ -141,6 +141,8 @@ def test_a_picture_that_does_not_fit_is_told(model, picture):
         ({"init": picture, "strength": [1, 1]}, "strength=[1, 1]: 2 values for 3 stages"),
         ({"init": picture, "steering": [None] * 3}, "init and steering: both steer the stages"),
         ({"mask": mask}, "mask: goes with init"),
+        ({"init": picture[:0]}, "init: must have pixels, got a picture of none"),
+        ({"init": Image.new("RGB", (0, 9))}, "init: must have pixels"),
     ):
         with pytest.raises(ValueError) as e:
             model.draw(["a", "b"], **options)
@@ -162,7 +164,7 @@ for prompts, options, message in (
     ("a", {"init": floats.astype(int)}, "init: .*int64.*: if its values are 0..255"),
     ("a", {"init": "photo.png"}, "got 'photo.png': open it with PIL.Image.open"),
     ("a", {"init": floats[..., 0].astype(np.uint8)}, "uint8 [8, 8]: make a PIL image of it with"),
-    ("a", {"init": Image.fromarray(np.ones((8, 8), np.float32))}, "a PIL image of floats"),
+    ("a", {"init": Image.fromarray(np.ones((8, 8), np.float32))}, "init: its pixels are"),
     ("a", {"init": floats.astype(np.uint8), "mask": floats[..., 0]}, "mask: must be a PIL image"),
     ("a", {"init": 3}, "got a value of type int"),
     ("a", {"init": np.zeros((2, 8, 8, 3), np.uint8)}, "give a list of its pictures, list(x)"),

@@ -20,7 +20,7 @@ from cascade.storage.lock import Lock
 from cascade.training import loop
 from cascade.training.job import Batches, Job, Running
 from cascade.training.loop import fit
-from cascade.training.step import begin
+from cascade.training.step import begin, make_train_step
 
 SLOPE, OFFSET = np.array([1.5, -0.5], np.float32), 0.25
 
@@ -240,6 +240,33 @@ def test_updates_that_are_not_finite_are_left_out(tmp_path):
     assert stays == [2, 4, 5]
     assert [row["skipped"] for row in rows(tmp_path)] == [0, 0, 1, 0, 1, 1, 0, 0]
     assert len(finished(tmp_path)) == 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sum(Line):
+    """Of many lines."""
+
+    lines: int
+
+    def fresh(self, key):
+        return {str(i): super(Sum, self).fresh(key)["line"] for i in range(self.lines)}
+
+    def loss(self, params, batch, key, part=None):
+        line = jax.tree.map(lambda *x: sum(x), *params.values())
+        return super().loss({"line": line}, batch, key, part)
+
+
+def test_a_compiled_step_grows_as_the_weights_do():
+    """Not as their square, though whether all are finite decides about each."""
+
+    def length(lines):
+        job = Sum(images=8, batch_size=8, lines=lines)
+        rule, batch = job.transformation(), job.batch_shapes(0)
+        state = jax.eval_shape(lambda key: begin(job, rule, job.fresh(key)), jax.random.key(0))
+        step = jax.jit(make_train_step(job, rule)).lower(state, batch).compile()
+        return len(step.as_text())
+
+    assert length(20) < 5 * length(5)
 
 
 def test_too_many_of_them_in_a_row_end_the_run_with_the_weights_before(tmp_path):

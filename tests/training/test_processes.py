@@ -82,6 +82,7 @@ def run(workdir, seconds_a_step=0.0, config=CONFIG):
             (workdir / f"rows_{jax.process_index()}").write_text(json.dumps(rows))
             self.batches = load(config.data, **options)
             self.get_state, self.set_state = self.batches.get_state, self.batches.set_state
+            self.bad_records = []
 
         def __next__(self):
             (workdir / f"began_{jax.process_index()}").touch()
