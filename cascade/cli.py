@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from cascade.errors import UserError
+from cascade.errors import OptionError, UserError
 
 ORDER = ("sample", "train", "export", "convert", "eval", "data", "plan", "bench")
 """In which usage lists them; others follow by name."""
@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             trust(module)
         importlib.import_module(known[argv[0]][0]).main(words)
     except UserError as e:
-        print(f"error: {_line(str(e))}", file=sys.stderr)
+        message = e.on_command_line if isinstance(e, OptionError) else str(e)
+        print(f"error: {_line(message)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()

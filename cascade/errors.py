@@ -1,4 +1,8 @@
-"""The one exception that is a person's mistake rather than a bug."""
+"""The exceptions that are a person's mistake rather than a bug."""
+
+from typing import Any
+
+from cascade import ranges
 
 MOST_LETTERS = 1200
 
@@ -16,3 +20,19 @@ class UserError(ValueError):
         if len(text) > MOST_LETTERS:
             text = f"{text[: MOST_LETTERS // 2]} ... {text[-MOST_LETTERS // 4 :]}"
         super().__init__(text)
+
+
+class OptionError(UserError):
+    """A mistake in the value of one option, which is called `until=` in Python and `--until` in
+    words: the message has the name as Python does, `on_command_line` as the words do."""
+
+    def __init__(self, option: str, value: Any, rule: object):
+        """option: its name in Python. value: None if it is missing. rule: what it must be."""
+        super().__init__(f"{option}={ranges.shown(value)}: {rule}")
+        self._words = ("--" + option.replace("_", "-"), value, rule)
+
+    @property
+    def on_command_line(self) -> str:
+        """The message for a person who typed `--option value`."""
+        flag, value, rule = self._words
+        return str(UserError(f"{flag}: {rule}" if value is None else f"{flag} {value}: {rule}"))

@@ -116,6 +116,63 @@ def save_png(
         Image.fromarray(image).save(file, format="PNG", pnginfo=info)
 
 
+def rgb(picture: Any, called: str, *, ground: str = "white") -> UInt8[np.ndarray, "h w 3"]:
+    """A picture that a person gives: a PIL image, of any kind, or a uint8 array [h, w, 3].
+
+    A PIL image becomes what `decoded` makes of its file; ground: as there. called: the name of the
+    option in errors. Raises TypeError for any other value, floats included: whether 1.0 is white or
+    hardly anything is not for a program to guess. Raises ValueError for a picture of no pixels.
+    """
+    if isinstance(picture, Image.Image) and 0 not in picture.size:
+        try:
+            return np.asarray(_on_ground(_eight_bits(_turned(picture)), ground))
+        except Unreadable as e:
+            raise TypeError(f"{called}: {e}") from None
+    array = np.asarray(picture)
+    if array.size == 0:
+        raise ValueError(f"{called}: must have pixels, got a picture of none")
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
+        return array
+    raise TypeError(
+        f"{called}: must be a PIL image or a uint8 array [h, w, 3] of 0..255, got {_kind(picture)}"
+    )
+
+
+def mask(picture: Any, called: str) -> UInt8[np.ndarray, "h w"]:
+    """A mask that a person gives, as grey: what `rgb` takes, or an array [h, w], uint8 or bool.
+
+    True is 255, and what is transparent in a PIL image is 0.
+    """
+    array = np.asarray(picture) if hasattr(picture, "shape") else None
+    if array is not None and array.ndim == 2 and array.dtype in (np.uint8, np.bool_):
+        return array.astype(np.uint8) * np.uint8(255 if array.dtype == np.bool_ else 1)
+    if array is not None and array.ndim == 2:
+        raise TypeError(
+            f"{called}: must be a PIL image or an array [h, w], uint8 of 0..255 or bool, got "
+            f"{_kind(picture)}"
+        )
+    return np.asarray(Image.fromarray(rgb(picture, called, ground="black")).convert("L"))
+
+
+def _kind(given: Any) -> str:
+    """What a person gave instead of a picture, and how to make a picture of it."""
+    if isinstance(given, (str, os.PathLike)):
+        return f"{str(given)!r}: open it with PIL.Image.open"
+    if not hasattr(given, "dtype"):
+        return f"a value of type {type(given).__name__}"
+    got = f"{given.dtype} {list(given.shape)}"
+    if np.issubdtype(given.dtype, np.floating):
+        return (
+            f"{got}: convert it with (255 * x).round().astype(np.uint8) if 1.0 is its white and 0 "
+            "its black, with cascade.images.to_uint8(x) if -1 is its black"
+        )
+    if given.ndim == 4:
+        return f"{got}: give a list of its pictures, list(x)"
+    if given.dtype == np.uint8:
+        return f"{got}: make a PIL image of it with PIL.Image.fromarray"
+    return f"{got}: if its values are 0..255, convert it with .astype(np.uint8)"
+
+
 class Unreadable(ValueError):
     """A file that cannot be read as a picture; its text says why."""
 

@@ -35,13 +35,13 @@ from cascade.published.earlier_versions import is_old, old_path, old_path_of, up
 from cascade.published.schedulers import SECTIONS, Respaced
 from cascade.published.x4_upscaler.unet import UpscalerLevel, UpscalerUNetConfig
 from cascade.runner.cascade import Cascade
+from cascade.runner.edits import edits
 from cascade.runner.model_folder import open_model
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import TextPretraining
 from cascade.stage import Augmentation, LowRes, Pixels, Sampling, StageConfig, Text
 from cascade.storage.checkpoint import Checkpoints
 from cascade.storage.weights import leaves
-from cascade.tasks.editing.steering import edits
 from cascade.text.t5 import read_folder
 from cascade.training.job import Job, Optimizer
 from cascade.training.loop import fit

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "cascade"
 BELOW = {
-    "errors": set(),
     "ranges": set(),
+    "errors": {"ranges"},
     "config": {"errors", "ranges"},
     "devices": {"errors"},
     "diffusion": {"ranges"},

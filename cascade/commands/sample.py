@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,12 @@ import tyro
 from cascade import config
 from cascade.devices import distributed
 from cascade.errors import UserError
+from cascade.runner import counts
 from cascade.storage import paths
 from cascade.tasks import that_have
 
 if TYPE_CHECKING:
-    from cascade.runner.cascade import Cascade, Picture
+    from cascade.runner.picture import Picture
 
 ByStage = Annotated[
     str | None,
@@ -117,8 +118,6 @@ MOST_PICTURES = 1_000_000
 """One command draws at most so many, of all prompts."""
 MOST_PROMPT_BYTES = 2**24
 """A file of prompts has at most so many bytes."""
-MOST_TOGETHER = 4096
-"""At most so many pictures are drawn in one batch."""
 MOST_IN_GRID = 1024
 """grid.png shows at most so many pictures, the first ones."""
 LISTS = (
@@ -189,8 +188,12 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         if any(given and taken for given, taken in zip(own, steering, strict=True)):
             raise UserError("two of the options steer the same stage: give those of one task")
         steering = [given or taken for given, taken in zip(own, steering, strict=True)]
-    if share[0] == 0:
-        _warn(cascade, prompts)
+    if share[0] == 0 and len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+        print(
+            f"warning: {len(prompts)} prompts of one word each; a prompt of several words needs "
+            f'quotes: "{" ".join(prompts[:5])}"',
+            file=sys.stderr,
+        )
     # All processes count on from what the first one saw before any of them wrote.
     first = _next_number(folder)
     if share[1] > 1:
@@ -199,24 +202,25 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
     batch_size = options.batch_size or default_batch_size()
     count = sum(1 for _ in numbers(total, batch_size, share))
     side = 0
-    with _progress(count * len(stages), shown=share[0] == 0) as progress:
-        pictures = cascade.draw(
-            prompts,
-            seed=options.seed,
-            num=options.num,
-            until=options.until,
-            lowres=lowres,
-            negative=options.negative,
-            settings=settings,
-            steering=steering,
-            batch_size=batch_size,
-            share=share,
-            split_rows=options.split_rows,
-            progress=progress,
-        )
+    progress = _Progress(count * len(stages), shown=share[0] == 0)
+    pictures = cascade.draw(
+        prompts,
+        seed=options.seed,
+        num=options.num,
+        until=options.until,
+        lowres=lowres,
+        negative=options.negative,
+        settings=settings,
+        steering=steering,
+        batch_size=batch_size,
+        share=share,
+        split_rows=options.split_rows,
+        progress=progress.advance,
+    )
+    with progress:
         for number, picture in zip(numbers(total, batch_size, share), pictures, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            line = _write(picture, folder, first + number, save_png, options, records)
+            line = _write(picture, folder, first + number, options, records)
             print(json.dumps(line), flush=True)
             side = _nearest(picture, min(256, max(picture.images)))
     if share[1] > 1:
@@ -265,30 +269,21 @@ def _prompts(options: Options) -> list[str]:
         prompts += [
             (line.strip(), f"--prompts {path}, line {i + 1}") for i, line in enumerate(lines)
         ]
-    if not prompts:
-        raise UserError('nothing to draw: give a prompt, as in cascade sample "a red circle"')
-    for prompt, where in prompts:
-        if not prompt.strip():
-            raise UserError(f"{where} is empty; write what to draw, or remove it")
-    return [prompt for prompt, _ in prompts]
+    texts = [prompt for prompt, _ in prompts]
+    counts.check_prompts(texts, [where for _, where in prompts])
+    return texts
 
 
 def _check_words(options: Options, prompts: int) -> None:
-    if options.seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {options.seed}")
-    if options.seed + options.num > 2**32:
-        raise UserError(
-            f"--seed {options.seed} and --num {options.num}: their sum must be at most 2^32"
-        )
+    counts.check(
+        seed=options.seed,
+        num=options.num,
+        batch_size=options.batch_size,
+        split_rows=options.split_rows,
+    )
     for flag, value in {"--model": options.model, "--text-encoder": options.text_encoder}.items():
         if value == "":
             raise UserError(f"{flag} is empty; give a folder or a name, or leave it out")
-    counts = {"--num": options.num, "--batch-size": options.batch_size}
-    for flag, value in {**counts, "--split-rows": options.split_rows}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{flag} must be 1 or more, got {value}")
-    if (options.batch_size or 0) > MOST_TOGETHER:
-        raise UserError(f"--batch-size must be at most {MOST_TOGETHER}, got {options.batch_size}")
     if prompts * options.num > MOST_PICTURES:
         raise UserError(
             f"--num {options.num} of {prompts} prompt{'s' * (prompts > 1)}: one command draws at "
@@ -322,7 +317,6 @@ def _write(
     picture: Picture,
     folder: paths.Path,
     number: int,
-    save_png: Callable[..., None],
     options: Options,
     records: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -342,56 +336,34 @@ def _write(
         "versions": {n: version(n) for n in names},
     }
     files = {}
-    for side, image in picture.images.items():
+    for side in picture.images:
         files[str(side)] = str(folder / f"{name}_{side}.png")
-        save_png(files[str(side)], image, {"prompt": picture.prompt, "seed": str(picture.seed)})
+        picture.save(files[str(side)], side)
     with paths.writing(folder / f"{name}.json") as file:
         file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return {"picture": name, "prompt": picture.prompt, "seed": picture.seed, "files": files}
 
 
-def _warn(cascade: Cascade, prompts: Sequence[str]) -> None:
-    if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
-        print(
-            f"warning: {len(prompts)} prompts of one word each; a prompt of several words needs "
-            f'quotes: "{" ".join(prompts[:5])}"',
-            file=sys.stderr,
-        )
-    encoders = [e for e in (cascade.encoder, *cascade.own_encoders.values()) if e is not None]
-    for prompt in prompts:
-        short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
-        cuts = [encoder.tokenize([prompt]).truncated for encoder in encoders]
-        cutting = [e for e, cut in zip(encoders, cuts, strict=True) if cut is not None and cut[0]]
-        if cutting:
-            print(
-                f"warning: prompt {short!r} is longer than {cutting[0].max_tokens} tokens; "
-                "what comes after them is not seen",
-                file=sys.stderr,
-            )
-        if unknown := cascade.unknown_words(prompt):
-            listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-            print(
-                f"warning: not in the captions that {cascade.name} was trained on: {listed}",
-                file=sys.stderr,
-            )
-
-
-class _progress:
+class _Progress:
     """While entered, a bar on stderr tells how many (stage, picture) pairs are done."""
 
     def __init__(self, total: int, shown: bool):
+        self._total, self._shown = total, shown
+
+    def __enter__(self) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=total, unit="stage", desc="drawing", dynamic_ncols=True, disable=not shown
+            total=self._total,
+            unit="stage",
+            desc="drawing",
+            dynamic_ncols=True,
+            disable=not self._shown,
         )
 
-    def __enter__(self) -> Callable[[str, int], None]:
-        def advance(stage: str, pictures: int) -> None:
-            self._bar.set_postfix_str(f"{stage} done")
-            self._bar.update(min(pictures, self._bar.total - self._bar.n))
-
-        return advance
+    def advance(self, stage: str, pictures: int) -> None:
+        self._bar.set_postfix_str(f"{stage} done")
+        self._bar.update(min(pictures, self._bar.total - self._bar.n))
 
     def __exit__(self, *error: Any) -> Literal[False]:
         self._bar.close()

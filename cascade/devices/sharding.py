@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cascade.errors import UserError
+from cascade.errors import OptionError, UserError
 
 Rule = tuple[str, tuple[str | tuple[str, ...] | None, ...]]
 """(regex searched in a path such as `levels/0/blocks/conv1/kernel`, mesh axes of the array's last
@@ -199,7 +199,7 @@ def rows_mesh(count: int, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.local_devices() if devices is None else devices
     if not 1 <= count <= len(devices):
-        raise UserError(f"split_rows={count}: must lie in 1..{len(devices)}, the devices here")
+        raise OptionError("split_rows", count, f"must lie in 1..{len(devices)}, the devices here")
     return Mesh(np.array(devices[:count]), ("rows",), axis_types=(AxisType.Auto,))
 
 

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from cascade import ranges
@@ -60,7 +61,7 @@ def sample(
     One scan: tracing cost does not grow with n. The caller compiles it, denoiser and all, with
     jax.jit.
     """
-    return _walk(denoiser, x, schedule, times, step, keys, after_step, lambda x0_hat: None)[0]
+    return _walk(denoiser, x, schedule, times, step, keys, after_step, 0)[0]
 
 
 def sample_path(
@@ -72,9 +73,16 @@ def sample_path(
     step: Step,
     keys: Key[Array, " b"],
     after_step: AfterStep | None = None,
+    frames: int | None = None,
 ) -> tuple[Float[Array, " b *d"], Float[Array, "n b *d"]]:
-    """`sample`, and what the denoiser thought x0 was at each of the n steps: [n, b, *d]."""
-    return _walk(denoiser, x, schedule, times, step, keys, after_step, lambda x0_hat: x0_hat)
+    """`sample`, and what the denoiser thought x0 was at n of the steps: [n, b, *d].
+
+    frames: how many, evenly spaced over the steps, the last of them included and the first if there
+    is more than one; at most as many as there are steps. None is every step. No others are kept.
+    """
+    steps = times.shape[0] - 1
+    frames = steps if frames is None else min(frames, steps)
+    return _walk(denoiser, x, schedule, times, step, keys, after_step, frames)
 
 
 def time_grid(steps: int, start: float = 1.0) -> Float[Array, " times"]:
@@ -356,8 +364,8 @@ BY_WORD: dict[str, tuple[type[Step], str | None]] = {
 """What the command line calls the samplers, each with the field that a number behind it sets."""
 
 
-def _walk(denoiser, x, schedule, times, step, keys, after_step, emit):
-    """The loop of `sample` and `sample_path`: -> (x at the end, emit(x0_hat) of every step)."""
+def _walk(denoiser, x, schedule, times, step, keys, after_step, frames) -> tuple[Array, Any]:
+    """The loop of `sample` and `sample_path`: -> (x at the end, x0_hat of that many steps)."""
     if keys.shape != x.shape[:1]:
         raise ValueError(
             f"sample: keys must be one for each image, [{x.shape[0]}] from jax.random.key (not "
@@ -366,10 +374,13 @@ def _walk(denoiser, x, schedule, times, step, keys, after_step, emit):
     n = times.shape[0] - 1
     logsnr, ends_clean = _grid(schedule, times, x), times[-1] <= 0
     x = x.astype(jnp.float32)
+    # Every step writes where the next one that is kept does, which is the last to write there.
+    kept = np.linspace(n - 1, 0, frames).astype(int)[::-1]
+    places = np.searchsorted(kept, np.arange(n))
 
     def body(carry, leg):
-        x_t, memory = carry
-        i, logsnr_t, logsnr_s = leg
+        x_t, memory, path = carry
+        i, place, logsnr_t, logsnr_s = leg
         k_step, k_after = _split(_fold_in(keys, i + 1))  # 0 is the initial noise
         last = (i == n - 1) & ends_clean
         leg = Leg(logsnr_t, logsnr_s, last, k_step)
@@ -377,11 +388,12 @@ def _walk(denoiser, x, schedule, times, step, keys, after_step, emit):
         x_s = jnp.where(last, x0_hat, x_s)
         if after_step is not None:
             x_s = after_step(x_s, logsnr_s, k_after)
-        return (x_s, memory), emit(x0_hat)
+        return (x_s, memory, None if path is None else path.at[place].set(x0_hat)), None
 
-    legs = (jnp.arange(n), logsnr[:-1], logsnr[1:])
-    (x, _), emitted = jax.lax.scan(body, (x, step.memory(x)), legs)
-    return x, emitted
+    legs = (jnp.arange(n), places, logsnr[:-1], logsnr[1:])
+    path = jnp.zeros((frames, *x.shape), x.dtype) if frames else None
+    (x, _, path), _ = jax.lax.scan(body, (x, step.memory(x), path), legs)
+    return x, path
 
 
 def _grid(

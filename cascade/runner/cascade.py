@@ -8,24 +8,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
 
 from cascade import images
 from cascade.config import to_json
 from cascade.devices import sharding
-from cascade.errors import UserError
+from cascade.errors import OptionError, UserError
+from cascade.runner import counts, inputs
+from cascade.runner.edits import edited
 from cascade.runner.model_folder import open_model
+from cascade.runner.overrides import ByStage, override
+from cascade.runner.picture import Picture
 from cascade.stage import Sampling, Stage, StageConfig, Steering
 from cascade.storage import paths
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
@@ -36,36 +40,25 @@ PROMPTS_AT_ONCE = 64
 of all prompts would need memory for each."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One drawn picture at every size, with what made it."""
+P = ParamSpec("P")
 
-    prompt: str
-    """What it is to show."""
-    seed: int
-    """The seed of all its random numbers, in 0..2**32 - 1."""
-    images: dict[int, UInt8[np.ndarray, "s s 3"]]
-    """Side in pixels -> the picture of that size, smallest first."""
-    metadata: dict[str, Any]
-    """All that made it, as JSON values: prompt, seed, model, and the settings of each stage."""
 
-    @property
-    def image(self) -> UInt8[np.ndarray, "s s 3"]:
-        """The largest."""
-        return self.images[max(self.images)]
+def _listed(draw: Callable[P, Iterator[Picture]]) -> Callable[P, list[Picture]]:
+    """The method that returns all pictures of `draw` as a list, with its signature and help."""
 
-    def pil(self, size: int | None = None) -> Image.Image:
-        """As a PIL image; size None is the largest."""
-        return Image.fromarray(self.images[size or max(self.images)])
+    def __call__(*args: P.args, **options: P.kwargs) -> list[Picture]:
+        return list(draw(*args, **options))
 
-    def _repr_png_(self) -> bytes | None:
-        return self.pil()._repr_png_()
+    own: Any = __call__
+    own.__doc__ = draw.__doc__
+    own.__signature__ = inspect.signature(draw).replace(return_annotation="list[Picture]")
+    return own
 
 
 class Cascade:
-    """Stages in the order they draw, smallest first, and the text encoder they share.
+    """A model that draws pictures from prompts: stages, smallest first, and their text encoder.
 
-    own_encoders: those of stages that have their own, by the stage's name.
+    `Cascade.load` opens one; to call it draws a list of `Picture`, with all options of `draw`.
     """
 
     def __init__(
@@ -79,7 +72,8 @@ class Cascade:
         own_encoders: Mapping[str, TextEncoder] = {},
     ):
         """encoder: None for stages that read no text. known_words: all the words that training
-        captions had, if that is a closed list. UserError unless each stage enlarges what the one
+        captions had, if that is a closed list. own_encoders: those of stages that have their
+        own, by the stage's name. Raises UserError unless each stage enlarges what the one
         before it draws."""
         self.stages = list(stages)
         self.encoder, self.own_encoders = encoder, dict(own_encoders)
@@ -153,10 +147,6 @@ class Cascade:
         """The stages' own sampling settings, in cascade order."""
         return [stage.config.sampling for stage, _ in self.stages]
 
-    def __call__(self, prompts: str | Sequence[str], **options: Any) -> list[Picture]:
-        """All of `draw`'s pictures as a list."""
-        return list(self.draw(prompts, **options))
-
     def draw(
         self,
         prompts: str | Sequence[str],
@@ -164,77 +154,167 @@ class Cascade:
         seed: int = 0,
         num: int = 1,
         until: int | None = None,
-        lowres: UInt8[np.ndarray, "h w 3"] | None = None,
         negative: str | None = None,
+        steps: ByStage | None = None,
+        guidance: ByStage | None = None,
+        guidance_plan: ByStage | None = None,
+        rescale: ByStage | None = None,
+        aug_level: ByStage | None = None,
+        sampler: ByStage | None = None,
+        grid: ByStage | None = None,
+        threshold: ByStage | None = None,
+        lowres: inputs.Picture | Sequence[inputs.Picture] | None = None,
+        init: inputs.Picture | Sequence[inputs.Picture] | None = None,
+        mask: inputs.Mask | Sequence[inputs.Mask] | None = None,
+        strength: ByStage | None = None,
+        frames: int = 0,
+        batch_size: int | None = None,
+        split_rows: int = 1,
         settings: Sequence[Sampling] | None = None,
         steering: Sequence[Steering | None] | None = None,
-        batch_size: int | None = None,
         share: tuple[int, int] = (0, 1),
-        split_rows: int = 1,
         progress: Callable[[str, int], None] | None = None,
     ) -> Iterator[Picture]:
-        """Draw `num` pictures of each prompt, prompts in order, with seeds seed .. seed + num - 1.
+        """Draw pictures: `draw` gives one after the other, a call of the model all as a list.
 
-        The same (prompt, seed, settings) is the same picture among any others: every random number
-        comes from the picture's own seed, and batches have one fixed size, filled up at the end.
-        until: stop at the stage that draws this many pixels. lowres: start from this picture (its
-        side chooses the stage) instead of from text alone. negative: what guidance moves away from.
-        settings: one Sampling for each stage that draws (see `select`). steering: for each stage
-        that draws what steers it, with arrays of one picture, or None. batch_size: pictures drawn
-        together; None is `default_batch_size()`. share: (i, n) draws batches i, i + n, ... of all,
-        the pictures that `numbers` names, for process i of n. split_rows: so many of this process's
-        devices share each picture of the super-resolution stages by its rows of pixels, for the
-        memory and time of 1024 px; the pictures are the same, but for rounding. progress: called
-        with (stage's name, pictures) after each stage of each batch.
+            model = Cascade.load("scenes")
+            picture = model("a big red circle", seed=7, steps=8, guidance=3.0, until=64)[0]
+            picture.save("circle.png")
+            model(["a star", "a ring"], num=4, guidance=[5, 2, 1])  # eight, by stages' weights
+            model("a blue square", init=Image.open("photo.jpg"), strength=0.6, until=64)
+
+        What is drawn. prompts: one, or a list. seed: of each prompt's first picture, 0 or more; the
+        next ones count up, below 2**32. num: pictures of each prompt. until: the side in pixels of
+        the last stage that draws; None is all stages. negative: a text that guidance moves away
+        from. The same prompt, seed and settings make the same picture among any others.
+
+        How, by stage: one value for all stages, or a list with one for each, smallest first, as for
+        the options of `cascade sample` of these names, whose words they take. steps: of sampling,
+        1 to 10,000. guidance: weight of classifier-free guidance, 0 or more; 1 is none.
+        guidance_plan: "constant", "interval" or "oscillating". rescale: how far guided predictions
+        get back the contrast of unguided ones, 0 to 1. aug_level: noise on the smaller picture, 0
+        to 1, by super-resolution stage. sampler: "ancestral", "ddim", "dpm++", "dpm++sde" or
+        "heun". grid: spacing of the steps, "uniform", "karras" and others. threshold: "none",
+        "static" or "dynamic". None leaves a stage its own.
+
+        From what: a PIL image, or a uint8 array [h, w, 3] of 0..255; one for all prompts, or a list
+        with one for each. lowres: the smaller picture to enlarge, of a side that a stage starts
+        from; super-resolution alone then draws. init: the picture to draw anew, of any size, its
+        central square. mask: of init's size, white (or True, in an array [h, w]) where that is
+        drawn anew, black or transparent where it stays. strength: by stage, the share of the steps
+        that is taken from init on, above 0 to 1; None is .7 in the base stage (1 with a mask), .8
+        in the others.
+
+        frames: so many guesses of each stage at the picture, from noise to the end, are kept in
+        `Picture.frames`; at most as many as there are steps.
+
+        On what. batch_size: pictures drawn together, 1 to 4096; None is 1 on a CPU, 8 elsewhere.
+        split_rows: so many of this process's devices share each picture of super-resolution by its
+        rows of pixels; the pictures are the same but for rounding. settings: a Sampling for each
+        stage that draws (see `select`), instead of its own. steering: for each of them what steers
+        it, with arrays of one picture, or None. share: (i, n) draws batches i, i + n, ... of all,
+        which `numbers` names, for process i of n. progress: called with (stage's name, pictures)
+        after each stage of each batch.
+
+        Raises UserError, a ValueError, naming the option and what it may be, and TypeError for
+        pictures and prompts of other types, when it is called. Warns of words that no training
+        caption had.
         """
-        stages = self.select(until=until, lowres=None if lowres is None else lowres.shape[:2])
-        settings = [s.config.sampling for s, _ in stages] if settings is None else list(settings)
-        steering = [None] * len(stages) if steering is None else list(steering)
-        for name, given in (("settings", settings), ("steering", steering)):
-            if len(given) != len(stages):
-                raise ValueError(f"{name}: {len(given)} for {len(stages)} stages")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if seed < 0 or seed + num > 2**32:
-            raise UserError(f"seed must be in [0, 2^32 - num], got {seed}")
+        counts.check(
+            seed=seed, num=num, batch_size=batch_size, split_rows=split_rows, frames=frames
+        )
+        prompts = inputs.texts(prompts)
+        small = inputs.lowres(lowres, len(prompts))
+        stages = self.select(until=until, lowres=None if small is None else small[0].shape[:2])
+        configs = [stage.config for stage, _ in stages]
+        every = [stage.config for stage, _ in self.stages]
+        for name, values in (("settings", settings), ("steering", steering)):
+            if values is not None and len(values) != len(stages):
+                raise ValueError(f"{name}: {len(values)} for {len(stages)} stages")
+        if settings is not None:
+            configs = [
+                dataclasses.replace(c, sampling=s) for c, s in zip(configs, settings, strict=True)
+            ]
+        settings = override(
+            configs,
+            every,
+            grid=grid,
+            steps=steps,
+            guidance=guidance,
+            guidance_plan=guidance_plan,
+            rescale=rescale,
+            aug_level=aug_level,
+            sampler=sampler,
+            threshold=threshold,
+        )
+        if negative is not None and not isinstance(negative, str):
+            raise TypeError(f"negative: must be one text, for all prompts, got {negative!r:.80}")
+        metadata = {"negative": negative, "from_lowres": small is not None}
+        steered = inputs.alike([None] * len(stages) if steering is None else steering)
+        if init is not None:
+            if steering is not None:
+                raise ValueError("init and steering: both steer the stages; give one of them")
+            steered = inputs.redrawing(
+                *(init, mask, strength),
+                prompts=len(prompts),
+                stages=configs,
+                every=every,
+                settings=settings,
+            )
+            metadata["edited"] = edited(configs, steered([0]))
+        else:
+            for option, value in (("mask", mask), ("strength", strength)):
+                if value is not None:
+                    raise UserError(f"{option}: goes with init, the picture that it is for")
+        runs = [
+            _PreparedStage(*placed, chosen)
+            for placed, chosen in zip(_split(stages, split_rows), settings, strict=True)
+        ]
         batch_size = batch_size or default_batch_size()
         told = _ToldInParts(
             lambda part: self._told([stage for stage, _ in stages], part, negative),
             prompts,
             at_once=max(PROMPTS_AT_ONCE, batch_size),
         )
-        runs = [
-            _PreparedStage(*placed, chosen, steered)
-            for placed, chosen, steered in zip(
-                _split(stages, split_rows), settings, steering, strict=True
-            )
-        ]
-        total = len(prompts) * num
-        for start in range(share[0] * batch_size, total, share[1] * batch_size):
-            end = min(start + batch_size, total)
-            batch = [(k // num, seed + k % num) for k in range(start, end)]
-            filled = batch + batch[-1:] * (batch_size - len(batch))
-            seeds = np.array([s for _, s in filled], np.uint32)
-            rows = told([p for p, _ in filled])
-            drawn = self._draw_batch(runs, rows, seeds, lowres, progress)
-            for i, (p, s) in enumerate(batch):
-                pictures = {side: batch_of_side[i] for side, batch_of_side in drawn.items()}
-                metadata = {
-                    "prompt": prompts[p],
-                    "seed": s,
-                    "negative": negative,
-                    "from_lowres": lowres is not None,
-                    "model": self.name,
-                    "model_sha256": self.digest,
-                    "text_encoder_commit": getattr(self.encoder, "commit", None),
-                    "stages": {
-                        stage.config.name: {
-                            "resolution": stage.config.resolution,
-                            **to_json(chosen),
-                        }
-                        for (stage, _), chosen in zip(stages, settings, strict=True)
-                    },
-                }
-                yield Picture(prompts[p], s, pictures, metadata)
+        metadata |= {
+            "model": self.name,
+            "model_sha256": self.digest,
+            "text_encoder_commit": getattr(self.encoder, "commit", None),
+            "stages": {
+                stage.name: {"resolution": stage.resolution, **to_json(chosen)}
+                for stage, chosen in zip(configs, settings, strict=True)
+            },
+        }
+        if share[0] == 0:
+            self._warn(prompts)
+
+        def drawn() -> Iterator[Picture]:
+            total = len(prompts) * num
+            for start in range(share[0] * batch_size, total, share[1] * batch_size):
+                end = min(start + batch_size, total)
+                batch = [(k // num, seed + k % num) for k in range(start, end)]
+                filled = batch + batch[-1:] * (batch_size - len(batch))
+                seeds, rows = np.array([s for _, s in filled], np.uint32), [p for p, _ in filled]
+                low = None if small is None else np.stack([small[p % len(small)] for p in rows])
+                sides, paths = _draw_batch(
+                    runs, told(rows), seeds, low, steered(rows), frames, progress
+                )
+                for i, (p, s) in enumerate(batch):
+                    yield Picture(
+                        prompts[p],
+                        s,
+                        {side: pictures[i] for side, pictures in sides.items()},
+                        {"prompt": prompts[p], "seed": s, **metadata},
+                        {side: path[:, i] for side, path in paths.items()},
+                    )
+
+        return drawn()
+
+    __call__ = _listed(draw)
+
+    def __repr__(self) -> str:
+        stages = [f"{s.config.name} {s.config.resolution} px" for s, _ in self.stages]
+        return f"Cascade({self.name!r}: {', '.join(stages)})"
 
     def select(
         self, *, until: int | None = None, lowres: tuple[int, int] | None = None
@@ -242,18 +322,18 @@ class Cascade:
         """The stages that draw, given the side to stop at and the size of the starting picture."""
         sides = [stage.config.resolution for stage, _ in self.stages]
         if until is not None and until not in sides:
-            raise UserError(f"until={until}: this model draws {', '.join(map(str, sides))} px")
+            raise OptionError("until", until, f"this model draws {', '.join(map(str, sides))} px")
         stages = [s for s in self.stages if until is None or s[0].config.resolution <= until]
         if lowres is None:
             if self.stages[0][0].config.lowres_resolution is not None:
-                raise UserError("this model only enlarges pictures; give one with --lowres")
+                raise OptionError("lowres", None, "this model only enlarges pictures; give it one")
             return stages
         starts = [s.config.lowres_resolution for s, _ in stages if s.config.lowres_resolution]
         if lowres[0] == lowres[1] == until:
-            raise UserError(f"until={until}: the lowres picture has that side already")
+            raise OptionError("until", until, "the lowres picture has that side already")
         if lowres[0] != lowres[1] or lowres[0] not in starts:
             raise UserError(
-                f"lowres picture is {lowres[1]}x{lowres[0]} px; this model starts from "
+                f"the lowres picture is {lowres[1]}x{lowres[0]} px; this model starts from "
                 f"{' or '.join(f'{s}x{s}' for s in starts) or 'text only'}: resize or crop it first"
             )
         return [s for s in stages if (s[0].config.lowres_resolution or 0) >= lowres[0]]
@@ -262,6 +342,26 @@ class Cascade:
         """Words of a prompt that no training caption had; none if the model has no such list."""
         words = re.findall(r"[\w'-]+", prompt.lower()) if self.known_words else []
         return sorted({w for w in words if w not in self.known_words})
+
+    def _warn(self, prompts: Sequence[str]) -> None:
+        """Of what a prompt says and no picture will show, once for each list of words."""
+        encoders = [e for e in (self.encoder, *self.own_encoders.values()) if e is not None]
+        found = []
+        for prompt in prompts:
+            for encoder in encoders:
+                cut = encoder.tokenize([prompt]).truncated
+                if cut is not None and cut[0]:
+                    short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
+                    found.append(
+                        f"prompt {short!r} is longer than {encoder.max_tokens} tokens; what comes "
+                        "after them is not seen"
+                    )
+                    break
+            if unknown := self.unknown_words(prompt):
+                listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+                found.append(f"not in the captions that {self.name} was trained on: {listed}")
+        for message in dict.fromkeys(found):
+            warnings.warn(message, stacklevel=3)
 
     def _told(
         self, stages: Sequence[Stage], prompts: Sequence[str], negative: str | None
@@ -277,42 +377,6 @@ class Cascade:
             told.append(tuple({k: v for k, v in d.items() if v is not None} for d in (given, away)))
         return told
 
-    def _draw_batch(self, runs, told, seeds, lowres, progress):
-        """told: for each stage what it is given and led away from, with a row a picture."""
-        count = len(seeds)
-        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-        low = None if lowres is None else np.broadcast_to(lowres, (count, *lowres.shape))
-        drawn = {}
-        for run, (given, away) in zip(runs, told, strict=True):
-            config = run.stage.config
-            if low is not None:
-                small = images.to_float(jnp.asarray(low))
-                enlarged = {c.name: c.of_lowres(small) for c in config.conditions}
-                given = given | {k: v for k, v in enlarged.items() if v is not None}
-            resolution = config.resolution
-            x0 = run.stage.sample(
-                run.params,
-                given,
-                # folded by resolution, so that a stage draws the same wherever one starts
-                jax.vmap(lambda k, r=resolution: jax.random.fold_in(k, r))(keys),
-                settings=run.settings,
-                negative=away,
-                steering=jax.tree.map(
-                    lambda x: np.broadcast_to(x, (count, *x.shape)), run.steering
-                ),
-                place=run.place,
-            )
-            if not jnp.isfinite(x0).all():
-                raise UserError(
-                    f"stage {config.name} drew values that are not finite: its weights are "
-                    "damaged, or its settings too extreme"
-                )
-            low = images.to_uint8(x0)
-            drawn[resolution] = low
-            if progress:
-                progress(config.name, count)
-        return drawn
-
 
 @dataclass(frozen=True)
 class _PreparedStage:
@@ -322,7 +386,45 @@ class _PreparedStage:
     params: Any
     place: sharding.ByRows | None
     settings: Sampling
-    steering: Steering | None
+
+
+def _draw_batch(runs, told, seeds, low, steering, frames, progress):
+    """-> (pictures of every side, frames of every side).
+
+    told: for each stage what it is given and led away from; this and all else has a row a picture.
+    """
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+    drawn, paths = {}, {}
+    for run, (given, away), steered in zip(runs, told, steering, strict=True):
+        config = run.stage.config
+        if low is not None:
+            small = images.to_float(jnp.asarray(low))
+            enlarged = {c.name: c.of_lowres(small) for c in config.conditions}
+            given = given | {k: v for k, v in enlarged.items() if v is not None}
+        resolution = config.resolution
+        x0, path = run.stage.sample_path(
+            run.params,
+            given,
+            # folded by resolution, so that a stage draws the same wherever one starts
+            jax.vmap(lambda k, r=resolution: jax.random.fold_in(k, r))(keys),
+            settings=run.settings,
+            negative=away,
+            steering=steered,
+            place=run.place,
+            frames=frames,
+        )
+        if not jnp.isfinite(x0).all():
+            raise UserError(
+                f"stage {config.name} drew values that are not finite: its weights are "
+                "damaged, or its settings too extreme"
+            )
+        low = images.to_uint8(x0)
+        drawn[resolution] = low
+        if path is not None:
+            paths[resolution] = images.to_uint8(path)
+        if progress:
+            progress(config.name, len(seeds))
+    return drawn, paths
 
 
 class _ToldInParts:
@@ -400,9 +502,10 @@ def by_rows(
     if config.lowres_resolution is None:
         return None
     if config.resolution % count:
-        raise UserError(
-            f"split_rows={count}: must divide the {config.resolution} rows of {config.name}'s "
-            "pictures"
+        raise OptionError(
+            "split_rows",
+            count,
+            f"must divide the {config.resolution} rows of {config.name}'s pictures",
         )
     return sharding.ByRows(mesh)
 
@@ -411,14 +514,6 @@ def numbers(total: int, batch_size: int, share: tuple[int, int]) -> Iterator[int
     """Which of `total` pictures, counted from 0, a share of `Cascade.draw` holds, in its order."""
     for start in range(share[0] * batch_size, total, share[1] * batch_size):
         yield from range(start, min(start + batch_size, total))
-
-
-def with_options(settings: Sequence[Sampling], **options: Sequence[Any]) -> list[Sampling]:
-    """Settings with fields replaced stage by stage: with_options(s, steps=(20, 8, 4))."""
-    return [
-        dataclasses.replace(s, **{k: v[i] for k, v in options.items()})
-        for i, s in enumerate(settings)
-    ]
 
 
 def _split(

@@ -1,63 +1,70 @@
-"""Lists of the command line, a word a stage, laid over the stages' own settings.
+"""Options that go by stage, laid over the stages' own settings: of the command line and of Python.
 
-A list such as 16,4,2 goes by stage, smallest first; one word is for all. Its words are those of the
-tables beside what they name: `samplers.BY_WORD`, `grids.BY_WORD`, `denoise.PLANS_BY_WORD`.
+A list goes by stage, smallest first: 16,4,2 in words, [16, 4, 2] in Python; one value is for all.
+Words are those of the tables beside what they name: `samplers.BY_WORD`, `grids.BY_WORD`,
+`denoise.PLANS_BY_WORD`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cascade.diffusion import denoise, grids, samplers
-from cascade.errors import UserError
+from cascade.errors import OptionError
 from cascade.published.schedulers import SECTIONS, Respaced
 from cascade.stage import Sampling, StageConfig
+
+ByStage = str | int | float | Sequence[str | int | float]
+"""A value for all stages, or a list with one for each: numbers and words, or a text of them with
+commas between."""
 
 
 def override(
     stages: Sequence[StageConfig],
     every: Sequence[StageConfig] | None = None,
     *,
-    grid: str | None = None,
-    steps: str | None = None,
-    guidance: str | None = None,
-    guidance_plan: str | None = None,
-    rescale: str | None = None,
-    aug_level: str | None = None,
-    sampler: str | None = None,
-    threshold: str | None = None,
+    grid: ByStage | None = None,
+    steps: ByStage | None = None,
+    guidance: ByStage | None = None,
+    guidance_plan: ByStage | None = None,
+    rescale: ByStage | None = None,
+    aug_level: ByStage | None = None,
+    sampler: ByStage | None = None,
+    threshold: ByStage | None = None,
 ) -> list[Sampling]:
     """The settings of the stages that draw, with the given lists laid over them.
 
-    every: all stages of the model, as many as a list may have words too; None is those that draw.
-    Raises UserError naming the flag for a list of the wrong length or a value out of range.
+    every: all stages of the model, as many as a list may have values too; None is those that draw.
+    Raises OptionError for a list of the wrong length or a value out of range.
     """
     settings = {stage.name: stage.sampling for stage in stages}
     by_name = {stage.name: stage for stage in stages}
 
-    def lay(flag: str, text: str | None, parse: Parse, enlarging: bool = False) -> None:
+    def lay(option: str, given: ByStage | None, parse: Parse, enlarging: bool = False) -> None:
         """enlarging: the list goes by super-resolution stages."""
-        if text is None:
+        if given is None:
             return
-        for name, word in by_stage(flag, text, stages, every or stages, enlarging).items():
+        for name, value in by_stage(option, given, stages, every or stages, enlarging).items():
             try:
-                fields = parse(word, settings[name], by_name[name])
+                fields = parse(str(value), settings[name], by_name[name])
                 settings[name] = dataclasses.replace(settings[name], **fields)
                 by_name[name].check(settings[name])
             except ValueError as e:
-                raise UserError(f"{flag} {word}: {e}") from None
+                raise OptionError(option, value, _without_class(str(e))) from None
 
-    lay("--grid", grid, lambda w, *_: {"grid": _one_of(grids.BY_WORD, w)})
-    lay("--steps", steps, _steps)
-    lay("--guidance", guidance, lambda w, *_: {"guidance": number(w)})
-    lay("--guidance-plan", guidance_plan, _guidance_plan)
-    lay("--rescale", rescale, lambda w, *_: {"guidance_rescale": number(w)})
-    lay("--aug-level", aug_level, lambda w, *_: {"aug_level": number(w)}, True)
-    lay("--sampler", sampler, _sampler)
-    lay("--threshold", threshold, _threshold)
+    lay("grid", grid, lambda w, *_: {"grid": _one_of(grids.BY_WORD, w)})
+    lay("steps", steps, _steps)
+    lay("guidance", guidance, lambda w, *_: {"guidance": number(w)})
+    lay("guidance_plan", guidance_plan, _guidance_plan)
+    lay("rescale", rescale, lambda w, *_: {"guidance_rescale": number(w)})
+    lay("aug_level", aug_level, lambda w, *_: {"aug_level": number(w)}, True)
+    lay("sampler", sampler, _sampler)
+    lay("threshold", threshold, _threshold)
     return list(settings.values())
 
 
@@ -66,34 +73,52 @@ Parse = Callable[[str, Sampling, StageConfig], dict[str, Any]]
 
 
 def by_stage(
-    flag: str,
-    text: str,
+    option: str,
+    given: ByStage,
     stages: Sequence[StageConfig],
     every: Sequence[StageConfig],
     enlarging: bool = False,
-) -> dict[str, str]:
-    """A list's word for each of the stages that draw, or for those of them that enlarge."""
+) -> dict[str, str | int | float]:
+    """A list's value for each of the stages that draw, or for those of them that enlarge."""
 
     def names(of: Sequence[StageConfig]) -> list[str]:
         return [s.name for s in of if not enlarging or s.lowres is not None]
 
     drawn, known = names(stages), names(every)
-    words = [word.strip() for word in text.split(",")]
+    if isinstance(given, str):
+        values: list[Any] = [word.strip() for word in given.split(",")]
+    else:
+        values = [given] if isinstance(given, (int, float, numbers.Number)) else list(given)
     if not drawn:
-        raise UserError(f"{flag} {text}: no super-resolution stage draws; leave it out")
-    if "" in words:
-        raise UserError(f"{flag} {text!r}: value {words.index('') + 1} is empty")
-    if len(words) == 1:
-        words *= len(drawn)
-    elif len(words) == len(known):
-        words = [word for word, name in zip(words, known, strict=True) if name in drawn]
-    if len(words) != len(drawn):
+        raise OptionError(option, given, "no super-resolution stage draws; leave it out")
+    if "" in map(str, values):
+        raise OptionError(option, given, f"value {values.index('') + 1} is empty")
+    if len(values) == 1:
+        values *= len(drawn)
+    elif len(values) == len(known):
+        values = [value for value, name in zip(values, known, strict=True) if name in drawn]
+    if len(values) != len(drawn):
         count = "1 stage" if len(drawn) == 1 else f"{len(drawn)} stages"
-        raise UserError(
-            f"{flag} {text}: {len(words)} values for {count} ({', '.join(drawn)}); give one for "
-            "each, or a single one for all"
+        raise OptionError(
+            option,
+            given,
+            f"{len(values)} value{'s' * (len(values) != 1)} for {count} ({', '.join(drawn)}); give "
+            "one for each, or a single one for all",
         )
-    return dict(zip(drawn, words, strict=True))
+    return dict(zip(drawn, values, strict=True))
+
+
+def numbers_by_stage(
+    option: str, given: ByStage, stages: Sequence[StageConfig], every: Sequence[StageConfig]
+) -> list[float]:
+    """The numbers of a list, for each of the stages that draw."""
+    values = []
+    for value in by_stage(option, given, stages, every).values():
+        try:
+            values.append(number(str(value)))
+        except ValueError as e:
+            raise OptionError(option, value, e) from None
+    return values
 
 
 def number(word: str) -> float:
@@ -105,6 +130,12 @@ def number(word: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"must be a number, such as 0.5, got {word!r}")
     return value
+
+
+def _without_class(message: str) -> str:
+    """An error of a config's class, for a person who has met options alone: it begins with neither
+    `Sampling.steps` nor the class of `DDIM.eta`."""
+    return re.sub(r"^(Sampling\.\w+ |[A-Z]\w*\.)", "", message)
 
 
 def _steps(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:

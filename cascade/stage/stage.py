@@ -176,6 +176,36 @@ class Stage:
         place: puts activations on several devices, as for `models.placing`, and the pictures like a
         "stream"; programs are kept by its hash.
         """
+        return self.sample_path(
+            params,
+            given,
+            keys,
+            settings=settings,
+            negative=negative,
+            sides=sides,
+            steering=steering,
+            place=place,
+            frames=0,
+        )[0]
+
+    def sample_path(
+        self,
+        params: Any,
+        given: Values,
+        keys: Key[Array, " b"],
+        *,
+        settings: Sampling,
+        negative: Values | None = None,
+        sides: tuple[int, int] | None = None,
+        steering: Steering | None = None,
+        place: Callable[[Array, str], Array] | None = None,
+        frames: int,
+    ) -> tuple[Float[Array, "b h w 3"], Float[Array, "n b h w 3"] | None]:
+        """`sample`, and how the pictures come about: what they were thought to be at n steps.
+
+        frames: how many, evenly spaced and ending with the last step, at most as many as there are
+        steps; 0 gives None. Memory is needed for these alone.
+        """
         config = self.config
         config.check(settings)
         if missing := {c.name for c in config.conditions} ^ set(given):
@@ -196,8 +226,14 @@ class Stage:
         trained = {name: part for name, part in params.items() if name != "space"}
         inputs = (dict(given), dict(negative or {}), steering, keys, scalars)
         with placing(place) if place else contextlib.nullcontext():
-            drawn = _sample(config, config.space.shape(sides), settings, place, trained, *inputs)
-        return config.space.decode(params.get("space"), drawn)
+            drawn, path = _sample(
+                config, config.space.shape(sides), settings, place, frames, trained, *inputs
+            )
+        decode = functools.partial(config.space.decode, params.get("space"))
+        if path is None:
+            return decode(drawn), None
+        pictures = decode(path.reshape(-1, *path.shape[2:]))
+        return decode(drawn), pictures.reshape(*path.shape[:2], *pictures.shape[1:])
 
     def _signals(self, params: Any, values: Values) -> Signals:
         own = params.get("conditions", {})
@@ -239,9 +275,11 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
     return prediction, (variance + 1) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(config, shape, settings, place, params, given, negative, steering, keys, scalars):
-    """-> [b, *shape], in the stage's space."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _sample(
+    config, shape, settings, place, frames, params, given, negative, steering, keys, scalars
+):
+    """-> [b, *shape] in the stage's space, and the frames [n, b, *shape] or None."""
     stage, b = Stage(config), keys.shape[0]
     k_noise, k_steps, k_augment = jnp.moveaxis(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
@@ -265,12 +303,8 @@ def _sample(config, shape, settings, place, params, given, negative, steering, k
     x, after_step = samplers.initial_noise(k_noise, shape), None
     if steering is not None:
         x, times, after_step = steering.start(x, config.schedule, times)
-    return samplers.sample(
-        denoiser,
-        x if place is None else place(x, "stream"),
-        schedule=config.schedule,
-        times=times,
-        step=settings.sampler,
-        keys=k_steps,
-        after_step=after_step,
-    )
+    x = x if place is None else place(x, "stream")
+    run = {"schedule": config.schedule, "times": times, "step": settings.sampler, "keys": k_steps}
+    if not frames:
+        return samplers.sample(denoiser, x, **run, after_step=after_step), None
+    return samplers.sample_path(denoiser, x, **run, after_step=after_step, frames=frames)

@@ -48,12 +48,12 @@ def sample(*argv):
         ([], "nothing to draw"),
         ([""], "prompt 1 is empty"),
         (["a", "  "], "prompt 2 is empty"),
-        (["a", "--seed", "-1"], "--seed must be 0 or more, got -1"),
-        (["a", "--num", "0"], "--num must be 1 or more, got 0"),
+        (["a", "--seed", "-1"], "--seed -1: must be 0 or more"),
+        (["a", "--num", "0"], "--num 0: must be 1 or more"),
         (["a", "--sede", "1"], "--sede"),
         (["a", "--seed", "x"], "--seed must be a whole number, got 'x'; see --help"),
         (["a", "--until", "abc"], "--until must be a whole number, got 'abc'; see --help"),
-        (["a", "--seed", str(2**32)], "--seed 4294967296 and --num 1: their sum"),
+        (["a", "--seed", str(2**32)], "--seed 4294967296: the last of 1 pictures would"),
         (["a", "--model", "no/such"], "model no/such: no such folder"),
         (["a", "--prompts", "missing.txt"], "--prompts missing.txt: No such file"),
         (["a", "--lowres", "missing.png"], "missing.png: no such file"),
@@ -92,7 +92,7 @@ def test_a_list_may_count_all_stages_of_the_model_or_those_that_draw():
         assert [s.steps for s in got] == expected
     (_, sr16) = override(every[:2], every, aug_level="0.1,0.2")
     assert sr16.aug_level == 0.1
-    with pytest.raises(UserError, match="--aug-level 0.1: no super-resolution stage draws"):
+    with pytest.raises(UserError, match="aug_level='0.1': no super-resolution stage draws"):
         override(every[:1], every, aug_level="0.1")
 
 
@@ -127,23 +127,27 @@ def test_an_unknown_verb_names_the_nearest(capsys):
 @pytest.mark.parametrize(
     "flag,text,message",
     [
-        ("steps", "4,5", "--steps 4,5: 2 values for 3 stages (base8, sr16, sr32)"),
-        ("steps", "4,0,5", "--steps 0: Sampling.steps must be at least 1"),
-        ("steps", "4,x,5", "--steps x"),
+        ("steps", "4,5", "steps='4,5': 2 values for 3 stages (base8, sr16, sr32)"),
+        ("steps", "4,0,5", "steps='0': must be at least 1"),
+        ("steps", "4,x,5", "steps='x'"),
         ("aug_level", "0.1,0.2,0.3", "3 values for 2 stages (sr16, sr32)"),
-        ("aug_level", "2", "aug_level must be in [0, 1]"),
+        ("aug_level", "2", "aug_level='2': must be in [0, 1]"),
         ("sampler", "euler", "must be one of ancestral, ddim, dpm++, dpm++sde, heun"),
         ("sampler", "dpm++:2", "dpm++ takes no number"),
-        ("sampler", "ancestral:2", "Ancestral.gamma must be in [0, 1]"),
+        ("sampler", "ancestral:2", "sampler='ancestral:2': gamma must be in [0, 1]"),
         ("guidance_plan", "wave", "must be one of constant, interval, oscillating"),
         ("guidance_plan", "constant:1", "interval at most two"),
         ("guidance_plan", "interval:1:2:3", "interval at most two"),
-        ("guidance_plan", "interval:9", "Interval.low must be in [0, high=5.42), got 9"),
+        (
+            "guidance_plan",
+            "interval:9",
+            "'interval:9': low must be in [0, high=5.42), got 9",
+        ),
         ("threshold", "static:.9", "dynamic at most two"),
         ("steps", "smart5", "must be a whole number, or one of fast27"),
-        ("steps", "4,,5", "--steps '4,,5': value 2 is empty"),
-        ("guidance", "nan", "--guidance nan: must be a number, such as 0.5, got 'nan'"),
-        ("guidance", "-1", "guidance must be 0 or more, got -1"),
+        ("steps", "4,,5", "steps='4,,5': value 2 is empty"),
+        ("guidance", "nan", "guidance='nan': must be a number, such as 0.5, got 'nan'"),
+        ("guidance", "-1", "guidance='-1': must be 0 or more, got -1"),
         ("grid", "linear", "must be one of uniform, quadratic"),
         ("threshold", "clip", "must be one of none, static, dynamic"),
     ],
@@ -233,9 +237,9 @@ def test_lowres_starts_from_a_picture(fake, tmp_path):
     assert not (tmp_path / "0001_8.png").exists()
 
 
-def test_a_long_prompt_is_cut_with_a_warning(fake, tmp_path, capsys):
-    sample("red " * 2500, "--until", "8", "--out", str(tmp_path))
-    assert "longer than 12 tokens" in capsys.readouterr().err
+def test_a_long_prompt_is_cut_with_a_warning(fake, tmp_path):
+    with pytest.warns(UserWarning, match="longer than 12 tokens"):
+        sample("red " * 2500, "--until", "8", "--out", str(tmp_path))
     assert (tmp_path / "0000_8.png").exists()
 
 
@@ -267,7 +271,9 @@ def test_the_words_reach_what_loads_and_what_draws(tmp_path, monkeypatch, capsys
     )
     words = "--model m --seed 7 --num 2 --negative blue --split-rows 2 --batch-size 2 --until 16"
     words += " --dtype bfloat16 --t5-int8 --offload --text-encoder e --steps 1"
-    sample("red frog", *words.split(), "--out", str(tmp_path))
+    with pytest.warns(UserWarning, match="trained on: frog") as warned:
+        sample("red frog", *words.split(), "--out", str(tmp_path))
+    assert len(warned) == 1
     assert loaded == {
         "model": "m",
         "dtype": "bfloat16",
@@ -285,6 +291,39 @@ def test_the_words_reach_what_loads_and_what_draws(tmp_path, monkeypatch, capsys
     }
     assert {name: drawn[name] for name in expected} == expected
     assert [s.steps for s in drawn["settings"]] == [1, 1]
-    captured = capsys.readouterr()
-    assert captured.err.count("trained on: frog") == 1
-    assert [json.loads(line)["seed"] for line in captured.out.splitlines()] == [7, 8]
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--steps", "4,5"], "--steps 4,5: 2 values for 3 stages (base8, sr16, sr32); give one"),
+        (["--aug-level", "2"], "--aug-level 2: must be in [0, 1], got 2.0"),
+        (["--rescale", "x"], "--rescale x: must be a number, such as 0.5, got 'x'"),
+        (["--sampler", "ddim:3"], "--sampler ddim:3: eta must be in [0, 1], got 3.0"),
+        (["--split-rows", "9"], "--split-rows 9: must lie in 1..8, the devices here"),
+        (["--split-rows", "3"], "--split-rows 3: must divide the 16 rows of sr16's pictures"),
+        (["--until", "64"], "--until 64: this model draws 8, 16, 32 px"),
+        (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+    ],
+)
+def test_errors_call_options_as_they_are_typed(fake, tmp_path, capsys, words, message):
+    out = tmp_path / "out"
+    words = ["sample", "a", *words, "--out", str(out), "--no-compilation-cache"]
+    assert fails(capsys, *words).startswith(f"error: {message}")
+    assert not out.exists()
+
+
+def test_warnings_are_lines_before_the_bar(tmp_path):
+    """In a process of its own: pytest collects warnings that a person would see."""
+    words = ["sample", "red frog", "a frog", "--until", "64", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cascade", *words, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stderr.splitlines()
+    assert first == "warning: not in the captions that scenes was trained on: frog"
+    assert not any("warning" in line for line in others)

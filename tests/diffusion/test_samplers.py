@@ -478,6 +478,15 @@ def test_path_holds_every_x0_hat_and_ends_in_the_sample():
     np.testing.assert_allclose(out, draw(CORNERS, x, 8, DDIM()), atol=1e-6)
 
 
+def test_frames_are_evenly_spaced_and_end_with_the_last_step():
+    x, options = normal(0, (4, 3)), {"schedule": COSINE, "step": DDIM(), "keys": keys(4)}
+    out, path = sample_path(CORNERS, x, times=time_grid(8), **options)
+    for frames, kept in ((1, [7]), (2, [0, 7]), (4, [0, 2, 4, 7]), (8, range(8)), (9, range(8))):
+        end, some = sample_path(CORNERS, x, times=time_grid(8), **options, frames=frames)
+        np.testing.assert_array_equal(some, path[np.array(kept)])
+        np.testing.assert_array_equal(end, out)
+
+
 def test_after_step_runs_after_every_step_with_the_level_reached():
     # A denoiser that keeps what the hook writes: the number of the step, and its log-SNR.
     def write(x, logsnr, hook_keys):

@@ -28,7 +28,7 @@ from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd import reader as deepfloyd
 from cascade.published.deepfloyd.stage import stage_config
 from cascade.published.pipelines import pipelines
-from cascade.runner.cascade import Cascade, with_options
+from cascade.runner.cascade import Cascade
 from cascade.stage import Stage, TextInput
 from cascade.storage import network as published
 from cascade.storage import weights
@@ -342,8 +342,7 @@ def test_a_pipeline_is_sampled_as_it_is_and_converted_alike(tmp_path):
     for name in (tmp_path / "model", published):
         cascade = Cascade.load(name)
         assert (cascade.encoder.max_tokens, cascade.encoder.tokenizer.captions) == (77, "clean")
-        settings = with_options(cascade.settings, steps=[2])
-        drawn.append(cascade("A Red  circle", settings=settings)[0].image)
+        drawn.append(cascade("A Red  circle", steps=2)[0].image)
     assert drawn[0].shape == (8, 8, 3) and drawn[0].std() > 10
     np.testing.assert_array_equal(*drawn)
     with pytest.raises(UserError, match="exists already"):

@@ -32,7 +32,7 @@ from cascade.planning.topology import Topology
 from cascade.published.pipelines import pipelines
 from cascade.published.x4_upscaler import reader as readers
 from cascade.published.x4_upscaler import stage as upscaler
-from cascade.runner.cascade import Cascade, with_options
+from cascade.runner.cascade import Cascade
 from cascade.runner.model_folder import open_model
 from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage, TextInput
@@ -329,13 +329,12 @@ def test_a_third_stage_is_sampled_as_it_is_and_converted_alike(folder, tmp_path,
     for name in (tmp_path / "model", f"{first},{folder}"):
         cascade = Cascade.load(name)
         assert list(cascade.own_encoders) == ["x4_32"]
-        settings = with_options(cascade.settings[1:], steps=[2])
-        (picture,) = cascade("a red circle", lowres=low, settings=settings)
+        (picture,) = cascade("a red circle", lowres=low, steps=2)
         drawn.append(picture.image)
     assert drawn[0].shape == (32, 32, 3) and drawn[0].std() > 10
     np.testing.assert_array_equal(*drawn)
     # Its prompt reaches it, though what encodes it is not the first stage's T5.
-    (other,) = cascade("blue", lowres=low, settings=settings)
+    (other,) = cascade("blue", lowres=low, steps=2)
     assert (other.image != drawn[0]).any()
     # A plan knows all parts, in the other dtype too.
     programs = []

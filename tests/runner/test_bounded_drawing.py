@@ -24,6 +24,8 @@ class Counted:
     def __init__(self, encoder):
         self.encoder, self.asked = encoder, []
 
+        self.tokenize = encoder.tokenize
+
     def __call__(self, texts):
         self.asked.append(len(texts))
         return self.encoder(texts)
@@ -81,7 +83,7 @@ def test_a_hundred_million_pictures_are_begun_in_no_memory(cascade):
     [
         (["--num", "100000000"], "--num 100000000 of 2 prompts: .* at most 1000000 pictures"),
         (["--num", "500001"], "--num 500001 of 2 prompts"),
-        (["--batch-size", "4097"], "--batch-size must be at most 4096, got 4097"),
+        (["--batch-size", "4097"], "batch_size=4097: must be at most 4096"),
     ],
 )
 def test_more_than_one_command_draws_is_refused_before_a_model_is_opened(

@@ -9,7 +9,7 @@ import pytest
 from cascade import images, testing
 from cascade.devices import sharding
 from cascade.errors import UserError
-from cascade.runner.cascade import Cascade, check_chain, with_options
+from cascade.runner.cascade import Cascade, check_chain
 from cascade.stage import Stage, StageConfig, Start, Steering, TextInput
 
 
@@ -98,10 +98,10 @@ def test_starting_from_a_picture_goes_on_as_the_cascade_would(cascade, red, side
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"split_rows": 9}, "must lie in 1..8"),
-        ({"split_rows": 3}, "must divide the 16 rows of sr16"),
-        ({"until": 64}, "this model draws 8, 16, 32 px"),
-        ({"seed": -1}, "seed must be"),
+        ({"split_rows": 9}, "split_rows=9: must lie in 1..8"),
+        ({"split_rows": 3}, "split_rows=3: must divide the 16 rows of sr16"),
+        ({"until": 64}, "until=64: this model draws 8, 16, 32 px"),
+        ({"seed": -1}, "seed=-1: must be 0 or more"),
         ({"lowres": np.zeros((9, 9, 3), np.uint8)}, "9x9 px; this model starts from 8x8 or 16x16"),
         ({"lowres": np.zeros((8, 16, 3), np.uint8)}, "16x8 px"),
         ({"lowres": np.zeros((8, 8, 3), np.uint8), "until": 8}, "has that side already"),
@@ -146,27 +146,10 @@ def test_weights_that_are_not_finite_draw_no_picture(cascade):
         Cascade([(base, damaged)], cascade.encoder)("red circle", seed=3)
 
 
-def test_settings_are_replaced_stage_by_stage(cascade):
-    changed = with_options(cascade.settings, steps=(4, 5, 6))
-    assert [s.steps for s in changed] == [4, 5, 6]
-    assert [dataclasses.replace(s, steps=1) for s in changed] == [
-        dataclasses.replace(s, steps=1) for s in cascade.settings
-    ]
-
-
 def test_stages_must_meet():
     full = testing.cascade()
     with pytest.raises(UserError, match="sr32 enlarges 16 px, but base8 before it draws 8 px"):
         Cascade([full.stages[0], full.stages[2]], full.encoder)
-
-
-def test_settings_and_not_the_stages_own_decide(cascade):
-    own, guided = (
-        cascade("red", until=8, settings=with_options(cascade.settings[:1], guidance=[w]))[0]
-        for w in (2.0, 9.0)
-    )
-    assert not np.array_equal(own.image, guided.image)
-    np.testing.assert_array_equal(own.image, cascade("red", until=8)[0].image)
 
 
 @jax.tree_util.register_dataclass

@@ -20,10 +20,10 @@ from cascade.diffusion.process import alpha_sigma
 from cascade.errors import UserError
 from cascade.models import AutoencoderConfig
 from cascade.published.pipelines import Pipelines
-from cascade.runner.cascade import Cascade, with_options
+from cascade.runner.cascade import Cascade
+from cascade.runner.edits import Edit, default_strength, edits
 from cascade.stage import Latents, Stage, TextInput, stage
 from cascade.tasks.editing import SampleOptions
-from cascade.tasks.editing.steering import Edit, default_strength, edits
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "deepfloyd"
 RECORDED = np.load(FOLDER / "edits.npz")
@@ -40,7 +40,7 @@ def inject(monkeypatch, first, shape):
     monkeypatch.setattr(samplers, "_fold_in", lambda keys, i: jnp.full(keys.shape, i))
     monkeypatch.setattr(samplers, "_split", lambda steps: (steps, steps))
     monkeypatch.setattr(samplers, "_normal", lambda steps, shape: table[first + steps[0] - 1])
-    traced_anew = jax.jit(stage._sample.__wrapped__, static_argnums=(0, 1, 2, 3))
+    traced_anew = jax.jit(stage._sample.__wrapped__, static_argnums=(0, 1, 2, 3, 4))
     monkeypatch.setattr(stage, "_sample", traced_anew)
 
 
@@ -66,7 +66,7 @@ def test_if_edits_as_its_pipelines_do(name, number, steps, strength, level, tmp_
         clean=True,
     )
     inject(monkeypatch, number, picture.shape[1:])
-    (settings,) = with_options([model.config.sampling], steps=[steps], aug_level=[level])
+    settings = dataclasses.replace(model.config.sampling, steps=steps, aug_level=level)
     mask = jnp.ones(INPUTS["text"].shape[:2], bool)
     text, negative = (
         {"text": TextInput(jnp.asarray(INPUTS[k]), mask)} for k in ("text", "negative")
@@ -149,12 +149,10 @@ def test_a_picture_is_drawn_anew_where_the_mask_is_white_at_every_size(cascade):
 
 def test_less_strength_stays_closer_to_the_picture(cascade):
     init = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    settings = with_options(cascade.settings[:1], steps=[4], guidance=[1.0])
-    base = cascade.stages[0][0].config
 
     def change(strength):
-        steering = edits([base], settings, init, strength=[strength])
-        drawn = cascade("a b", settings=settings, until=8, steering=steering)[0].image
+        options = {"until": 8, "steps": 4, "guidance": 1.0, "strength": strength}
+        drawn = cascade("a b", init=init, **options)[0].image
         return np.abs(drawn.astype(float) - init).mean()
 
     assert change(0.25) < 0.8 * change(1.0)
@@ -167,7 +165,10 @@ def test_less_strength_stays_closer_to_the_picture(cascade):
         (["--strength", ".5"], "--strength .5: goes with --init-image"),
         (["--init-image", "none.png"], "none.png: no such file"),
         (["--init-image", "a.png", "--mask", "mask.png"], "mask is 8x8 px, the picture 9x8 px"),
-        (["--init-image", "a.png", "--strength", "0"], "base8: Edit.strength must be in (0, 1]"),
+        (
+            ["--init-image", "a.png", "--strength", "0"],
+            "--strength 0.0: must be above 0",
+        ),
         (["--init-image", "a.png", "--strength", ".1"], "takes none: it must be at least 1/3"),
         (["--init-image", "a.png", "--strength", "x"], "--strength x: must be a number"),
         (["--init-image", "a.png", "--strength", "1,1"], "2 values for 3 stages"),

@@ -5,8 +5,7 @@ draws from there: little noise keeps its layout, much keeps nothing. With a mask
 picture is put back after every step, as noisy as x is by then (Song et al. 2021, "Score-Based
 Generative Modeling through SDEs", App. I.2).
 
-    stages = [stage.config for stage, _ in cascade.select(until=64)]
-    cascade("a blue square", until=64, steering=edits(stages, cascade.settings[:1], picture))
+    cascade("a blue square", init=picture, mask=white_is_new, strength=0.8)
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from PIL import Image
 
 from cascade import images
 from cascade.diffusion import process, samplers
-from cascade.errors import UserError
+from cascade.errors import OptionError, UserError
 from cascade.stage import Sampling, StageConfig, Start, Steering
 
 
@@ -100,11 +99,7 @@ def edits(
     stays and 255 where it is drawn anew. strength: one for each stage; None is `default_strength`.
     Raises UserError for what does not fit.
     """
-    if mask is not None and mask.shape != picture.shape[:2]:
-        raise UserError(
-            f"the mask is {mask.shape[1]}x{mask.shape[0]} px, the picture "
-            f"{picture.shape[1]}x{picture.shape[0]} px: they must be of one size"
-        )
+    check_mask(picture, mask)
     if strength is None:
         strength = [default_strength(stage, mask is not None) for stage in stages]
     if len(strength) != len(stages):
@@ -115,8 +110,10 @@ def edits(
         if stage.space.shape() != (side, side, 3):
             raise UserError(
                 f"stage {stage.name} draws in {type(stage.space).__name__} and begins from no "
-                "picture: leave it out with --until"
+                "picture: stop at a smaller size (until)"
             )
+        if not 0 < share <= 1:
+            raise OptionError("strength", share, "must be above 0, and at most 1")
         try:
             edit = Edit(
                 picture=images.to_float(_square(picture, side)),
@@ -129,6 +126,38 @@ def edits(
             raise UserError(f"stage {stage.name}: {e}") from None
         found.append(edit)
     return found
+
+
+def check_mask(
+    picture: UInt8[np.ndarray, "h w 3"], mask: UInt8[np.ndarray, "mh mw"] | None
+) -> None:
+    """Raise UserError unless the mask, if there is one, has the picture's size and is black alone
+    or white somewhere."""
+    if mask is None:
+        return
+    if mask.shape != picture.shape[:2]:
+        raise UserError(
+            f"the mask is {mask.shape[1]}x{mask.shape[0]} px, the picture "
+            f"{picture.shape[1]}x{picture.shape[0]} px: they must be of one size"
+        )
+    if 0 < mask.max(initial=0) < 128:
+        raise UserError(
+            f"the mask is {mask.max()} of 255 where it is brightest, and drawn anew is what has "
+            "128 or more: nothing would be; make it white (255) where the picture is to change"
+        )
+
+
+def edited(
+    stages: Sequence[StageConfig], steering: Sequence[Steering | None]
+) -> dict[str, Any] | None:
+    """What a picture's metadata say of `edits`; None if none of the stages has one."""
+    own = {s.name: e for s, e in zip(stages, steering, strict=True) if isinstance(e, Edit)}
+    if not own:
+        return None
+    return {
+        "masked": any(e.repaint is not None for e in own.values()),
+        "strength": {name: e.strength for name, e in own.items()},
+    }
 
 
 def default_strength(stage: StageConfig, masked: bool) -> float:

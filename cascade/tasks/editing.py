@@ -1,8 +1,8 @@
-"""Editing: a picture drawn anew, as a whole (SDEdit) or where a mask says so (inpainting).
+"""Editing: the options of `cascade sample` for a picture that is drawn anew, whole or in part.
 
     cascade sample "a blue square" --init-image photo.png --mask hole.png --strength 0.8
 
-steering  how that is done, and the same from Python; here are the options, which load no JAX
+How that is done, and the same from Python, is in `runner.edits`; the options load no JAX.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class SampleOptions:
         import numpy as np
 
         from cascade import images
-        from cascade.runner.overrides import by_stage, number
-        from cascade.tasks.editing.steering import edits
+        from cascade.runner.edits import edits
+        from cascade.runner.overrides import numbers_by_stage
 
         picture = np.asarray(images.load_image(self.init_image))
         mask = None
@@ -61,26 +61,17 @@ class SampleOptions:
             mask = np.asarray(images.load_image(self.mask, ground="black").convert("L"))
         strength = None
         if self.strength is not None:
-            words = by_stage("--strength", self.strength, stages, every)
-            try:
-                strength = [number(word) for word in words.values()]
-            except ValueError as e:
-                raise UserError(f"--strength {self.strength}: {e}") from None
+            strength = numbers_by_stage("strength", self.strength, stages, every)
         return edits(stages, settings, picture, mask=mask, strength=strength)
 
     def record(
         self, stages: Sequence[StageConfig], steering: Sequence[Steering | None]
     ) -> dict[str, Any]:
         """What the JSON beside a picture says of it. steering: of the stages that draw."""
-        from cascade.tasks.editing.steering import Edit
+        from cascade.runner.edits import edited
 
-        own = {s.name: e for s, e in zip(stages, steering, strict=True) if isinstance(e, Edit)}
-        edited = {
-            "masked": any(e.repaint is not None for e in own.values()),
-            "strength": {name: e.strength for name, e in own.items()},
-        }
         return {
-            "edited": edited if own else None,
+            "edited": edited(stages, steering),
             "init_image": None if self.init_image is None else str(self.init_image),
             "mask": None if self.mask is None else str(self.mask),
         }

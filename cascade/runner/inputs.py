@@ -1,0 +1,114 @@
+"""What a person gives `Cascade.draw` beside numbers: texts, and PIL images or arrays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from cascade import images
+from cascade.errors import UserError
+from cascade.runner import counts
+from cascade.runner.edits import check_mask, edits
+from cascade.runner.overrides import ByStage, numbers_by_stage
+from cascade.stage import Sampling, StageConfig, Steering
+
+Picture = Image.Image | UInt8[np.ndarray, "_ _ 3"]
+"""A picture as a person gives it."""
+Mask = Picture | UInt8[np.ndarray, "_ _"] | Bool[np.ndarray, "_ _"]
+"""Which part of a picture is drawn anew, as a person gives it: the white one."""
+Steered = Callable[[Sequence[int]], list[Steering | None]]
+"""(numbers of prompts, a row each) -> what steers each stage, whose arrays have a row each."""
+
+
+def texts(prompts: Any) -> list[str]:
+    """The prompts, one or more. Raises TypeError for what is no text, UserError for no word."""
+    many = hasattr(prompts, "__iter__") and not isinstance(prompts, str)
+    listed: list[Any] = list(prompts) if many else [prompts]
+    for prompt in listed:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts: must be a text or a list of texts, got {prompt!r:.80}")
+    counts.check_prompts(listed)
+    return [str(prompt) for prompt in listed]
+
+
+def lowres(
+    given: Picture | Sequence[Picture] | None, prompts: int
+) -> list[UInt8[np.ndarray, "h w 3"]] | None:
+    """The pictures to enlarge, one for all prompts or one for each, all of one size."""
+    if given is None:
+        return None
+    pictures = [images.rgb(one, "lowres") for one in _listed("lowres", given, prompts)]
+    sizes = {f"{p.shape[1]}x{p.shape[0]}" for p in pictures}
+    if len(sizes) > 1:
+        raise UserError(f"lowres: must be pictures of one size, got {', '.join(sorted(sizes))} px")
+    return pictures
+
+
+def redrawing(
+    init: Picture | Sequence[Picture],
+    mask: Mask | Sequence[Mask] | None,
+    strength: ByStage | None,
+    *,
+    prompts: int,
+    stages: Sequence[StageConfig],
+    every: Sequence[StageConfig],
+    settings: Sequence[Sampling],
+) -> Steered:
+    """What steers the stages that draw these pictures anew, one for all prompts or one for each.
+
+    prompts: how many. every: all stages of the model, as lists count them. Raises UserError for
+    what does not fit, of any of them, before it returns.
+    """
+    pictures = [images.rgb(one, "init") for one in _listed("init", init, prompts)]
+    masks: list[Any] = [None]
+    if mask is not None:
+        masks = [images.mask(one, "mask") for one in _listed("mask", mask, prompts)]
+    shares = None
+    if strength is not None:
+        shares = numbers_by_stage("strength", strength, stages, every)
+
+    def pair(prompt: int) -> tuple[Any, Any]:
+        return pictures[prompt % len(pictures)], masks[prompt % len(masks)]
+
+    count = max(len(pictures), len(masks))
+    for i in range(count):
+        check_mask(*pair(i))
+
+    @functools.lru_cache(maxsize=2)
+    def steering(prompt: int) -> list[Steering | None]:
+        picture, own = pair(prompt)
+        return edits(stages, settings, picture, mask=own, strength=shares)
+
+    def steered(rows: Sequence[int]) -> list[Steering | None]:
+        if count == 1 or len(set(rows)) == 1:
+            return alike(steering(rows[0] % count))(rows)
+        return jax.tree.map(lambda *x: np.stack(x), *(steering(row) for row in rows))
+
+    steering(0)
+    return steered
+
+
+def alike(steering: Sequence[Steering | None]) -> Steered:
+    """What steers all pictures as one. steering: with arrays of one picture."""
+
+    def steered(rows: Sequence[int]) -> list[Steering | None]:
+        return jax.tree.map(lambda x: np.broadcast_to(x, (len(rows), *x.shape)), list(steering))
+
+    return steered
+
+
+def _listed(option: str, given: Any, prompts: int) -> list[Any]:
+    """One for all prompts, or one for each of them."""
+    listed = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(listed) not in (1, prompts):
+        raise UserError(
+            f"{option}: {len(listed)} pictures for {prompts} prompt{'s' * (prompts != 1)}; give "
+            "one for each, or a single one for all"
+        )
+    return listed

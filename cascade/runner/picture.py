@@ -1,0 +1,68 @@
+"""One drawn picture at every size."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cascade import images as files
+from cascade.errors import OptionError, UserError
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Picture:
+    """One drawn picture at every size, with what made it. A notebook shows the largest."""
+
+    prompt: str
+    """What it is to show."""
+    seed: int
+    """The seed of all its random numbers, in 0..2**32 - 1."""
+    images: dict[int, UInt8[np.ndarray, "s s 3"]]
+    """Side in pixels -> the picture of that size, smallest first."""
+    metadata: dict[str, Any]
+    """All that made it, as JSON values: prompt, seed, model, and the settings of each stage."""
+    frames: dict[int, UInt8[np.ndarray, "n s s 3"]] = field(default_factory=dict)
+    """Side in pixels -> what the stage thought the picture was, from noise to the end; empty unless
+    `Cascade.draw` was told of `frames`."""
+
+    @property
+    def image(self) -> UInt8[np.ndarray, "s s 3"]:
+        """The largest."""
+        return self.images[max(self.images)]
+
+    def pil(self, side: int | None = None) -> Image.Image:
+        """As a PIL image. side: in pixels, one of those in `images`; None is the largest."""
+        return Image.fromarray(self._of(side))
+
+    def save(self, path: str | os.PathLike[str], side: int | None = None) -> None:
+        """Write it as a PNG that holds prompt and seed as text, as `cascade sample` does.
+
+        path: ends in .png; a name in a bucket (gs://, s3://) will do. A file that is there is
+        replaced. side: as for `pil`.
+        """
+        if not os.fspath(path).lower().endswith(".png"):
+            raise UserError(f"path {path}: pictures are saved as PNG; end the name with .png")
+        files.save_png(path, self._of(side), {"prompt": self.prompt, "seed": str(self.seed)})
+
+    def _of(self, side: int | None) -> UInt8[np.ndarray, "s s 3"]:
+        if side is None:
+            return self.image
+        if side not in self.images:
+            raise OptionError("side", side, f"this picture has {self._sides} px")
+        return self.images[side]
+
+    @property
+    def _sides(self) -> str:
+        *most, last = map(str, sorted(self.images))
+        return f"{', '.join(most)} and {last}" if most else last
+
+    def _repr_png_(self) -> bytes | None:
+        return self.pil()._repr_png_()
+
+    def __repr__(self) -> str:
+        return f"Picture({self.prompt!r}, seed={self.seed}, {self._sides} px)"
