@@ -216,6 +216,9 @@ def decoded(file: Any, *, ground: str = "white") -> Image.Image:
                     "are read"
                 )
             image.load()
+            white_is_0 = dict(getattr(image, "tag_v2", {})).get(_PHOTOMETRIC) == 0
+            if white_is_0 and image.mode.startswith("I"):
+                raise Unreadable("its 16-bit levels count from white to black; save it otherwise")
             return _on_ground(_eight_bits(_turned(image)), ground)
     except UnidentifiedImageError:
         raise Unreadable(f"it is none of {', '.join(FORMATS)}") from None
@@ -235,12 +238,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """The picture in a mode of 8 bits a channel, or fewer."""
     if image.mode == "F":
         raise Unreadable("its pixels are floats, whose range nobody knows; save it with 8 bits")
+    if image.mode == "I":
+        raise Unreadable("its pixels have more than 16 bits; save it with 8 or 16")
     if not image.mode.startswith("I"):
         return image
     levels = np.asarray(image)
-    if levels.min() < 0 or levels.max() >= 2**16:
-        raise Unreadable("its pixels have more than 16 bits; save it with 8 or 16")
     return Image.fromarray((levels >> 8).astype(np.uint8))
+
+
+_PHOTOMETRIC = 262
+"""The TIFF tag that says whether 0 is white or black."""
 
 
 def _on_ground(image: Image.Image, ground: str) -> Image.Image:

@@ -79,7 +79,7 @@ def test_a_model_draws_the_recorded_pictures(loaded, name):
     call, of = CALLS[name], PICTURES.get
     model = loaded[call["model"]]
     lowres, mask = (of(f"input_{call[k]}") if k in call else None for k in ("lowres", "mask"))
-    shape = None if lowres is None else lowres.shape[:2]
+    shape = None if lowres is None else len(lowres)
     stages = [stage.config for stage, _ in model.select(until=call.get("until"), lowres=shape)]
     settings = []
     for stage, steps in zip(stages, call["steps"], strict=True):

@@ -229,7 +229,7 @@ def failures(root, cases, seed):
         else:
             content, told = damaged(whole, draw)
         file.write_bytes(content)
-        began, problem = time.monotonic(), None
+        began, problem = time.process_time(), None
         tracemalloc.start()
         try:
             KINDS[kind][1](folders[kind])
@@ -244,7 +244,7 @@ def failures(root, cases, seed):
             taken = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             file.write_bytes(whole)
-        if (seconds := time.monotonic() - began) > MOST_SECONDS or taken > MOST_BYTES:
+        if (seconds := time.process_time() - began) > MOST_SECONDS or taken > MOST_BYTES:
             problem = problem or f"{seconds:.1f} s and {taken} bytes"
         if problem:
             failed.append(f"case {case}, {file.relative_to(root)}, {told}: {problem}")

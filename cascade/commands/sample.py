@@ -75,7 +75,8 @@ class Options:
     until: Until = None
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
     lowres: File = None
-    """A picture of 64 or 256 px to start from: super-resolution stages alone draw."""
+    """A picture to start from: super-resolution stages alone draw. Unless it has 64 or 256 px, its
+    central square is resized, with a warning."""
     steps: ByStage = None
     """Sampling steps, by stage: a number, at most 10,000, or a list of DeepFloyd IF's such as
     smart50."""
@@ -174,9 +175,9 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         t5_int8=options.t5_int8,
         offload=options.offload,
     )
-    chosen = cascade.select(
-        until=options.until, lowres=None if lowres is None else lowres.shape[:2]
-    )
+    if lowres is not None:
+        lowres = cascade.fitted(lowres, until=options.until)
+    chosen = cascade.select(until=options.until, lowres=None if lowres is None else len(lowres))
     stages = [stage.config for stage, _ in chosen]
     every = [stage.config for stage, _ in cascade.stages]
     lists = {name: getattr(options, name) for name in LISTS}

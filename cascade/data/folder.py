@@ -47,6 +47,9 @@ class _FolderSource(Source):
                 "captions"
             )
         listing = self._folder / "captions.jsonl"
+        _check_within(listing, self._folder, str(listing))
+        if listing.is_dir():
+            raise UserError(f"{listing}: is a folder; it must be a list of pictures and captions")
         found = list(_listed(listing) if listing.exists() else _paired(self._folder))
         self.left_out = [one for one in found if isinstance(one, BadRecord)]
         pairs = [cast(tuple[Path, str], one) for one in found if not isinstance(one, BadRecord)]
@@ -63,6 +66,7 @@ class _FolderSource(Source):
     def __getitem__(self, index: int) -> Example:
         file = self.paths[index]
         try:
+            _check_within(paths.path(file), self._folder, f"picture {file}")  # now, too
             picture = images.load_image(file)
         except UserError as e:
             raise BadRecord(str(e), _key(file, self._folder), "unreadable picture") from None
@@ -81,7 +85,7 @@ def summary(records: Sequence[BadRecord]) -> str:
 
 
 MOST_CAPTION = 2**16
-"""Bytes of the longest caption file that is read."""
+"""Bytes of the longest caption file, or line of captions.jsonl, that is read."""
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _UNREAD = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".ppm", ".pgm"}
 """Suffixes of pictures that are not read; other files are no part of a dataset."""
@@ -93,20 +97,25 @@ def _key(path: Path | str, folder: Path) -> str:
 
 def _listed(listing: Path) -> Iterator[tuple[Path, str] | BadRecord]:
     """The pairs named by a captions.jsonl."""
-    paths.check_regular(listing)
     seen = False
-    lines = listing.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(listing), 1):
         if not line.strip():
             continue
         seen = True
         key = f"captions.jsonl, line {number}"
         where = f"{listing}, line {number}"
+        if len(line) > MOST_CAPTION:
+            yield BadRecord(
+                f"{where}: has more than the {MOST_CAPTION} bytes that a line may have",
+                *(key, "line that is too long"),
+            )
+            continue
         try:
             entry = json.loads(line.decode())
             file, caption = entry["file"], entry["caption"]
-            if isinstance(caption, str):
-                caption.encode()  # a lone surrogate is no text
+            for text in (file, caption):
+                if isinstance(text, str):
+                    text.encode()  # a lone surrogate is no text
         except (ValueError, KeyError, TypeError, RecursionError):
             yield BadRecord(
                 f'{where}: must be JSON, as {{"file": "1.png", "caption": "a red circle"}}',
@@ -121,7 +130,7 @@ def _listed(listing: Path) -> Iterator[tuple[Path, str] | BadRecord]:
             continue
         path = listing.parent / file
         _check_within(path, listing.parent, where)
-        if not paths.is_remote(path) and not path.is_file():
+        if not paths.is_remote(path) and not _is_file(path):
             yield BadRecord(
                 f"{where}: no picture {path}; put it there or remove the line", file, "missing"
             )
@@ -135,8 +144,12 @@ def _paired(folder: Path) -> Iterator[tuple[Path, str] | BadRecord]:
     """The pictures under a folder, with the text files beside them, in the order of their paths."""
     if not isinstance(folder, pathlib.Path):
         raise UserError(f"data folder {folder}: in object storage it must hold captions.jsonl")
-    some = False
-    for path in sorted(folder.rglob("*")):
+    some = seen = False
+    try:
+        found = sorted(folder.rglob("*"))
+    except RecursionError:
+        raise UserError(f"data folder {folder}: its folders are nested too deeply") from None
+    for path in found:
         key = path.relative_to(folder).as_posix()
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
@@ -154,7 +167,8 @@ def _paired(folder: Path) -> Iterator[tuple[Path, str] | BadRecord]:
         elif path.suffix.lower() in _SUFFIXES:
             some = True
             yield _pair(path, folder, key)
-    if not some:
+        seen = seen or some or path.suffix.lower() in _UNREAD
+    if not seen:
         raise UserError(
             f"data folder {folder}: holds no pictures ({', '.join(sorted(_SUFFIXES))}); "
             "put them there, each with a .txt file of the same name"
@@ -166,9 +180,9 @@ def _pair(path: pathlib.Path, folder: pathlib.Path, key: str) -> tuple[Path, str
     beside = path.with_suffix(".txt")
     for file in (path, beside):
         _check_within(file, folder, f"picture {path}")
-    if not path.is_file():
+    if not _is_file(path):
         return BadRecord(f"picture {path}: a link to nothing, or no file", key, "no file")
-    if not beside.is_file():
+    if not _is_file(beside):
         return BadRecord(
             f"picture {path}: has no caption; write it to {beside.name} beside it, "
             f"or list all pictures in {folder / 'captions.jsonl'}",
@@ -191,10 +205,32 @@ def _pair(path: pathlib.Path, folder: pathlib.Path, key: str) -> tuple[Path, str
         return BadRecord(f"{beside}: {e.strerror}", key, "whose caption cannot be read")
 
 
+def _lines(listing: Path) -> Iterator[bytes]:
+    """The lines of a list; of one that is too long the beginning, which is too long as well."""
+    paths.check_regular(listing)
+    with listing.open("rb") as file:
+        line = file.readline(MOST_CAPTION + 2).removeprefix(b"\xef\xbb\xbf")
+        while line:
+            yield line
+            while len(line) > MOST_CAPTION and not line.endswith(b"\n"):
+                line = file.readline(MOST_CAPTION + 2)
+            line = file.readline(MOST_CAPTION + 2)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a link to itself
+        return False
+
+
 def _check_within(file: Path, folder: Path, where: str) -> None:
     """UserError where a file is not in the folder, be it by its name or as a link."""
     if isinstance(file, pathlib.Path) and isinstance(folder, pathlib.Path):
-        outside = not file.resolve().is_relative_to(folder.resolve())
+        try:
+            outside = not file.resolve().is_relative_to(folder.resolve())
+        except (OSError, RuntimeError):  # a link to itself leads nowhere
+            outside = False
     else:
         outside = ".." in str(file).split("/")
     if outside:

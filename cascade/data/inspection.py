@@ -19,6 +19,9 @@ from cascade.data.tfds import TFDSData
 from cascade.errors import UserError
 from cascade.storage import paths
 
+MOST_LINES = 12
+"""Lines of a caption on the sheet."""
+
 
 def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) -> dict[str, Any]:
     """Write a contact sheet PNG of `count` examples, spread over the dataset, with their captions.
@@ -124,7 +127,8 @@ def _cell(image: np.ndarray, caption: str) -> np.ndarray:
     side = image.shape[1]
     font = ImageFont.load_default()
     letter = font.getlength("abcdefghij") / 10
-    lines = textwrap.wrap(caption, max(int(side / letter), 8)) or [""]
+    wrapped = textwrap.wrap(caption[:2000], max(int(side / letter), 8)) or [""]
+    lines = wrapped if len(wrapped) <= MOST_LINES else [*wrapped[: MOST_LINES - 1], "..."]
     canvas = Image.new("RGB", (side, len(image) + 12 * len(lines) + 4), "white")
     canvas.paste(Image.fromarray(image), (0, 0))
     draw = ImageDraw.Draw(canvas)

@@ -60,8 +60,8 @@ def batches(
     rows: which rows of each batch this process loads; None loads all.
     workers: processes that prepare batches, which must be able to pickle `tokenizer`; 0 uses
         threads of this one.
-    most_bad: the share of examples that may be unreadable, each of which the next one stands in
-        for, once a thousand of them were asked for.
+    most_bad: the share of examples that may be left out at the start, and that may be unreadable
+        once a thousand were asked for. Another one, drawn at random, stands in for each of these.
 
     Raises ValueError for options that make no sense, and UserError for a dataset that is missing,
     makes no sense or is empty.
@@ -79,6 +79,11 @@ def batches(
     source = config.open(resolution)
     if not 1 <= len(source):
         raise UserError(f"{config}: holds no examples")
+    if (out := len(source.left_out)) > most_bad * (out + len(source)):
+        raise UserError(
+            f"{out} of {out + len(source)} examples cannot be used, which is more than the share "
+            f"of {most_bad:g} that may be left out; the first: {source.left_out[0]}"
+        )
     load = LoadExample(source, lowres_resolution, crop, degradation)
     # Endless in effect: the sys.maxsize elements of a bare repeat() overflow in batches of one.
     epochs = 2**62 // len(source)
@@ -116,7 +121,8 @@ class Batches(Iterator[Batch]):
         if self._asked >= _ENOUGH_TO_JUDGE and self._bad > self._most_bad * self._asked:
             raise UserError(
                 f"{self._bad} of {self._asked} examples could not be read, which is more than the "
-                f"share of {self._most_bad:g} that may be left out; see which, and mend the dataset"
+                f"share of {self._most_bad:g} that may be left out; see skipped.jsonl in the run's "
+                "folder, and mend the dataset"
             )
         if self._iterator is None:
             self._iterator = self._start()

@@ -69,7 +69,11 @@ def _where(config: TFDSData) -> str:
 
 
 def _check_features(folder: pathlib.Path, where: str) -> None:
-    """UserError where a features.json names a class that is not of TFDS, which would import it."""
+    """UserError where a features.json names a class that is not of TFDS, which would import it, or
+    a file is a link that leads out of the folder."""
+    for file in folder.rglob("*"):
+        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{where}: {file.name} is a link that leads outside; copy it there")
     for file in folder.rglob("features.json"):
         values = [read_json(file)]
         while values:

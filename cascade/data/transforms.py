@@ -81,16 +81,17 @@ class LoadExample:
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Example `index`, of which crop and degradation are drawn from `rng`.
 
-        In place of one that cannot be read there is the next that can; UserError where so many in a
-        row cannot that the whole dataset must be at fault.
+        In place of one that cannot be read there is another that can, drawn from `rng`: the next
+        one would be seen more often than others. Raises UserError where so many in a row cannot
+        that the whole dataset must be at fault.
         """
         bad: list[BadRecord] = []
-        count = len(self.source)
-        for at in range(index, index + min(MOST_BAD_IN_A_ROW, count)):
+        while len(bad) < MOST_BAD_IN_A_ROW:
             try:
-                example = self._loaded(at % count, rng)
+                example = self._loaded(index, rng)
             except BadRecord as e:
                 bad.append(e)
+                index = int(rng.integers(len(self.source)))
                 continue
             named = [(record.key, record.reason) for record in bad]
             return {**example, BAD_RECORDS: named} if named else {**example}

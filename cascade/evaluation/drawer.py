@@ -55,7 +55,7 @@ class Drawer:
         cascade = self.cascade
         if lowres is not None and self.null_text_in_sr:
             cascade = Cascade(cascade.stages, _NoText(cascade.encoder))
-        stages = cascade.select(until=until, lowres=None if lowres is None else lowres.shape[:2])
+        stages = cascade.select(until=until, lowres=None if lowres is None else len(lowres))
         settings = [self.settings[stage.config.name] for stage, _ in stages]
         pictures = cascade.draw(prompt, seed=seed, until=until, lowres=lowres, settings=settings)
         return next(iter(pictures)).images

@@ -112,8 +112,9 @@ class T5Config:
         known = {f.name for f in dataclasses.fields(cls)} - _OURS
         # Absent means the original T5's relu there, not our default.
         given: dict[str, Any] = {"feed_forward_proj": "relu"}
-        given |= {k: v for k, v in fields.items() if k in known}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        left_open = {k for k, v in fields.items() if v is None} - required
+        given |= {k: v for k, v in fields.items() if k in known - left_open}
         if missing := sorted(required - given.keys()):
             raise ValueError(f"a T5 config.json needs {', '.join(missing)}")
         return cls(**given)

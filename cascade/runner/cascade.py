@@ -20,6 +20,8 @@ from typing import Any, Literal, ParamSpec
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 from cascade import images
 from cascade.config import to_json
@@ -198,12 +200,12 @@ class Cascade:
         "static" or "dynamic". None leaves a stage its own.
 
         From what: a PIL image, or a uint8 array [h, w, 3] of 0..255; one for all prompts, or a list
-        with one for each. lowres: the smaller picture to enlarge, of a side that a stage starts
-        from; super-resolution alone then draws. init: the picture to draw anew, of any size, its
-        central square. mask: of init's size, white (or True, in an array [h, w]) where that is
-        drawn anew, black or transparent where it stays. strength: by stage, the share of the steps
-        that is taken from init on, above 0 to 1; None is .7 in the base stage (1 with a mask), .8
-        in the others.
+        with one for each. lowres: the smaller picture to enlarge, resized with a warning unless a
+        stage starts from its size (see `fitted`); super-resolution alone then draws. init: the
+        picture to draw anew, of any size, its central square. mask: of init's size, white (or True,
+        in an array [h, w]) where that is drawn anew, black or transparent where it stays. By
+        stage, strength: the share of the steps that is taken from init on, above 0 to 1; None is .7
+        in the base stage (1 with a mask), .8 in the others.
 
         frames: so many guesses of each stage at the picture, from noise to the end, are kept in
         `Picture.frames`; at most as many as there are steps.
@@ -224,8 +226,8 @@ class Cascade:
             seed=seed, num=num, batch_size=batch_size, split_rows=split_rows, frames=frames
         )
         prompts = inputs.texts(prompts)
-        small = inputs.lowres(lowres, len(prompts))
-        stages = self.select(until=until, lowres=None if small is None else small[0].shape[:2])
+        small = inputs.lowres(lowres, len(prompts), functools.partial(self.fitted, until=until))
+        stages = self.select(until=until, lowres=None if small is None else len(small[0]))
         configs = [stage.config for stage, _ in stages]
         every = [stage.config for stage, _ in self.stages]
         for name, values in (("settings", settings), ("steering", steering)):
@@ -317,9 +319,9 @@ class Cascade:
         return f"Cascade({self.name!r}: {', '.join(stages)})"
 
     def select(
-        self, *, until: int | None = None, lowres: tuple[int, int] | None = None
+        self, *, until: int | None = None, lowres: int | None = None
     ) -> list[tuple[Stage, Any]]:
-        """The stages that draw, given the side to stop at and the size of the starting picture."""
+        """The stages that draw, given the side to stop at and that of the starting picture."""
         sides = [stage.config.resolution for stage, _ in self.stages]
         if until is not None and until not in sides:
             raise OptionError("until", until, f"this model draws {', '.join(map(str, sides))} px")
@@ -328,15 +330,33 @@ class Cascade:
             if self.stages[0][0].config.lowres_resolution is not None:
                 raise OptionError("lowres", None, "this model only enlarges pictures; give it one")
             return stages
-        starts = [s.config.lowres_resolution for s, _ in stages if s.config.lowres_resolution]
-        if lowres[0] == lowres[1] == until:
+        return [s for s in stages if (s[0].config.lowres_resolution or 0) >= lowres]
+
+    def fitted(
+        self, picture: UInt8[np.ndarray, "h w 3"], *, until: int | None = None
+    ) -> UInt8[np.ndarray, "s s 3"]:
+        """A picture as a super-resolution stage takes it.
+
+        One of another size than any of them takes is cropped to its central square and resized to
+        the largest size that is not larger, or the smallest there is, with a warning. Raises
+        UserError where no stage up to `until` enlarges.
+        """
+        starts = [s.config.lowres_resolution for s, _ in self.stages if s.config.lowres_resolution]
+        h, w = picture.shape[:2]
+        if h == w == until:
             raise OptionError("until", until, "the lowres picture has that side already")
-        if lowres[0] != lowres[1] or lowres[0] not in starts:
-            raise UserError(
-                f"the lowres picture is {lowres[1]}x{lowres[0]} px; this model starts from "
-                f"{' or '.join(f'{s}x{s}' for s in starts) or 'text only'}: resize or crop it first"
-            )
-        return [s for s in stages if (s[0].config.lowres_resolution or 0) >= lowres[0]]
+        starts = sorted(side for side in starts if until is None or side < until)
+        if not starts:
+            raise OptionError("lowres", None, "no stage that draws enlarges one; leave it out")
+        if h == w and h in starts:
+            return picture
+        side = max((start for start in starts if start <= min(h, w)), default=starts[0])
+        warnings.warn(
+            f"lowres: of the picture of {w}x{h} px the central square is taken, as {side}x{side} "
+            f"px; this model starts from {' or '.join(f'{s}x{s}' for s in starts)}",
+            stacklevel=3,
+        )
+        return images.square(Image.fromarray(picture), side)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of a prompt that no training caption had; none if the model has no such list."""

@@ -38,12 +38,17 @@ def texts(prompts: Any) -> list[str]:
 
 
 def lowres(
-    given: Picture | Sequence[Picture] | None, prompts: int
-) -> list[UInt8[np.ndarray, "h w 3"]] | None:
-    """The pictures to enlarge, one for all prompts or one for each, all of one size."""
+    given: Picture | Sequence[Picture] | None,
+    prompts: int,
+    fitted: Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "s s 3"]],
+) -> list[UInt8[np.ndarray, "s s 3"]] | None:
+    """The pictures to enlarge, one for all prompts or one for each, all of one size.
+
+    fitted: makes a picture one that a stage takes.
+    """
     if given is None:
         return None
-    pictures = [images.rgb(one, "lowres") for one in _listed("lowres", given, prompts)]
+    pictures = [fitted(images.rgb(one, "lowres")) for one in _listed("lowres", given, prompts)]
     sizes = {f"{p.shape[1]}x{p.shape[0]}" for p in pictures}
     if len(sizes) > 1:
         raise UserError(f"lowres: must be pictures of one size, got {', '.join(sorted(sizes))} px")

@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -152,6 +153,7 @@ class Checkpoints:
         except Exception as e:
             if (reason := _of_the_system(e)) is None:
                 raise
+            threading.Thread(target=_leave_after_all, daemon=True).start()
             for _ in range(20):  # writers that are still under way make folders again
                 with contextlib.suppress(OSError):
                     self._remove_begun()
@@ -239,6 +241,17 @@ def _own_reader() -> ocp.Checkpointer:
 
 def _all_processes(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(ok)).all())
+
+
+def _leave_after_all() -> None:
+    """When the program has ended, end the process with status 2, whatever else there is to do.
+
+    Where a folder cannot be made, threads of Orbax wait for twenty minutes to be told that it is
+    there, and Python waits for them.
+    """
+    threading.main_thread().join()
+    time.sleep(5)
+    os._exit(2)
 
 
 _ORBAX = f"{os.sep}orbax{os.sep}"

@@ -4,8 +4,9 @@ A row holds the means of its steps: loss and norms (of steps whose update was fi
 (how many were not), images_per_second, step_seconds, data_wait_seconds (of a step, until its batch
 was there), tflops_per_device, mfu (of a device whose peak is known), and memory_gib (the most
 that a device of this process held so far, where its driver tells). A run that could not read some
-records of its data also has skipped_records/REASON, how many different ones by then. The first row
-after a run went on with another command has `changed`, what is otherwise, which the plot marks.
+records of its data also has skipped_records/REASON, how many different ones by then (of the first
+10,000). The first row after a run went on with another command has `changed`, what is otherwise,
+which the plot marks.
 """
 
 from __future__ import annotations
@@ -257,7 +258,8 @@ def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     if any("changed" in row for row in rows):
         axes.legend(fontsize="x-small", title="changed there")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with paths.writing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _significant(x: float, digits: int = 4) -> float:

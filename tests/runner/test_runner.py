@@ -1,10 +1,12 @@
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from cascade import images, testing
 from cascade.devices import sharding
@@ -102,14 +104,23 @@ def test_starting_from_a_picture_goes_on_as_the_cascade_would(cascade, red, side
         ({"split_rows": 3}, "split_rows=3: must divide the 16 rows of sr16"),
         ({"until": 64}, "until=64: this model draws 8, 16, 32 px"),
         ({"seed": -1}, "seed=-1: must be 0 or more"),
-        ({"lowres": np.zeros((9, 9, 3), np.uint8)}, "9x9 px; this model starts from 8x8 or 16x16"),
-        ({"lowres": np.zeros((8, 16, 3), np.uint8)}, "16x8 px"),
         ({"lowres": np.zeros((8, 8, 3), np.uint8), "until": 8}, "has that side already"),
     ],
 )
 def test_impossible_requests_are_refused(cascade, options, message):
     with pytest.raises(UserError, match=message):
         cascade("red circle", **options)
+
+
+@pytest.mark.parametrize("size,side", [((9, 9), 8), ((8, 16), 8), ((40, 20), 16), ((3, 5), 8)])
+def test_a_picture_of_another_size_is_fitted_with_a_warning(cascade, size, side):
+    given = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    with pytest.warns(UserWarning, match=f"{size[1]}x{size[0]} px .* {side}x{side} px; this model"):
+        fitted = cascade.fitted(given)
+    np.testing.assert_array_equal(fitted, images.square(Image.fromarray(given), side))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cascade.fitted(fitted) is fitted
 
 
 def test_each_stage_is_guided_away_from_what_its_own_network_takes_for_no_text(cascade):
