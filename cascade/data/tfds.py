@@ -89,6 +89,21 @@ def _check_features(folder: pathlib.Path, where: str) -> None:
                     )
 
 
+def _check_counts(instructions: Any, where: str) -> None:
+    """UserError where dataset_info.json does not say how many records the files hold."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for part in instructions:
+        reader = ArrayRecordReader(part.filename)
+        held = reader.num_records()
+        reader.close()
+        if held != part.examples_in_shard:
+            raise UserError(
+                f"{where}: {pathlib.Path(part.filename).name} holds {held} records, and "
+                f"dataset_info.json says {part.examples_in_shard}; prepare the dataset again"
+            )
+
+
 _CLASS = ("pythonClassName", "python_class_name", "type", "proto_cls", "protoCls")
 """Under what keys a features.json names classes."""
 
@@ -128,7 +143,11 @@ def _records(config: TFDSData) -> Any:
             )
     undecoded = {config.image: tfds.decode.SkipDecoding()}
     try:
-        return builder.as_data_source(config.split, decoders=undecoded)
+        records = builder.as_data_source(config.split, decoders=undecoded)
+        _check_counts(builder.info.splits[config.split].file_instructions, where)
+        return records
+    except UserError:
+        raise
     except Exception as e:  # for no such split, other files than these, none, or damaged ones
         splits = ", ".join(builder.info.splits)
         raise UserError(

@@ -10,6 +10,7 @@ from PIL import Image
 from cascade import cli, images
 from cascade.commands import data as data_command
 from cascade.data import FolderData
+from cascade.data.inspection import dataset_in
 from cascade.errors import UserError
 
 
@@ -137,6 +138,17 @@ def test_a_damaged_line_of_a_list_is_left_out_and_named(tmp_path, line):
 
 
 # TFDS.
+
+
+@pytest.mark.parametrize("said", ["1", "3", "1000000000000"])
+def test_a_dataset_of_tfds_holds_as_many_records_as_it_says(tmp_path, capsys, said):
+    data_command.main(["make", str(tmp_path / "ds"), "--count", "2", "--resolution", "8"])
+    (info,) = (tmp_path / "ds").rglob("dataset_info.json")
+    told = json.loads(info.read_text())
+    told["splits"][0]["shardLengths"] = [said]
+    info.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=f"holds 2 records, and dataset_info.json says {said}"):
+        dataset_in(str(tmp_path / "ds")).open(8)
 
 
 @pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
