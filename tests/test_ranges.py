@@ -1,10 +1,12 @@
 """Numbers that no setting can have are refused where a config is made, or before it is used."""
 
+import contextlib
 import dataclasses
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pipelines import T5, write_model, write_pipeline, write_unet, write_upscaler
@@ -14,6 +16,7 @@ from cascade.errors import MOST_LETTERS, UserError
 from cascade.models import AutoencoderConfig, CLIPTextConfig
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd.reader import read_unet_config
+from cascade.published.deepfloyd.unet import IFLevel, IFUNetConfig
 from cascade.runner.model_folder import ModelFolder, open_model
 from cascade.stage import Sampling
 from cascade.storage.paths import write_json
@@ -278,8 +281,20 @@ def test_a_message_that_quotes_a_long_value_keeps_its_beginning_and_its_end():
     assert len(said) < MOST_LETTERS
 
 
+@pytest.mark.parametrize("levels", [0, 1, ranges.MOST_LEVELS, ranges.MOST_LEVELS + 1])
+def test_a_network_has_a_level_and_not_too_many(levels):
+    level = IFLevel(width=32, blocks=1)
+    sizes = {"cross_width": 32, "emb_width": 32, "head_width": 32, "text_width": 64}
+    fine = 1 <= levels <= ranges.MOST_LEVELS
+    with contextlib.nullcontext() if fine else pytest.raises(ValueError, match="levels must hold"):
+        IFUNetConfig(levels=(level,) * levels, **sizes)
+
+
 def test_a_limit_itself_is_allowed():
     assert Sampling(guidance=1e6).guidance == 1e6
     with pytest.raises(ValueError, match=r"Sampling.guidance must be a number, 0 to 1e\+06"):
         Sampling(guidance=1.1e6)
+    for value, fine in ((8, True), (9, False)):
+        with contextlib.nullcontext() if fine else pytest.raises(ValueError, match="at most 8"):
+            ranges.whole(SimpleNamespace(n=value), 1, 8, "n")
     assert ranges.shown(10**400) == "a number of 1329 bits" and ranges.shown(2.5) == "2.5"

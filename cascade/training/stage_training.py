@@ -150,8 +150,8 @@ class StageTraining(StageJob):
     degradation: Degradation | None = None
     """How low-resolution pictures are degraded; None is plain means over blocks."""
     most_bad: float = 0.25
-    """The share of the data that may be unreadable: the next example stands in for each one that
-    is, WORKDIR/skipped.jsonl lists them, and the run ends where there are more."""
+    """The share of the data that may be left out: another example stands in for each one that
+    cannot be read, WORKDIR/skipped.jsonl lists them, and the run ends where there are more."""
     preview_prompts: tuple[str, ...] = ()
     """What previews of a base stage draw; super-resolution enlarges four of the batch."""
 

@@ -228,7 +228,13 @@ def test_workers_that_are_killed_again_and_again_end_it(tmp_path, monkeypatch):
 
         return fail()
 
+    def failed(self):
+        raise RuntimeError("something else")
+
     found = loaded(folder_of(tmp_path / "d"), workers=1)
+    monkeypatch.setattr(type(found), "_start", failed)
+    with pytest.raises(RuntimeError, match="something else"):
+        next(found)
     monkeypatch.setattr(type(found), "_start", killed)
     with pytest.raises(UserError, match="and so was a new one; set fewer workers"):
         next(found)

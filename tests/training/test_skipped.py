@@ -83,6 +83,29 @@ def test_a_run_that_goes_on_forgets_what_it_will_meet_again(tmp_path):
     assert [x["key"] for x in lines(tmp_path / "skipped.jsonl")] == ["a", "b", "c"]
 
 
+def test_a_reason_is_told_once_and_a_record_keeps_where_it_was_met_first(tmp_path, capsys):
+    noted = Skipped(tmp_path, 0)
+    noted.add([("a", "x"), ("b", "x")], 8)
+    noted.add([("a", "x"), ("c", "y")], 16)
+    assert [entry["images"] for entry in lines(tmp_path / "skipped.jsonl")] == [8, 8, 16]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(";")[0] for line in told] == [
+        "warning: left out a: x",
+        "warning: left out c: y",
+    ]
+
+
+def test_every_process_has_its_own_list(tmp_path, monkeypatch):
+    monkeypatch.setattr(skipped.jax, "process_index", lambda: 2)
+    Skipped(tmp_path, 0).add([("a", "x")], 8)
+    assert [file.name for file in tmp_path.iterdir()] == ["skipped_2.jsonl"]
+
+
+def test_lines_of_other_types_are_dropped(tmp_path):
+    (tmp_path / "skipped.jsonl").write_text('{"images": "1", "key": "a", "reason": "x"}\n[1]\n')
+    assert not Skipped(tmp_path, 8).counts
+
+
 def test_the_list_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(skipped, "MOST_LINES", 3)
     Skipped(tmp_path, 0).add([(str(i), "x") for i in range(9)], 8)
