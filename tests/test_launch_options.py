@@ -8,11 +8,12 @@ import pytest
 from test_launch import LAUNCH, TRAIN, calls, launch, manifest, stand_in
 
 COMMANDS = ("cascade", "sbatch", "srun", "scontrol", "gcloud", "git", "kubectl", "docker", "sleep")
-BEFORE = {"train_scenes_gpu.sh": ["runs"]}
+BEFORE = {"train_scenes_gpu.sh": ["runs"], "soak.sh": ["runs"]}
 AFTER = {
     "tpu.sh": ["up", *TRAIN],
     "gke.sh": ["apply", *TRAIN],
     "train_scenes_gpu.sh": [],
+    "soak.sh": [],
 }
 NEEDED = {"gke.sh": ["--image", "i", "--bucket", "b"]}
 HOSTILE = [
@@ -42,7 +43,7 @@ def options() -> list[tuple[str, str]]:
     for script in sorted(LAUNCH.glob("*.sh")):
         head = script.read_text().partition("set -euo")[0]
         listed = re.findall(r"^# +(--[a-z-]+) +[A-Z]", head, re.MULTILINE)
-        listed += re.findall(r"^# (--minutes) ", head, re.MULTILINE)
+        listed += re.findall(r"^# (--minutes|--seed) ", head, re.MULTILINE)
         found += [(script.name, option) for option in listed]
     return found
 
@@ -51,7 +52,7 @@ def test_the_help_lists_every_option_that_the_scripts_take():
     for script in LAUNCH.glob("*.sh"):
         taken = set(re.findall(r"(--[a-z-]+)[^\n]*\bvalue [a-z]+ ", script.read_text()))
         assert {option for name, option in options() if name == script.name} == taken
-    assert len(options()) == 26
+    assert len(options()) == 28
 
 
 @pytest.mark.parametrize("script,option", options())

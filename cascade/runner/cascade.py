@@ -364,7 +364,7 @@ class Cascade:
         return sorted({w for w in words if w not in self.known_words})
 
     def _warn(self, prompts: Sequence[str]) -> None:
-        """Of what a prompt says and no picture will show, once for each list of words."""
+        """Warn of what a prompt says and no picture will show, once for each list of words."""
         encoders = [e for e in (self.encoder, *self.own_encoders.values()) if e is not None]
         found = []
         for prompt in prompts:

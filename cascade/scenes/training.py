@@ -58,6 +58,9 @@ class _RunningScenes(RunningStage):
     def read(self, tokenizer, rows):
         return Scenes(self._scenes, tokenizer, rows)
 
+    def skipped(self):
+        return []
+
     def prepare(self, batch, step):
         batch = sharding.shard_batch(batch, self._mesh)
         scenes = device.Layouts(*(batch.pop(name) for name in device.Layouts._fields))

@@ -300,7 +300,7 @@ class _Unwritten(NamedTuple):
     """What a checkpoint keeps for the next row; earlier versions kept none."""
 
     figures: Sequence[dict[str, Any]] = ()
-    """Those of the steps since the last row."""
+    """The figures of the steps since the last row."""
     changed: str = ""
     """What the command had changed when the run went on."""
 
