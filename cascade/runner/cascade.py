@@ -347,7 +347,9 @@ class Cascade:
             raise OptionError("until", until, "the lowres picture has that side already")
         starts = sorted(side for side in starts if until is None or side < until)
         if not starts:
-            raise OptionError("lowres", None, "no stage that draws enlarges one; leave it out")
+            raise OptionError(
+                "lowres", f"{w}x{h} px", "no stage that draws enlarges it; leave it out"
+            )
         if h == w and h in starts:
             return picture
         side = max((start for start in starts if start <= min(h, w)), default=starts[0])

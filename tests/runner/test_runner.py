@@ -123,6 +123,12 @@ def test_a_picture_of_another_size_is_fitted_with_a_warning(cascade, size, side)
         assert cascade.fitted(fitted) is fitted
 
 
+def test_a_picture_that_no_stage_enlarges_is_refused_by_its_size(cascade):
+    base = Cascade(cascade.stages[:1], cascade.encoder)
+    with pytest.raises(UserError, match="lowres='5x3 px': no stage that draws enlarges it"):
+        base("red circle", lowres=np.zeros((3, 5, 3), np.uint8))
+
+
 def test_each_stage_is_guided_away_from_what_its_own_network_takes_for_no_text(cascade):
     """A network with a null token of its own, beside a public one that was taught "" for it."""
     (native, _), *_ = cascade.stages
