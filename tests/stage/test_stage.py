@@ -323,7 +323,8 @@ def test_sampling_visits_the_times_of_its_grid(monkeypatch):
     monkeypatch.setattr(Stage, "__init__", lambda self, config: vars(self).update(vars(stage)))
     monkeypatch.setattr(stage, "network", spy)
     settings = Sampling(steps=27, grid=Respaced(name="smart27"), guidance=1.0, sampler=Ancestral())
-    jax.block_until_ready(stage.sample(params, texts(1), keys(0), settings=settings))
+    with jax.disable_jit():  # as what is compiled with the spy would stay for other tests
+        jax.block_until_ready(stage.sample(params, texts(1), keys(0), settings=settings))
     jax.effects_barrier()
     expected = np.array(Respaced(name="smart27").entries) + 1
     np.testing.assert_allclose(sorted(seen, reverse=True), expected, atol=0.1)
@@ -502,7 +503,8 @@ def test_noise_of_augmentation_is_added_in_sampling_and_told(monkeypatch):
     monkeypatch.setitem(stage.conditions, "lowres", spy)
     settings = dataclasses.replace(config.sampling, steps=3, aug_level=0.5)
     given = texts(1) | {"lowres": (jnp.ones((1, 8, 8, 3)),)}
-    jax.block_until_ready(stage.sample(params, given, keys(0), settings=settings))
+    with jax.disable_jit():  # another test may have compiled the same sampling, without the spy
+        jax.block_until_ready(stage.sample(params, given, keys(0), settings=settings))
     jax.effects_barrier()
     assert len(seen) == 3
     for lowres, time in seen:  # drawn once: the same at every step
