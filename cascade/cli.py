@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Worker threads and libraries read these at import.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file
-        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+        warnings.formatwarning = lambda message, *_: f"warning: {_line(str(message))}\n"
         words = argv[1:]
         while True:
             module, words = take(words, "--trust")
@@ -81,8 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _line(message: str) -> str:
-    """As one line that a person can read: very long words, which were given so, are cut."""
+    """As one line that a person can read and no terminal obeys: control characters, which names of
+    files may have, are escaped; very long words, which were given so, are cut."""
     line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return re.sub(r"(\S{200})\S{100,}(\S{100})", r"\1...\2", line)
 
 

@@ -183,6 +183,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is read as a picture: formats that Pillow decodes itself, without another program."""
 MOST_PIXELS = 2**26
 """Pixels of the largest picture that is read, as 8192 x 8192: 200 MB in RGB."""
+MOST_SCANS = 100
+"""Times that a progressive JPEG may go over its pixels; encoders make about ten."""
 
 
 def load_image(path: str | os.PathLike[str], *, ground: str = "white") -> Image.Image:
@@ -208,6 +210,9 @@ def decoded(file: Any, *, ground: str = "white") -> Image.Image:
     try:
         with Image.open(file, formats=FORMATS) as image:
             image.verify()  # the checksums of a PNG, which reading its pixels may never come to
+            jpeg = image.format in ("JPEG", "MPO")
+        if jpeg and (scans := _scans(file)) > MOST_SCANS:
+            raise Unreadable(f"it draws its pixels {scans} times over, and at most {MOST_SCANS}")
         file.seek(0)
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -224,6 +229,16 @@ def decoded(file: Any, *, ground: str = "white") -> Image.Image:
         raise Unreadable(f"it is none of {', '.join(FORMATS)}") from None
     except Exception as e:  # each format's decoder has its own, for each way to be damaged
         raise Unreadable(" ".join(str(e).split()) or type(e).__name__) from None
+
+
+def _scans(file: Any) -> int:
+    """How often a JPEG goes over its pixels: its markers "start of scan"."""
+    file.seek(0)
+    found, end = 0, b""
+    while part := file.read(2**20):
+        found += (end + part).count(b"\xff\xda")
+        end = part[-1:]
+    return found
 
 
 def _turned(image: Image.Image) -> Image.Image:

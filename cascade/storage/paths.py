@@ -93,7 +93,10 @@ def writing(path: Path) -> Iterator[pathlib.Path]:
     """
     if isinstance(path, pathlib.Path):
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-        partial.touch(exist_ok=False)
+        try:
+            partial.touch(exist_ok=False)
+        except OSError as e:  # of the folder: people do not know the other name
+            raise OSError(e.errno, e.strerror, str(path)) from None
         try:
             yield partial
             os.replace(partial, path)

@@ -164,10 +164,12 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             log.add(metrics, waited)
             ends = step >= last or log.diverged
             if ends or _due(step, job.log_every_images, job):
+                folder.check_there()
                 loss = log.write(step, skipped.counts)["loss"]
                 bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
             if ends or _due(step, job.save_every_images, job):
+                folder.check_there()
                 kept = {"train": state["train"], "ema": state["ema"]}
                 at = {**data.get_state(), _FIGURES: log.pending(), _CHANGED: log.changed}
                 checkpoints.save(step, **kept, config=to_json(job), data=at)
@@ -418,6 +420,14 @@ class _Folder:
     @property
     def is_lost(self) -> bool:
         return self._lock is not None and self._lock.lost
+
+    def check_there(self) -> None:
+        """UserError if somebody has removed what was written here, as rows and config."""
+        if jax.process_index() == 0 and not (self.path / "config.json").exists():
+            raise UserError(
+                f"{self.path}: was removed, or its config.json, while it was trained in; what was "
+                "in it is lost: name a folder that nobody clears"
+            )
 
     def _hold(self) -> None:
         if not paths.is_remote(self.path):

@@ -181,3 +181,11 @@ def test_an_empty_path_is_not_this_folder(capsys, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is empty; write . for this folder"):
         FolderData(path="").open(8)
     assert "--text-encoder is empty" in fails(capsys, "sample", "red", "--text-encoder", "")
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\x07b", "\x9b2J", "\u202ereversed", "\udcff"])
+def test_no_character_of_a_name_is_obeyed_by_the_terminal(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "a cat", "--model", f"{name}/none"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable() and ascii(name)[1:-1] in line

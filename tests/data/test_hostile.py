@@ -59,6 +59,19 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
         images.load_image(file)
 
 
+def test_a_picture_that_is_drawn_over_and_over_is_refused_before_it_is_decoded(
+    tmp_path, monkeypatch
+):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.jpg", progressive=True)
+    scans = (tmp_path / "a.jpg").read_bytes().count(b"\xff\xda")
+    monkeypatch.setattr(images, "MOST_SCANS", scans)
+    assert scans > 1 and images.load_image(tmp_path / "a.jpg").size == (16, 16)
+    monkeypatch.setattr(images, "MOST_SCANS", scans - 1)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(UserError, match=rf"it draws its pixels {scans} times over"):
+        images.load_image(tmp_path / "a.jpg")
+
+
 def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     ramp = np.arange(0, 2**16, 2**8, dtype=np.uint16).reshape(16, 16) + 7
     Image.fromarray(ramp).save(tmp_path / "a.png")

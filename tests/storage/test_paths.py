@@ -158,3 +158,9 @@ def test_a_json_file_that_cannot_be_written_whole_leaves_the_one_before(tmp_path
         write_json(tmp_path / "file", {"new": 2})
     assert json.loads((tmp_path / "file").read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_takes_no_file_is_told_by_the_name_of_the_file_that_was_meant(tmp_path):
+    with pytest.raises(FileNotFoundError) as e:
+        write_json(tmp_path / "none" / "a.json", {})
+    assert e.value.filename == str(tmp_path / "none" / "a.json")

@@ -5,12 +5,15 @@ a process of their own, whose stderr is all that a person would see.
 """
 
 import dataclasses
+import errno
 import json
+import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_job import LINE, losses
 
 from cascade.errors import UserError
@@ -53,6 +56,18 @@ def test_it_ends_in_one_line_leaves_nothing_half_written_and_goes_on(tmp_path):
         assert "running.json" not in left and same
     whole = [name for _, left, _ in found for name in left if name.startswith("checkpoints/")]
     assert whole  # the last limits let complete checkpoints through, which the run went on from
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO"])
+def test_each_way_in_which_a_disk_fails_is_told_in_a_line(code, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr("cascade.storage.paths.write_json", fails)
+    said = os.strerror(getattr(errno, code))
+    with pytest.raises(UserError, match=rf"cannot be written to \({said}\).* run the same command"):
+        fit(JOB, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 if __name__ == "__main__":

@@ -361,6 +361,24 @@ def test_a_training_whose_folder_was_taken_over_ends(tmp_path, monkeypatch):
         fit(LINE, tmp_path)
 
 
+def test_a_training_whose_folder_was_removed_ends_and_says_so(tmp_path):
+    class Cleared(Line):
+        def open(self, mesh, workdir):
+            running = super().open(mesh, workdir)
+            prepare = running.prepare
+
+            def prepare_and_clear(batch, step):
+                if step == 2:
+                    shutil.rmtree(workdir)
+                return prepare(batch, step)
+
+            running.prepare = prepare_and_clear
+            return running
+
+    with pytest.raises(UserError, match="was removed, or its config.json, while it was trained"):
+        fit(Cleared(images=32, batch_size=8, log_every_images=1000), tmp_path / "run")
+
+
 def test_a_run_that_goes_on_says_what_the_command_has_changed(tmp_path, capsys):
     fit(LINE, tmp_path, until=8)
     assert "changed" not in capsys.readouterr().err
