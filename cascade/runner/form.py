@@ -1,0 +1,265 @@
+"""What a person fills in to draw from a page, as options of `Cascade.draw`, and back.
+
+Fields hold texts, as they were typed; a picture's metadata, which the page and `cascade sample`
+write, fill them again. It knows no browser.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cascade import images
+from cascade.config import from_json
+from cascade.errors import OptionError, UserError
+from cascade.published.schedulers import Respaced
+from cascade.runner.cascade import Cascade
+from cascade.runner.overrides import by_stage
+from cascade.runner.picture import Picture
+from cascade.stage import Sampling
+
+MOST_PICTURES = 16
+"""One drawing of the page makes at most so many pictures."""
+MOST_STEPS = 1000
+"""In the page a stage takes at most so many steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What the fields of the page hold, and what a repeated picture says beside them."""
+
+    prompt: str
+    """What to draw."""
+    negative: str
+    """What guidance moves away from; nothing if it is empty."""
+    seed: Any
+    """The first picture's seed, a whole number if it is well filled in."""
+    num: Any
+    """How many pictures, likewise."""
+    until: int
+    """The side of the last stage that draws, in pixels."""
+    steps: tuple[str, ...]
+    """Sampling steps of every stage of the model."""
+    guidance: tuple[str, ...]
+    """Guidance weight of every stage."""
+    aug_level: tuple[str, ...]
+    """Noise on the smaller picture, of every super-resolution stage."""
+    strength: str = ""
+    """How much of `init` changes, a list by stage; the default if it is empty."""
+    settings: tuple[Sampling, ...]
+    """All settings of every stage, over which the fields are laid: the model's own, or those of a
+    picture that is repeated."""
+    init: UInt8[np.ndarray, "s s 3"] | None = None
+    """The picture to draw anew."""
+    mask: UInt8[np.ndarray, "s s"] | None = None
+    """Where it is drawn anew, 255, and where it stays, 0."""
+
+
+def empty(model: Cascade) -> Form:
+    """The form before anybody has filled it in: the model's own values."""
+    return _filled(model, model.settings, prompt="", negative="", seed=0)
+
+
+def options(form: Form, model: Cascade) -> dict[str, Any]:
+    """What `Cascade.draw` is to be called with. Raises UserError for more than the page draws; what
+    else is wrong, `draw` says itself."""
+    if isinstance(form.num, int) and form.num > MOST_PICTURES:
+        raise OptionError("num", form.num, f"must be at most {MOST_PICTURES} in the page")
+    drawn = [stage.config for stage, _ in model.select(until=form.until)]
+    every = [stage.config for stage, _ in model.stages]
+    own = {stage.name: chosen for stage, chosen in zip(every, form.settings, strict=True)}
+    given: dict[str, Any] = {
+        "prompts": form.prompt,
+        "seed": form.seed,
+        "num": form.num,
+        "until": form.until,
+        "negative": form.negative or None,
+        "settings": [own[stage.name] for stage in drawn],
+        "steps": form.steps,
+        "guidance": form.guidance,
+        "init": form.init,
+        "mask": form.mask,
+        "strength": form.strength.strip() or None,
+    }
+    if any(stage.lowres is not None for stage in drawn):
+        given["aug_level"] = form.aug_level
+    for word in by_stage("steps", form.steps, drawn, every).values():
+        if str(word).isdecimal() and int(word) > MOST_STEPS:
+            raise OptionError("steps", word, f"must be at most {MOST_STEPS} in the page")
+    return given
+
+
+def record(picture: Picture, form: Form, versions: Mapping[str, str]) -> dict[str, Any]:
+    """All of a picture's metadata, as JSON values: enough to repeat it, so the picture that it
+    began from is inside. versions: of the packages that drew it."""
+    return {
+        **picture.metadata,
+        "init_png": None if form.init is None else _to_text(form.init),
+        "mask_png": None if form.mask is None else _to_text(form.mask),
+        "versions": dict(versions),
+    }
+
+
+def repeating(record: Any, model: Cascade, versions: Mapping[str, str]) -> tuple[Form, list[str]]:
+    """The form that draws a picture again, given its metadata, and what may make it differ.
+
+    record: of the page's JSON, or of that of `cascade sample`, which anybody may have written.
+    Raises UserError for one that is neither, or of another model.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("stages"), dict):
+        raise UserError("this JSON is not of a picture: it names no stages")
+    if record.get("model_sha256") != model.digest:
+        raise UserError(
+            f"this picture is of another model, {str(record.get('model'))[:200]!r}, than the one "
+            f"that draws here, {model.name!r}: end the page and start it with --model"
+        )
+    if record.get("from_lowres"):
+        raise UserError(
+            "this picture was enlarged from a smaller one, which its JSON does not hold: repeat it "
+            "by cascade sample --lowres"
+        )
+    stages, settings, drawn = record["stages"], [], []
+    for (stage, _), own in zip(model.stages, model.settings, strict=True):
+        said = stages.get(stage.config.name)
+        if isinstance(said, dict):
+            fields = {name: value for name, value in said.items() if name != "resolution"}
+            own = from_json(Sampling, fields, f"stages.{stage.config.name}")
+            drawn.append(stage.config)
+        settings.append(own)
+    if [s.name for s in drawn] != list(stages) or drawn != [
+        stage.config for stage, _ in model.stages[: len(drawn)]
+    ]:
+        raise UserError(f"this picture was drawn by stages {', '.join(map(str, stages))[:200]}")
+    prompt, seed = record.get("prompt"), record.get("seed")
+    negative = record.get("negative")
+    if not isinstance(prompt, str) or not isinstance(negative, str | None):
+        raise UserError("prompt and negative must be texts")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError("seed must be a whole number")
+    edited = record.get("edited")
+    init, mask = (_from_text(name, record.get(name)) for name in ("init_png", "mask_png"))
+    form = _filled(
+        model,
+        settings,
+        prompt=prompt,
+        negative=negative or "",
+        seed=seed,
+        until=drawn[-1].resolution,
+        strength="" if edited is None else _strengths(edited),
+        init=init,
+        mask=None if mask is None else mask[..., 0],
+    )
+    return form, [*_missing(record, init), *_unlike(record, versions)]
+
+
+def begun_from(
+    background: bytes | None, painted: Sequence[bytes], side: int
+) -> tuple[UInt8[np.ndarray, "s s 3"] | None, UInt8[np.ndarray, "s s"] | None]:
+    """What somebody has put into the page: the picture to draw anew, and where, or None.
+
+    background: an image file. painted: image files of its size, opaque where it is to change.
+    side: of the largest picture that is kept, in pixels. Raises UserError for what is no image.
+    """
+    init, mask = None, None
+    if background is not None:
+        init = _square(_read("the picture to begin from", background, "white"), side)
+    for file in painted:
+        layer = _square(_read("the painted mask", file, "black"), side).max(axis=-1)
+        layer = np.where(layer >= 128, 255, 0).astype(np.uint8)
+        mask = layer if mask is None else np.maximum(mask, layer)
+    if mask is not None and not mask.any():
+        mask = None
+    return init, mask
+
+
+def _filled(model: Cascade, settings: Sequence[Sampling], **fields: Any) -> Form:
+    """A form whose lists show these settings of every stage."""
+    every = [stage.config for stage, _ in model.stages]
+    return Form(
+        **{
+            "num": 1,
+            "until": every[-1].resolution,
+            "steps": tuple(_steps(chosen) for chosen in settings),
+            "guidance": tuple(f"{chosen.guidance!r}" for chosen in settings),
+            "aug_level": tuple(
+                f"{chosen.aug_level!r}"
+                for stage, chosen in zip(every, settings, strict=True)
+                if stage.lowres is not None
+            ),
+            "settings": tuple(settings),
+            **fields,
+        }
+    )
+
+
+def _steps(settings: Sampling) -> str:
+    """The word of a list of steps, or their number."""
+    return settings.grid.name if isinstance(settings.grid, Respaced) else str(settings.steps)
+
+
+def _strengths(edited: Any) -> str:
+    shares = edited.get("strength") if isinstance(edited, dict) else None
+    if not isinstance(shares, dict) or not all(isinstance(v, float | int) for v in shares.values()):
+        raise UserError("edited.strength must have a number for each stage")
+    return ",".join(map(repr, shares.values()))
+
+
+def _missing(record: Mapping[str, Any], init: Any) -> list[str]:
+    if record.get("edited") is None or init is not None:
+        return []
+    return [
+        "this picture began from another one, which its JSON does not hold: put that in, and paint "
+        "over what was drawn anew"
+    ]
+
+
+def _unlike(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+    """What else drew the picture than draws now, of what can change a pixel."""
+    told = record.get("versions")
+    told = told if isinstance(told, dict) else {}
+    found = [
+        f"{name} {str(told[name])[:40]} drew this picture, and {own} draws now: pixels may differ"
+        for name, own in versions.items()
+        if name in told and told[name] != own
+    ]
+    if record.get("text_encoder") is not None:
+        found.append("this picture was drawn with a text encoder of its own (--text-encoder)")
+    if record.get("t5_int8"):
+        found.append("this picture was drawn with a text encoder in int8 (--t5-int8)")
+    return found
+
+
+def _read(what: str, file: bytes, ground: str) -> Image.Image:
+    try:
+        return images.decoded(io.BytesIO(file), ground=ground)
+    except images.Unreadable as e:
+        raise UserError(f"{what} cannot be read as an image ({e})") from None
+
+
+def _square(picture: Image.Image, side: int) -> UInt8[np.ndarray, "s s 3"]:
+    return images.square(picture, min(side, *picture.size))
+
+
+def _to_text(picture: UInt8[np.ndarray, "s s *c"]) -> str:
+    """A PNG as text."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _from_text(name: str, text: Any) -> UInt8[np.ndarray, "s s 3"] | None:
+    if text is None:
+        return None
+    try:
+        file = base64.b64decode(text, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise UserError(f"{name} must be a PNG in base64") from None
+    return np.asarray(_read(name, file, "white"))
