@@ -107,10 +107,15 @@ def _temporary_folder() -> Iterator[str]:
     """A folder for all that is written while the page is served, by gradio and matplotlib too."""
     with tempfile.TemporaryDirectory(prefix="cascade-page-", ignore_cleanup_errors=True) as folder:
         folder = os.path.realpath(folder)
-        for name in ("TMPDIR", "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "MPLCONFIGDIR"):
-            os.environ[name] = folder
+        names = ("TMPDIR", "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "MPLCONFIGDIR")
         # Both send what they count to their makers unless they are told not to.
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        before, tempdir = dict(os.environ), tempfile.tempdir
+        os.environ.update({name: folder for name in names} | quiet)
         tempfile.tempdir = folder
-        yield folder
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = tempdir
+            os.environ.clear()
+            os.environ.update(before)

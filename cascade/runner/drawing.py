@@ -1,0 +1,183 @@
+"""One drawing of a page: pictures that come about in a thread, and can be looked at meanwhile."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cascade.errors import UserError
+from cascade.runner import form as forms
+from cascade.runner.cascade import Cascade
+from cascade.runner.form import Form
+from cascade.runner.picture import Picture
+from cascade.runner.progress import Progress
+
+FRAMES = 8
+"""So many guesses of each stage are kept, from noise to the end."""
+PREVIEW_SIDE = 384
+"""Of what is shown of a picture that is being drawn, in pixels at most."""
+SECONDS_APART = 0.25
+"""Between one preview and the next: to make one takes time from the drawing."""
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class Stopped(Exception):
+    """A person has stopped the drawing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The files of one picture."""
+
+    seed: int
+    """The seed that it was drawn with."""
+    files: dict[int, Path]
+    """Side in pixels -> its PNG."""
+    json: Path
+    """All of its metadata."""
+    frames: list[tuple[int, Path]]
+    """(side in pixels, a JPEG) of what it was thought to be, from noise to the end."""
+
+
+@dataclass(kw_only=True)
+class State:
+    """What a drawing has come to."""
+
+    sides: list[int]
+    """The sides of the stages that draw, in pixels."""
+    pictures: int
+    """How many are asked for."""
+    drawn: list[Drawn] = field(default_factory=list)
+    """Those that are done, of all sides."""
+    progress: Progress | None = None
+    """The last step of those that are being drawn; None before the first."""
+    previews: list[str] = field(default_factory=list)
+    """What those are thought to be by now, as JPEGs in data URLs."""
+    since: float = field(default_factory=time.monotonic)
+    """When the last step was taken."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know, such as words that the model does not."""
+    error: str = ""
+    """Why it ended, if it was not because all was drawn."""
+    ended: bool = False
+    """Whether it is over."""
+
+
+class Drawing:
+    """Pictures drawn in a thread, one drawing at a time in this process."""
+
+    def __init__(self, model: Cascade, form: Form, folder: Path, versions: Mapping[str, str]):
+        """Begins at once. folder: for the files of its pictures, which is there and empty.
+
+        Raises UserError for what cannot be drawn.
+        """
+        self._form, self._folder, self._versions = form, folder, versions
+        self._stop, self._said = threading.Event(), queue.SimpleQueue[None]()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            pictures = model.draw(
+                **forms.options(form, model), frames=FRAMES, progress=self._advance
+            )
+        sides = [s.config.resolution for s, _ in model.select(until=form.until)]
+        self.state = State(sides=sides, pictures=form.num)
+        self.state.notes = [str(warning.message) for warning in told]
+        self._thread = threading.Thread(target=self._draw, args=(pictures,), daemon=True)
+        self._thread.start()
+
+    def states(self, seconds: float = 0.5) -> Iterator[State]:
+        """What it has come to, as often as that changes, and at least every so many seconds; the
+        last time when it is over."""
+        while not self.state.ended:
+            yield self.state
+            try:
+                self._said.get(timeout=seconds)
+                while True:
+                    self._said.get_nowait()
+            except queue.Empty:
+                pass
+        yield self.state
+
+    def stop(self) -> None:
+        """End it at the next step of a stage."""
+        self._stop.set()
+
+    def join(self, seconds: float) -> None:
+        """Wait for its end, at most so long."""
+        self._thread.join(seconds)
+
+    def _draw(self, pictures: Iterator[Picture]) -> None:
+        with _ONE_AT_A_TIME:
+            try:
+                self._check()
+                for picture in pictures:
+                    self.state.drawn.append(self._keep(picture))
+                    self.state.progress, self.state.previews = None, []
+                    self._said.put(None)
+                    self._check()
+            except Stopped:
+                self.state.error = "stopped"
+            except UserError as e:
+                self.state.error = str(e)
+            except Exception as e:  # of JAX, such as too little memory: the page goes on
+                self.state.error = " ".join(f"{type(e).__name__}: {e}".split())[:400]
+        self.state.ended = True
+        self._said.put(None)
+
+    def _check(self) -> None:
+        if self._stop.is_set() and len(self.state.drawn) < self.state.pictures:
+            raise Stopped
+
+    def _advance(self, progress: Progress) -> None:
+        self._check()
+        state, now = self.state, time.monotonic()
+        if progress.step == 0 or now - state.since > SECONDS_APART:
+            if progress.images is not None:
+                state.previews = [_preview(picture) for picture in progress.images]
+        state.since, state.progress = now, progress
+        self._said.put(None)
+
+    def _keep(self, picture: Picture) -> Drawn:
+        """The picture as files."""
+        name, files, frames = f"cascade-{picture.seed}", {}, []
+        for side in picture.images:
+            files[side] = self._folder / f"{name}-{side}.png"
+            picture.save(files[side], side)
+        record = forms.record(picture, self._form, self._versions)
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        (self._folder / f"{name}.json").write_text(text, encoding="utf-8")
+        for side, path in picture.frames.items():
+            for i, frame in enumerate(path):
+                file = self._folder / f"{name}-{side}-{i}.jpg"
+                file.write_bytes(_jpeg(frame))
+                frames.append((side, file))
+        return Drawn(
+            seed=picture.seed, files=files, json=self._folder / f"{name}.json", frames=frames
+        )
+
+
+def _preview(picture: UInt8[np.ndarray, "s s 3"]) -> str:
+    """A JPEG in a data URL."""
+    small = picture[:: -(-len(picture) // PREVIEW_SIDE), :: -(-len(picture) // PREVIEW_SIDE)]
+    return "data:image/jpeg;base64," + base64.b64encode(_jpeg(small)).decode()
+
+
+def _jpeg(picture: UInt8[np.ndarray, "s s 3"]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="JPEG", quality=92, subsampling=0)
+    return file.getvalue()
+
+
