@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,8 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
         raise ValueError(f"data may choose split and seed alone, got {data}")
     if count < 1 or resolution < 1:
         raise UserError(f"count and resolution must be positive, got {count} and {resolution}")
-    from cascade.storage.paths import WholeFolder
-
     # TFDS prints where the data lie before they are moved to `out`.
-    with WholeFolder(out) as folder, contextlib.redirect_stdout(io.StringIO()):
+    with paths.WholeFolder(out) as folder, contextlib.redirect_stdout(io.StringIO()):
         import tensorflow_datasets as tfds
 
         from cascade.scenes.tfds_builder import Scenes
@@ -42,7 +42,8 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
             seed=data.seed,
             counts={data.split: count},
         )
-        with tempfile.TemporaryDirectory() as downloads:
+        tfds.disable_progress_bar()  # the scenes have one of their own
+        with tempfile.TemporaryDirectory() as downloads, _told_of_full_disks(out):
             builder.download_and_prepare(
                 download_dir=downloads,
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -59,3 +60,17 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
         "bytes": size,
         "files": names,
     }
+
+
+@contextlib.contextmanager
+def _told_of_full_disks(out: Path) -> Iterator[None]:
+    """UserError for a disk that is full, of which the writer of records tells in words alone."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        said = [os.strerror(code) for code in paths.FULL if os.strerror(code) in str(e)]
+        if not said:
+            raise
+        raise UserError(
+            f"{out}: cannot be written to ({said[0]}); make room, then run the same command again"
+        ) from None

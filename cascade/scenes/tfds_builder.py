@@ -17,6 +17,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from PIL import Image
+from tqdm import tqdm
 
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render
@@ -65,7 +66,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split, n) for split, n in self._counts.items()}
 
     def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index in range(count):
+        for index in tqdm(range(count), desc=f"scenes, {split}", unit="img", dynamic_ncols=True):
             scene, caption = caption_at(self._seed, index, split)
             png = io.BytesIO()
             Image.fromarray(render(scene, self._resolution)).save(png, format="PNG")

@@ -31,6 +31,8 @@ Path = pathlib.Path | epath.Path
 """A file or folder here, or one in object storage."""
 CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}
 """The package that fsspec needs for each scheme."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Error numbers of a disk that takes no more, or fails."""
 PARTIAL = ".partial-"
 """How the names of folders begin that a `WholeFolder` inside an existing folder fills."""
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import functools
 import itertools
 import json
@@ -65,15 +64,12 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
         try:
             return _fit(job, folder, until)
         except OSError as e:
-            if e.errno not in _FULL:
+            if e.errno not in paths.FULL:
                 raise
             raise UserError(
                 f"{folder.path}: cannot be written to ({e.strerror}); complete checkpoints stay; "
                 "make room, then run the same command again"
             ) from None
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def _fit(job: Job, folder: _Folder, until: int | None) -> bool:

@@ -1,5 +1,8 @@
 """Scenes as training data: fields that make no sense, closeups; the TFDS dataset of them."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -69,3 +72,33 @@ def test_make_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, monke
     with pytest.raises(OSError, match="disk full"):
         make(ScenesData(), tmp_path / "new", count=1, resolution=8)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+FULL_DISKS = """
+import resource, sys
+from pathlib import Path
+from cascade.errors import UserError
+from cascade.scenes.dataset import ScenesData
+from cascade.scenes.make import make
+
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+for limit in (100, 1_000, 20_000, 60_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        make(ScenesData(), Path(sys.argv[1]), count=200, resolution=16)
+    except UserError as e:
+        said = str(e)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    print(said)
+    assert not list(Path(sys.argv[1]).parent.iterdir())
+print(make(ScenesData(), Path(sys.argv[1]), count=1, resolution=8)["examples"])
+"""
+
+
+def test_a_disk_that_is_full_at_any_point_is_told_in_a_line_and_nothing_is_left(tmp_path):
+    words = [sys.executable, "-c", FULL_DISKS, str(tmp_path / "new")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    *said, examples = done.stdout.splitlines()
+    assert done.returncode == 0 and examples == "1", done.stderr[-3000:]
+    assert len(said) == 4
+    assert all("new: cannot be written to (File too large); make room" in line for line in said)
