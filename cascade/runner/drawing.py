@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import queue
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,6 +18,7 @@ from PIL import Image
 
 from cascade.errors import UserError
 from cascade.runner import form as forms
+from cascade.runner import output
 from cascade.runner.cascade import Cascade
 from cascade.runner.form import Form
 from cascade.runner.picture import Picture
@@ -80,13 +79,14 @@ class State:
 class Drawing:
     """Pictures drawn in a thread, one drawing at a time in this process."""
 
-    def __init__(self, model: Cascade, form: Form, folder: Path, versions: Mapping[str, str]):
-        """Begins at once. folder: for the files of its pictures, which is there and empty.
+    def __init__(self, model: Cascade, form: Form, folder: Path):
+        """Begins at once. folder: for the files of its pictures, empty or not there yet.
 
         Raises UserError for what cannot be drawn.
         """
-        self._form, self._folder, self._versions = form, folder, versions
+        self._form, self._folder = form, folder
         self._stop, self._said = threading.Event(), queue.SimpleQueue[None]()
+        self._previewed = -SECONDS_APART
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             pictures = model.draw(
@@ -144,28 +144,29 @@ class Drawing:
     def _advance(self, progress: Progress) -> None:
         self._check()
         state, now = self.state, time.monotonic()
-        if progress.step == 0 or now - state.since > SECONDS_APART:
-            if progress.images is not None:
-                state.previews = [_preview(picture) for picture in progress.images]
+        if now - self._previewed > SECONDS_APART or progress.step == progress.steps:
+            thought = progress.images
+            if thought is not None:
+                state.previews = [_preview(picture) for picture in thought]
+                self._previewed = time.monotonic()
         state.since, state.progress = now, progress
         self._said.put(None)
 
     def _keep(self, picture: Picture) -> Drawn:
-        """The picture as files."""
-        name, files, frames = f"cascade-{picture.seed}", {}, []
-        for side in picture.images:
-            files[side] = self._folder / f"{name}-{side}.png"
-            picture.save(files[side], side)
-        record = forms.record(picture, self._form, self._versions)
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (self._folder / f"{name}.json").write_text(text, encoding="utf-8")
+        """The picture as files, those of `cascade sample` and JPEGs of its frames."""
+        number = len(self.state.drawn)
+        output.write(picture, self._folder, number, forms.begun(self._form))
+        name, frames = f"{number:04d}", []
         for side, path in picture.frames.items():
             for i, frame in enumerate(path):
-                file = self._folder / f"{name}-{side}-{i}.jpg"
+                file = self._folder / f"{name}_{side}_{i}.jpg"
                 file.write_bytes(_jpeg(frame))
                 frames.append((side, file))
         return Drawn(
-            seed=picture.seed, files=files, json=self._folder / f"{name}.json", frames=frames
+            seed=picture.seed,
+            files={side: self._folder / f"{name}_{side}.png" for side in picture.images},
+            json=self._folder / f"{name}.json",
+            frames=frames,
         )
 
 
@@ -179,5 +180,3 @@ def _jpeg(picture: UInt8[np.ndarray, "s s 3"]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="JPEG", quality=92, subsampling=0)
     return file.getvalue()
-
-

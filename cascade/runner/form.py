@@ -21,10 +21,10 @@ from cascade import images
 from cascade.config import from_json
 from cascade.errors import OptionError, UserError
 from cascade.published.schedulers import Respaced
+from cascade.runner import counts, output
 from cascade.runner.cascade import Cascade
 from cascade.runner.overrides import by_stage
-from cascade.runner.picture import Picture
-from cascade.stage import Sampling
+from cascade.stage import Sampling, StageConfig
 
 MOST_PICTURES = 16
 """One drawing of the page makes at most so many pictures."""
@@ -69,9 +69,10 @@ def empty(model: Cascade) -> Form:
 
 
 def options(form: Form, model: Cascade) -> dict[str, Any]:
-    """What `Cascade.draw` is to be called with. Raises UserError for more than the page draws; what
-    else is wrong, `draw` says itself."""
-    if isinstance(form.num, int) and form.num > MOST_PICTURES:
+    """What `Cascade.draw` is to be called with. Raises UserError for numbers out of range, and for
+    more than the page draws; what else is wrong, `draw` says itself."""
+    counts.check(seed=form.seed, num=form.num)
+    if form.num > MOST_PICTURES:
         raise OptionError("num", form.num, f"must be at most {MOST_PICTURES} in the page")
     drawn = [stage.config for stage, _ in model.select(until=form.until)]
     every = [stage.config for stage, _ in model.stages]
@@ -97,18 +98,16 @@ def options(form: Form, model: Cascade) -> dict[str, Any]:
     return given
 
 
-def record(picture: Picture, form: Form, versions: Mapping[str, str]) -> dict[str, Any]:
-    """All of a picture's metadata, as JSON values: enough to repeat it, so the picture that it
-    began from is inside. versions: of the packages that drew it."""
+def begun(form: Form) -> dict[str, Any]:
+    """What a picture's JSON holds beside its metadata, so that it can be repeated: the picture that
+    it began from."""
     return {
-        **picture.metadata,
         "init_png": None if form.init is None else _to_text(form.init),
         "mask_png": None if form.mask is None else _to_text(form.mask),
-        "versions": dict(versions),
     }
 
 
-def repeating(record: Any, model: Cascade, versions: Mapping[str, str]) -> tuple[Form, list[str]]:
+def repeating(record: Any, model: Cascade) -> tuple[Form, list[str]]:
     """The form that draws a picture again, given its metadata, and what may make it differ.
 
     record: of the page's JSON, or of that of `cascade sample`, which anybody may have written.
@@ -126,18 +125,13 @@ def repeating(record: Any, model: Cascade, versions: Mapping[str, str]) -> tuple
             "this picture was enlarged from a smaller one, which its JSON does not hold: repeat it "
             "by cascade sample --lowres"
         )
-    stages, settings, drawn = record["stages"], [], []
-    for (stage, _), own in zip(model.stages, model.settings, strict=True):
-        said = stages.get(stage.config.name)
-        if isinstance(said, dict):
-            fields = {name: value for name, value in said.items() if name != "resolution"}
-            own = from_json(Sampling, fields, f"stages.{stage.config.name}")
-            drawn.append(stage.config)
-        settings.append(own)
-    if [s.name for s in drawn] != list(stages) or drawn != [
-        stage.config for stage, _ in model.stages[: len(drawn)]
-    ]:
-        raise UserError(f"this picture was drawn by stages {', '.join(map(str, stages))[:200]}")
+    stages, names = record["stages"], [stage.config.name for stage, _ in model.stages]
+    if not stages or list(stages) != names[: len(stages)]:
+        raise UserError(
+            f"this picture was drawn by the stages {', '.join(map(str, stages))[:200]!r}, and this "
+            f"model draws with {', '.join(names)}"
+        )
+    settings = [_settings(stage.config, stages.get(stage.config.name)) for stage, _ in model.stages]
     prompt, seed = record.get("prompt"), record.get("seed")
     negative = record.get("negative")
     if not isinstance(prompt, str) or not isinstance(negative, str | None):
@@ -152,12 +146,12 @@ def repeating(record: Any, model: Cascade, versions: Mapping[str, str]) -> tuple
         prompt=prompt,
         negative=negative or "",
         seed=seed,
-        until=drawn[-1].resolution,
+        until=model.stages[len(stages) - 1][0].config.resolution,
         strength="" if edited is None else _strengths(edited),
         init=init,
         mask=None if mask is None else mask[..., 0],
     )
-    return form, [*_missing(record, init), *_unlike(record, versions)]
+    return form, [*_missing(record, init), *_unlike(record)]
 
 
 def begun_from(
@@ -200,6 +194,19 @@ def _filled(model: Cascade, settings: Sequence[Sampling], **fields: Any) -> Form
     )
 
 
+def _settings(stage: StageConfig, said: Any) -> Sampling:
+    """What a picture's JSON says of a stage; the stage's own where it says nothing."""
+    if said is None:
+        return stage.sampling
+    fields = said if not isinstance(said, dict) else {k: said[k] for k in said if k != "resolution"}
+    settings = from_json(Sampling, fields, f"stages.{stage.name}")
+    try:
+        stage.check(settings)
+    except ValueError as e:
+        raise UserError(f"stages.{stage.name}: {e}") from None
+    return settings
+
+
 def _steps(settings: Sampling) -> str:
     """The word of a list of steps, or their number."""
     return settings.grid.name if isinstance(settings.grid, Respaced) else str(settings.steps)
@@ -221,13 +228,13 @@ def _missing(record: Mapping[str, Any], init: Any) -> list[str]:
     ]
 
 
-def _unlike(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+def _unlike(record: Mapping[str, Any]) -> list[str]:
     """What else drew the picture than draws now, of what can change a pixel."""
     told = record.get("versions")
     told = told if isinstance(told, dict) else {}
     found = [
         f"{name} {str(told[name])[:40]} drew this picture, and {own} draws now: pixels may differ"
-        for name, own in versions.items()
+        for name, own in output.versions().items()
         if name in told and told[name] != own
     ]
     if record.get("text_encoder") is not None:

@@ -1,0 +1,486 @@
+"""A page in the browser: fields to fill in, pictures that come about stage by stage.
+
+Gradio makes the fields and carries what happens in them here; what they mean is in `runner.form`,
+how it is drawn in `runner.drawing`. Nothing is loaded from elsewhere: fonts are the system's, and
+browsers are told to ask this address alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import fastapi
+import gradio as gr
+import uvicorn
+from gradio.components.image_editor import EditorData
+from gradio.themes import Default
+
+from cascade.config import read_json
+from cascade.errors import UserError
+from cascade.runner import form as forms
+from cascade.runner.cascade import Cascade
+from cascade.runner.drawing import Drawing, Drawn, State
+from cascade.runner.form import Form
+
+MOST_BYTES = 2**24
+"""An upload has at most so many bytes."""
+MOST_WAITING = 32
+"""So many drawings wait at most; further ones are refused."""
+SECONDS_TO_END = 10
+"""So long the end of the page waits for a drawing to take its step."""
+_ONLY_FROM_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+
+
+class Page:
+    """The page of one model. `serve` shows it until a signal ends that."""
+
+    def __init__(self, model: Cascade, folder: str):
+        """folder: for all files. Raises UserError for a model that draws from no text."""
+        if model.stages[0][0].config.lowres is not None:
+            raise UserError(
+                f"model {model.name} only enlarges pictures, and the page draws from text; "
+                "use cascade sample --lowres"
+            )
+        self._model, self._folder = model, folder
+        self._drawings: dict[str, Drawing] = {}  # by session
+        self._folders: dict[str, list[str]] = {}
+        self._blocks = self._laid_out()
+
+    def serve(self, listener: socket.socket) -> None:
+        """Answer at that address until SIGINT or SIGTERM, which is then raised again."""
+        app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        gr.mount_gradio_app(
+            app,
+            self._blocks,
+            path="/",
+            footer_links=[],
+            run_history=False,
+            allowed_paths=[self._folder],
+            max_file_size=MOST_BYTES,
+            show_error=True,
+            ssr_mode=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            theme=_theme(),
+            css=_CSS,
+        )
+        # Its errors at the end are of browsers that still listen.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                _only_from_here(app),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=1,
+                ws="none",
+            )
+        )
+        try:
+            server.run(sockets=[listener])
+        finally:
+            for drawing in list(self._drawings.values()):
+                drawing.stop()
+            for drawing in list(self._drawings.values()):
+                drawing.join(SECONDS_TO_END)
+
+    def _laid_out(self) -> gr.Blocks:
+        model, empty = self._model, forms.empty(self._model)
+        every = [stage.config for stage, _ in model.stages]
+        sides = [stage.resolution for stage in every]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of gradio, which are for programmers
+            blocks = gr.Blocks(
+                title="cascade", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
+            )
+        with blocks, gr.Row(elem_id="page"):
+            with gr.Column(scale=2, min_width=300, elem_id="controls"):
+                gr.HTML(
+                    f"<h1>cascade</h1><p>{escape(model.name)}: "
+                    f"{', then '.join(map(str, sides))} px</p>"
+                )
+                prompt = gr.Textbox(
+                    label="Prompt",
+                    placeholder="a small red circle above a big blue square on gray",
+                    max_lines=6,
+                    autofocus=True,
+                    elem_id="prompt",
+                )
+                with gr.Row(elem_classes="narrow"):
+                    draw = gr.Button("Draw", variant="primary", min_width=80, elem_id="draw")
+                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                with gr.Row(elem_classes="narrow"):
+                    seed = gr.Number(0, label="Seed", min_width=90, elem_id="seed")
+                    num = gr.Number(
+                        1,
+                        label=f"Pictures, 1 to {forms.MOST_PICTURES}",
+                        min_width=90,
+                        elem_id="num",
+                    )
+                again = gr.Button("Another seed, at random", size="sm", elem_id="random")
+                until = gr.Radio(
+                    [(f"{side} px", side) for side in sides],
+                    value=sides[-1],
+                    label="Stop at",
+                    elem_id="until",
+                    visible=len(sides) > 1,
+                )
+                with gr.Accordion("More", open=False, elem_id="more"):
+                    negative = gr.Textbox(
+                        label="Negative: what to move away from", max_lines=3, elem_id="negative"
+                    )
+                    lists = {"steps": [], "guidance": [], "aug_level": []}
+                    for i, stage in enumerate(every):
+                        with gr.Row(elem_classes="narrow"):
+                            lists["steps"].append(
+                                _word(f"{stage.resolution} px: steps", empty.steps[i])
+                            )
+                            lists["guidance"].append(_word("guidance", empty.guidance[i]))
+                            if stage.lowres is not None:
+                                level = empty.aug_level[len(lists["aug_level"])]
+                                lists["aug_level"].append(_word("augmentation", level))
+                    reset = gr.Button("The model's own settings", size="sm", elem_id="reset")
+                with gr.Accordion("Begin from a picture", open=False, elem_id="begin"):
+                    gr.HTML(
+                        "<p>Put a picture in, of which the central square is drawn anew. To change "
+                        "a part alone, paint over that.</p>"
+                    )
+                    editor = gr.ImageEditor(
+                        show_label=False,
+                        sources=("upload", "clipboard"),
+                        transforms=(),
+                        layers=False,
+                        brush=gr.Brush(colors=["#ff00ff"], color_mode="fixed"),
+                        format="png",
+                        canvas_size=(512, 512),
+                        elem_id="editor",
+                    )
+                    strength = gr.Textbox(
+                        label="How much changes, above 0 to 1, or by stage as in 0.6,0.8,0.8",
+                        placeholder="the default",
+                        elem_id="strength",
+                    )
+                upload = gr.UploadButton(
+                    "Repeat a picture from its JSON",
+                    size="sm",
+                    file_types=[".json"],
+                    elem_id="repeat",
+                )
+                if model.known_words:
+                    with gr.Accordion("Words that this model knows", open=False):
+                        gr.HTML(f"<p>{escape(', '.join(sorted(model.known_words)))}</p>")
+            with gr.Column(scale=5, min_width=300, elem_id="result"):
+                message = gr.HTML(elem_id="message")
+                scrub = gr.Slider(
+                    1,
+                    2,
+                    step=1,
+                    label="From noise to picture",
+                    visible=False,
+                    elem_id="scrub",
+                )
+                easel = gr.HTML(_WELCOME, elem_id="easel")
+            _undecoded(editor)
+            repeated = gr.State()
+            unheard = gr.State(0)
+
+            words = [*lists["steps"], *lists["guidance"], *lists["aug_level"]]
+            fields = [prompt, negative, seed, num, until, strength, *words]
+            quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+            at_once: dict[str, Any] = {"queue": False, **quiet}
+            drawing = gr.on(
+                [prompt.submit, draw.click],
+                self._draw,
+                [repeated, editor, *fields],
+                [message, easel, scrub],
+                concurrency_limit=1,
+                trigger_mode="once",
+                show_progress="minimal",
+                show_progress_on=message,
+                api_visibility="private",
+            )
+            stop.click(self._stop, unheard, [message, unheard], **at_once)
+            # What waits for its turn hears of no stop: it leaves the queue.
+            unheard.change(None, cancels=[drawing], **at_once)
+            scrub.input(self._scrub, scrub, easel, trigger_mode="always_last", **at_once)
+            again.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)", **at_once)
+            reset.click(self._reset, None, [message, repeated, strength, *words], **at_once)
+            upload.upload(self._repeat, upload, [message, repeated, *fields], **at_once)
+            blocks.unload(self._left)
+        blocks.queue(max_size=MOST_WAITING, api_open=False)
+        return blocks
+
+    # What happens when. Each returns a value for every output that is named above.
+
+    def _draw(
+        self, request: gr.Request, repeated: Form | None, editor: Any, *fields: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        session = str(request.session_hash)
+        self._clear(session)
+        hidden, folder = gr.Slider(visible=False), tempfile.mkdtemp(dir=self._folder)
+        self._folders.setdefault(session, []).append(folder)
+        try:
+            form = self._form(repeated, editor, fields)
+            drawing = Drawing(self._model, form, Path(folder))
+        except (ValueError, TypeError) as e:
+            yield _message(error=str(e)), "", hidden
+            return
+        self._drawings[session] = drawing
+        try:
+            for state in drawing.states():
+                if not state.ended:
+                    yield _message(state.notes), _coming(state), hidden
+            error = "" if state.error == "stopped" else state.error
+            notes = [*state.notes, *(["Stopped."] if state.error == "stopped" else [])]
+            positions = len(state.drawn[0].frames) + 1 if state.drawn else 1
+            yield (
+                _message(notes, error),
+                _hung(state.drawn, positions),
+                gr.Slider(maximum=max(2, positions), value=positions, visible=positions > 1),
+            )
+        finally:
+            drawing.stop()
+
+    def _stop(self, unheard: int, request: gr.Request) -> tuple[str, int]:
+        drawing = self._drawings.get(str(request.session_hash))
+        if drawing is None or drawing.state.ended:
+            return _message(["Stopped."]), unheard + 1
+        drawing.stop()
+        return _message([*drawing.state.notes, "Stopping at the next step."]), unheard
+
+    def _scrub(self, position: int, request: gr.Request) -> str:
+        drawing = self._drawings.get(str(request.session_hash))
+        return "" if drawing is None else _hung(drawing.state.drawn, int(position))
+
+    def _reset(self) -> tuple[Any, ...]:
+        empty = forms.empty(self._model)
+        note = _message(["All settings are the model's own again."])
+        return note, None, "", *empty.steps, *empty.guidance, *empty.aug_level
+
+    def _repeat(self, file: str | None) -> tuple[Any, ...]:
+        kept = [gr.skip()] * (1 + len(forms.empty(self._model).steps) * 2 + 6)
+        if file is None:
+            return gr.skip(), *kept
+        try:
+            try:
+                read = read_json(Path(file))
+            except UserError as e:
+                raise UserError(str(e).replace(file, Path(file).name)) from None
+            form, notes = forms.repeating(read, self._model)
+        except UserError as e:
+            return _message(error=str(e)), *kept
+        told = f"{Path(file).name} has filled in the form, with all settings that it does not show."
+        if form.init is not None:
+            told += " Unless you put another one in, it begins from the picture that it began from."
+        values = (form.prompt, form.negative, form.seed, form.num, form.until, form.strength)
+        return (
+            *(_message([told, *notes]), form, *values),
+            *(*form.steps, *form.guidance, *form.aug_level),
+        )
+
+    def _left(self, request: gr.Request) -> None:
+        """The tab is closed."""
+        self._clear(str(request.session_hash))
+
+    def _clear(self, session: str) -> None:
+        """Forget what the session has drawn."""
+        if (drawing := self._drawings.pop(session, None)) is not None:
+            drawing.stop()
+        for folder in self._folders.pop(session, []):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _form(self, repeated: Form | None, editor: Any, fields: Sequence[Any]) -> Form:
+        prompt, negative, seed, num, until, strength, *words = fields
+        count, base = len(self._model.stages), repeated or forms.empty(self._model)
+        largest = max(stage.config.resolution for stage, _ in self._model.stages)
+        background, painted = editor or (None, [])
+        init, mask = forms.begun_from(background, painted, largest)
+        if init is None:
+            init, mask = base.init, base.mask if mask is None else mask
+        return Form(
+            prompt=prompt or "",
+            negative=negative or "",
+            seed=seed,
+            num=num,
+            until=until,
+            strength=strength or "",
+            steps=tuple(words[:count]),
+            guidance=tuple(words[count : 2 * count]),
+            aug_level=tuple(words[2 * count :]),
+            settings=base.settings,
+            init=init,
+            mask=mask,
+        )
+
+
+def _undecoded(editor: gr.ImageEditor) -> None:
+    """Have the editor give (background or None, painted layers) as bytes: it is not for
+    gradio to decode files of anybody's. It is no subclass, beside which gradio writes a file."""
+
+    def preprocess(payload: EditorData | None) -> Any:
+        if payload is None:
+            return None
+        given: Any = payload
+        if payload.id is not None:
+            given = editor.blob_storage.pop(payload.id, payload)
+        while len(editor.blob_storage) > MOST_WAITING:
+            editor.blob_storage.pop(next(iter(editor.blob_storage)))
+        return _bytes(given.background), [_bytes(layer) for layer in given.layers if layer]
+
+    editor.preprocess = preprocess
+
+
+def _bytes(file: Any) -> bytes | None:
+    return Path(file.path).read_bytes() if hasattr(file, "path") else file
+
+
+def _word(label: str, value: str) -> gr.Textbox:
+    return gr.Textbox(value, label=label, max_lines=1, min_width=80)
+
+
+def _message(notes: Sequence[str] = (), error: str = "") -> str:
+    lines = [f"<p>{escape(note)}</p>" for note in notes]
+    if error:
+        lines.append(f'<p class="error" role="alert">{escape(error)}</p>')
+    return f'<div role="status">{"".join(lines)}</div>'
+
+
+def _coming(state: State) -> str:
+    """Pictures that are being drawn, under a bar for each of their stages."""
+    now, before = state.progress, len(state.drawn)
+    bars, reached = [], False
+    for side in state.sides:
+        if now is not None and now.resolution == side:
+            reached = True
+            told = "compiling" if now.step == 0 else f"step {now.step} of {now.steps}"
+            bars.append(_bar(side, told, now.step / now.steps))
+        else:
+            bars.append(_bar(side, "waiting" if reached or now is None else "drawn", not reached))
+    if now is None:
+        bars = [_bar(side, "waiting", 0) for side in state.sides]
+    of = f"<p>{before} of {state.pictures} drawn</p>" if state.pictures > 1 else ""
+    figures = [_figure(drawn) for drawn in state.drawn]
+    if not figures and not state.previews:
+        figures = ['<p class="welcome"></p>']
+    figures += [
+        f'<figure><img src="{preview}" alt="what the picture is thought to be by now"></figure>'
+        for preview in state.previews
+    ]
+    return f'{of}<ol class="stages">{"".join(bars)}</ol>{_wall(figures)}'
+
+
+def _bar(side: int, told: str, share: float) -> str:
+    percent = round(100 * share)
+    return (
+        f'<li><b>{side} px</b> <span>{told}</span><div class="bar" role="progressbar" '
+        f'aria-label="{side} px" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent}">'
+        f'<div style="width: {percent}%"></div></div></li>'
+    )
+
+
+def _hung(drawn: Sequence[Drawn], position: int) -> str:
+    """The pictures, at a place of their way from noise: 1 is the first frame, one more than there
+    are frames the picture itself."""
+    figures = []
+    for one in drawn:
+        if position > len(one.frames):
+            figures.append(_figure(one))
+            continue
+        side, file = one.frames[max(position, 1) - 1]
+        own = [number for number, _ in one.frames].index(side)
+        count = sum(number == side for number, _ in one.frames)
+        nth = f"{side} px, seed {one.seed}: guess {max(position, 1) - own} of {count}"
+        figures.append(_framed(_link(file), nth, f"<span>{nth}</span>", side))
+    return _wall(figures)
+
+
+def _figure(one: Drawn) -> str:
+    """A picture, with its files to download under it."""
+    name = f"cascade-{one.seed}"
+    links = [
+        f'<a href="{_link(file)}" download="{name}-{side}.png">{side} px</a>'
+        for side, file in one.files.items()
+    ]
+    links.append(f'<a href="{_link(one.json)}" download="{name}.json">JSON</a>')
+    caption = f"<span>seed {one.seed}</span> {' '.join(links)}"
+    largest = max(one.files)
+    alt = f"the picture of seed {one.seed}, {largest} px"
+    return _framed(_link(one.files[largest]), alt, caption, largest)
+
+
+def _framed(link: str, alt: str, caption: str, side: int) -> str:
+    crisp = ' class="crisp"' if side < 256 else ""
+    return (
+        f'<figure><img{crisp} src="{link}" alt="{escape(alt)}"><figcaption>{caption}</figcaption>'
+        "</figure>"
+    )
+
+
+def _wall(figures: Sequence[str]) -> str:
+    kind = "one" if len(figures) == 1 else "many"
+    return f'<div class="wall {kind}">{"".join(figures)}</div>'
+
+
+def _link(file: Path) -> str:
+    return f"/gradio_api/file={quote(str(file))}"
+
+
+def _theme() -> Default:
+    system = ("system-ui", "sans-serif")
+    return Default(primary_hue="blue", font=system, font_mono=("ui-monospace", "monospace"))
+
+
+def _only_from_here(app: Any) -> Any:
+    """The app, whose answers tell browsers to load nothing from elsewhere; it fetches nothing for
+    them either."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                own = (b"content-security-policy", _ONLY_FROM_HERE.encode())
+                message = {**message, "headers": [*message.get("headers", []), own]}
+            await send(message)
+
+        if "/file=http" in scope.get("path", ""):
+            await fastapi.Response(status_code=404)(scope, receive, send)
+            return
+        await app(scope, receive, sending)
+
+    return answer
+
+
+_WELCOME = '<div class="wall one"><p class="welcome">Say what to draw, and press Enter.</p></div>'
+_CSS = """
+#page { align-items: flex-start }
+#controls h1 { font-size: 1.4rem; margin: 0 }
+#controls p { margin: 0 }
+#message p { margin: 0 0 .5rem }
+#message .error { color: #b00020; font-weight: 600 }
+.dark #message .error { color: #ff8a80 }
+.narrow { flex-wrap: nowrap !important; gap: .5rem }
+.stages { list-style: none; display: flex; gap: 1rem; margin: 0 0 1rem; padding: 0 }
+.stages li { flex: 1; min-width: 0 }
+.stages .bar { height: .4rem; border-radius: .2rem; background: var(--border-color-primary) }
+.stages .bar div { height: 100%; border-radius: .2rem; background: var(--primary-500) }
+.wall { display: grid; gap: 1rem }
+.wall.one { grid-template-columns: minmax(0, min(100%, 78vh)) }
+.wall.many { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }
+.wall figure { margin: 0 }
+.wall img { display: block; width: 100%; aspect-ratio: 1; border-radius: .4rem;
+  background: var(--block-background-fill) }
+.wall img.crisp { image-rendering: pixelated }
+.wall figcaption { display: flex; flex-wrap: wrap; gap: .9rem; padding: .4rem 0 }
+.wall figcaption a { text-decoration: underline }
+.welcome { aspect-ratio: 1; max-height: 60vh; width: 100%; display: grid; place-items: center;
+  border: 1px dashed var(--border-color-primary); border-radius: .4rem;
+  color: var(--body-text-color) }
+#scrub { max-width: 78vh }
+"""
