@@ -1,7 +1,7 @@
 """A page in the browser: fields to fill in, pictures that come about stage by stage.
 
 Gradio makes the fields and carries what happens in them here; what they mean is in `runner.form`,
-how it is drawn in `runner.drawing`. Nothing is loaded from elsewhere: fonts are the system's, and
+how it is drawn in `runner.easel`. Nothing is loaded from elsewhere: fonts are the system's, and
 browsers are told to ask this address alone.
 """
 
@@ -28,13 +28,11 @@ from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.runner import form as forms
 from cascade.runner.cascade import Cascade
-from cascade.runner.drawing import Drawing, Drawn, State
+from cascade.runner.easel import MOST_WAITING, STOPPED, Drawing, Drawn, State
 from cascade.runner.form import Form
 
 MOST_BYTES = 2**24
 """An upload has at most so many bytes."""
-MOST_WAITING = 32
-"""So many drawings wait at most; further ones are refused."""
 SECONDS_TO_END = 10
 """So long the end of the page waits for a drawing to take its step."""
 _ONLY_FROM_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -102,7 +100,7 @@ class Page:
                 title="cascade", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
             )
         with blocks, gr.Row(elem_id="page"):
-            with gr.Column(scale=2, min_width=300, elem_id="controls"):
+            with gr.Column(elem_id="ask"):
                 gr.HTML(
                     f"<h1>cascade</h1><p>{escape(model.name)}: "
                     f"{', then '.join(map(str, sides))} px</p>"
@@ -117,6 +115,8 @@ class Page:
                 with gr.Row(elem_classes="narrow"):
                     draw = gr.Button("Draw", variant="primary", min_width=80, elem_id="draw")
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                message = gr.HTML(elem_id="message")
+            with gr.Column(elem_id="options"):
                 with gr.Row(elem_classes="narrow"):
                     seed = gr.Number(0, label="Seed", min_width=90, elem_id="seed")
                     num = gr.Number(
@@ -140,13 +140,12 @@ class Page:
                     lists = {"steps": [], "guidance": [], "aug_level": []}
                     for i, stage in enumerate(every):
                         with gr.Row(elem_classes="narrow"):
-                            lists["steps"].append(
-                                _word(f"{stage.resolution} px: steps", empty.steps[i])
-                            )
-                            lists["guidance"].append(_word("guidance", empty.guidance[i]))
+                            px = f"{stage.resolution} px"
+                            lists["steps"].append(_word(f"{px} steps", empty.steps[i]))
+                            lists["guidance"].append(_word(f"{px} guidance", empty.guidance[i]))
                             if stage.lowres is not None:
                                 level = empty.aug_level[len(lists["aug_level"])]
-                                lists["aug_level"].append(_word("augmentation", level))
+                                lists["aug_level"].append(_word(f"{px} aug level", level))
                     reset = gr.Button("The model's own settings", size="sm", elem_id="reset")
                 with gr.Accordion("Begin from a picture", open=False, elem_id="begin"):
                     gr.HTML(
@@ -177,8 +176,7 @@ class Page:
                 if model.known_words:
                     with gr.Accordion("Words that this model knows", open=False):
                         gr.HTML(f"<p>{escape(', '.join(sorted(model.known_words)))}</p>")
-            with gr.Column(scale=5, min_width=300, elem_id="result"):
-                message = gr.HTML(elem_id="message")
+            with gr.Column(elem_id="result"):
                 scrub = gr.Slider(
                     1,
                     2,
@@ -190,32 +188,27 @@ class Page:
                 easel = gr.HTML(_WELCOME, elem_id="easel")
             _undecoded(editor)
             repeated = gr.State()
-            unheard = gr.State(0)
 
             words = [*lists["steps"], *lists["guidance"], *lists["aug_level"]]
             fields = [prompt, negative, seed, num, until, strength, *words]
             quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             at_once: dict[str, Any] = {"queue": False, **quiet}
-            drawing = gr.on(
+            gr.on(
                 [prompt.submit, draw.click],
                 self._draw,
                 [repeated, editor, *fields],
                 [message, easel, scrub],
-                concurrency_limit=1,
+                concurrency_limit=MOST_WAITING + 2,  # of which all but one wait
                 trigger_mode="once",
-                show_progress="minimal",
-                show_progress_on=message,
-                api_visibility="private",
+                **quiet,
             )
-            stop.click(self._stop, unheard, [message, unheard], **at_once)
-            # What waits for its turn hears of no stop: it leaves the queue.
-            unheard.change(None, cancels=[drawing], **at_once)
+            stop.click(self._stop, None, message, **at_once)
             scrub.input(self._scrub, scrub, easel, trigger_mode="always_last", **at_once)
             again.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)", **at_once)
             reset.click(self._reset, None, [message, repeated, strength, *words], **at_once)
             upload.upload(self._repeat, upload, [message, repeated, *fields], **at_once)
             blocks.unload(self._left)
-        blocks.queue(max_size=MOST_WAITING, api_open=False)
+        blocks.queue(api_open=False)
         return blocks
 
     # What happens when. Each returns a value for every output that is named above.
@@ -231,15 +224,15 @@ class Page:
             form = self._form(repeated, editor, fields)
             drawing = Drawing(self._model, form, Path(folder))
         except (ValueError, TypeError) as e:
-            yield _message(error=str(e)), "", hidden
+            yield _message(error=str(e)), _WELCOME, hidden
             return
         self._drawings[session] = drawing
         try:
             for state in drawing.states():
                 if not state.ended:
                     yield _message(state.notes), _coming(state), hidden
-            error = "" if state.error == "stopped" else state.error
-            notes = [*state.notes, *(["Stopped."] if state.error == "stopped" else [])]
+            error = "" if state.error == STOPPED else state.error
+            notes = [*state.notes, *(["Stopped."] if state.error == STOPPED else [])]
             positions = len(state.drawn[0].frames) + 1 if state.drawn else 1
             yield (
                 _message(notes, error),
@@ -249,16 +242,16 @@ class Page:
         finally:
             drawing.stop()
 
-    def _stop(self, unheard: int, request: gr.Request) -> tuple[str, int]:
+    def _stop(self, request: gr.Request) -> str:
         drawing = self._drawings.get(str(request.session_hash))
         if drawing is None or drawing.state.ended:
-            return _message(["Stopped."]), unheard + 1
+            return _message(["Nothing is being drawn."])
         drawing.stop()
-        return _message([*drawing.state.notes, "Stopping at the next step."]), unheard
+        return _message([*drawing.state.notes, "Stopping at the next step."])
 
     def _scrub(self, position: int, request: gr.Request) -> str:
         drawing = self._drawings.get(str(request.session_hash))
-        return "" if drawing is None else _hung(drawing.state.drawn, int(position))
+        return _WELCOME if drawing is None else _hung(drawing.state.drawn, int(position))
 
     def _reset(self) -> tuple[Any, ...]:
         empty = forms.empty(self._model)
@@ -354,7 +347,11 @@ def _message(notes: Sequence[str] = (), error: str = "") -> str:
 
 
 def _coming(state: State) -> str:
-    """Pictures that are being drawn, under a bar for each of their stages."""
+    """Pictures that are being drawn, under a bar for each of their stages; before that their place
+    in the queue."""
+    if state.before:
+        others = "1 drawing is" if state.before == 1 else f"{state.before} drawings are"
+        return _wall([f'<p class="welcome">{others} before yours in the queue.</p>'])
     now, before = state.progress, len(state.drawn)
     bars, reached = [], False
     for side in state.sides:
@@ -389,6 +386,8 @@ def _bar(side: int, told: str, share: float) -> str:
 def _hung(drawn: Sequence[Drawn], position: int) -> str:
     """The pictures, at a place of their way from noise: 1 is the first frame, one more than there
     are frames the picture itself."""
+    if not drawn:
+        return _WELCOME
     figures = []
     for one in drawn:
         if position > len(one.frames):
@@ -459,9 +458,13 @@ def _only_from_here(app: Any) -> Any:
 
 _WELCOME = '<div class="wall one"><p class="welcome">Say what to draw, and press Enter.</p></div>'
 _CSS = """
-#page { align-items: flex-start }
-#controls h1 { font-size: 1.4rem; margin: 0 }
-#controls p { margin: 0 }
+#page { display: grid; align-items: start; gap: 1rem 2rem;
+  grid-template: "ask result" auto "options result" 1fr / minmax(0, 22rem) minmax(0, 1fr) }
+#ask { grid-area: ask } #result { grid-area: result } #options { grid-area: options }
+@media (max-width: 45rem) {
+  #page { grid-template: "ask" "result" "options" / minmax(0, 1fr) } }
+#ask h1 { font-size: 1.4rem; margin: 0 }
+#ask p { margin: 0 }
 #message p { margin: 0 0 .5rem }
 #message .error { color: #b00020; font-weight: 600 }
 .dark #message .error { color: #ff8a80 }
@@ -482,5 +485,4 @@ _CSS = """
 .welcome { aspect-ratio: 1; max-height: 60vh; width: 100%; display: grid; place-items: center;
   border: 1px dashed var(--border-color-primary); border-radius: .4rem;
   color: var(--body-text-color) }
-#scrub { max-width: 78vh }
 """

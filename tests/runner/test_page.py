@@ -10,7 +10,7 @@ from PIL import Image
 from cascade import testing
 from cascade.commands import serve
 from cascade.errors import UserError
-from cascade.runner import drawing, form
+from cascade.runner import easel, form
 from cascade.runner.cascade import Cascade
 from cascade.storage.paths import write_json
 
@@ -30,7 +30,7 @@ def filled(model, **fields):
 
 def drawn(model, filled_in, folder):
     """What the page draws: pictures as files."""
-    *_, end = drawing.Drawing(model, filled_in, folder).states()
+    *_, end = easel.Drawing(model, filled_in, folder).states()
     assert end.error == "" and end.ended
     return end.drawn
 
@@ -101,7 +101,7 @@ def test_fields_are_the_options_of_draw(model):
 )
 def test_what_cannot_be_drawn_is_said_as_python_says_it(model, tmp_path, fields, message):
     with pytest.raises(UserError) as e:
-        drawing.Drawing(model, filled(model, **fields), tmp_path)
+        easel.Drawing(model, filled(model, **fields), tmp_path)
     assert message in str(e.value) and not list(tmp_path.iterdir())
 
 
@@ -207,7 +207,7 @@ def test_what_is_no_image_is_refused_in_a_sentence(where):
 
 
 def test_a_drawing_that_is_stopped_ends_and_keeps_what_is_drawn(model, tmp_path):
-    begun = drawing.Drawing(model, filled(model, num=5, steps=("50", "2")), tmp_path)
+    begun = easel.Drawing(model, filled(model, num=5, steps=("50", "2")), tmp_path)
     for state in begun.states():
         if state.drawn:
             begun.stop()
@@ -218,7 +218,7 @@ def test_a_drawing_that_is_stopped_ends_and_keeps_what_is_drawn(model, tmp_path)
 def test_a_drawing_tells_of_each_stage_and_of_words_that_no_one_knows(model, tmp_path):
     known = Cascade(model.stages, model.encoder, known_words=["a", "b"])
     seen = []
-    begun = drawing.Drawing(known, filled(model), tmp_path)
+    begun = easel.Drawing(known, filled(model), tmp_path)
     for state in begun.states(0.01):
         if state.progress is not None:
             seen.append(state.progress.resolution)

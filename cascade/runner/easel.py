@@ -28,10 +28,17 @@ FRAMES = 8
 """So many guesses of each stage are kept, from noise to the end."""
 PREVIEW_SIDE = 384
 """Of what is shown of a picture that is being drawn, in pixels at most."""
+STOPPED = "stopped"
+"""The error of a drawing that a person has stopped."""
 SECONDS_APART = 0.25
 """Between one preview and the next: to make one takes time from the drawing."""
 
-_ONE_AT_A_TIME = threading.Lock()
+MOST_WAITING = 32
+"""So many drawings wait for their turn at most."""
+
+_TURN = threading.Condition()
+_WAITING: list[Drawing] = []
+"""The drawing that is made, and those that wait, in the order in which they came."""
 
 
 class Stopped(Exception):
@@ -60,14 +67,14 @@ class State:
     """The sides of the stages that draw, in pixels."""
     pictures: int
     """How many are asked for."""
+    before: int = 0
+    """How many drawings are made before this one begins."""
     drawn: list[Drawn] = field(default_factory=list)
     """Those that are done, of all sides."""
     progress: Progress | None = None
     """The last step of those that are being drawn; None before the first."""
     previews: list[str] = field(default_factory=list)
     """What those are thought to be by now, as JPEGs in data URLs."""
-    since: float = field(default_factory=time.monotonic)
-    """When the last step was taken."""
     notes: list[str] = field(default_factory=list)
     """What a person should know, such as words that the model does not."""
     error: str = ""
@@ -80,18 +87,21 @@ class Drawing:
     """Pictures drawn in a thread, one drawing at a time in this process."""
 
     def __init__(self, model: Cascade, form: Form, folder: Path):
-        """Begins at once. folder: for the files of its pictures, empty or not there yet.
-
-        Raises UserError for what cannot be drawn.
+        """It begins when those that came before it are over. folder: for the files of its pictures,
+        empty or not there yet. Raises UserError for what cannot be drawn.
         """
         self._form, self._folder = form, folder
         self._stop, self._said = threading.Event(), queue.SimpleQueue[None]()
         self._previewed = -SECONDS_APART
-        with warnings.catch_warnings(record=True) as told:
+        # Warnings are caught for the whole process, so drawings are begun one at a time as well.
+        with _TURN, warnings.catch_warnings(record=True) as told:
+            if len(_WAITING) > MOST_WAITING:
+                raise UserError(f"{MOST_WAITING} drawings are waiting already; try again later")
             warnings.simplefilter("always")
             pictures = model.draw(
                 **forms.options(form, model), frames=FRAMES, progress=self._advance
             )
+            _WAITING.append(self)
         sides = [s.config.resolution for s, _ in model.select(until=form.until)]
         self.state = State(sides=sides, pictures=form.num)
         self.state.notes = [str(warning.message) for warning in told]
@@ -102,6 +112,8 @@ class Drawing:
         """What it has come to, as often as that changes, and at least every so many seconds; the
         last time when it is over."""
         while not self.state.ended:
+            with _TURN:
+                self.state.before = _WAITING.index(self) if self in _WAITING else 0
             yield self.state
             try:
                 self._said.get(timeout=seconds)
@@ -112,29 +124,37 @@ class Drawing:
         yield self.state
 
     def stop(self) -> None:
-        """End it at the next step of a stage."""
+        """End it at the next step of a stage, or at once if it has not begun."""
         self._stop.set()
+        with _TURN:
+            _TURN.notify_all()
 
     def join(self, seconds: float) -> None:
         """Wait for its end, at most so long."""
         self._thread.join(seconds)
 
     def _draw(self, pictures: Iterator[Picture]) -> None:
-        with _ONE_AT_A_TIME:
-            try:
+        state = self.state
+        try:
+            with _TURN:
+                _TURN.wait_for(lambda: _WAITING[0] is self or self._stop.is_set())
+            self._check()
+            for picture in pictures:
+                state.drawn.append(self._keep(picture))
+                state.progress, state.previews = None, []
+                self._said.put(None)
                 self._check()
-                for picture in pictures:
-                    self.state.drawn.append(self._keep(picture))
-                    self.state.progress, self.state.previews = None, []
-                    self._said.put(None)
-                    self._check()
-            except Stopped:
-                self.state.error = "stopped"
-            except UserError as e:
-                self.state.error = str(e)
-            except Exception as e:  # of JAX, such as too little memory: the page goes on
-                self.state.error = " ".join(f"{type(e).__name__}: {e}".split())[:400]
-        self.state.ended = True
+        except Stopped:
+            state.error = STOPPED
+        except UserError as e:
+            state.error = str(e)
+        except Exception as e:  # of JAX, such as too little memory: the page goes on
+            state.error = " ".join(f"{type(e).__name__}: {e}".split())[:400]
+        finally:
+            with _TURN:
+                _WAITING.remove(self)
+                _TURN.notify_all()
+        state.ended = True
         self._said.put(None)
 
     def _check(self) -> None:
@@ -149,7 +169,7 @@ class Drawing:
             if thought is not None:
                 state.previews = [_preview(picture) for picture in thought]
                 self._previewed = time.monotonic()
-        state.since, state.progress = now, progress
+        state.progress = progress
         self._said.put(None)
 
     def _keep(self, picture: Picture) -> Drawn:
