@@ -141,7 +141,9 @@ class Drawing:
             self._check()
             for picture in pictures:
                 state.drawn.append(self._keep(picture))
-                state.progress, state.previews = None, []
+                state.previews = []
+                if len(state.drawn) < state.pictures:
+                    state.progress = None
                 self._said.put(None)
                 self._check()
         except Stopped:

@@ -50,7 +50,7 @@ class Page:
             )
         self._model, self._folder = model, folder
         self._drawings: dict[str, Drawing] = {}  # by session
-        self._folders: dict[str, list[str]] = {}
+        self._folders: dict[str, str] = {}
         self._blocks = self._laid_out()
 
     def serve(self, listener: socket.socket) -> None:
@@ -140,12 +140,12 @@ class Page:
                     lists = {"steps": [], "guidance": [], "aug_level": []}
                     for i, stage in enumerate(every):
                         with gr.Row(elem_classes="narrow"):
-                            px = f"{stage.resolution} px"
-                            lists["steps"].append(_word(f"{px} steps", empty.steps[i]))
-                            lists["guidance"].append(_word(f"{px} guidance", empty.guidance[i]))
+                            side = stage.resolution
+                            lists["steps"].append(_word(side, "steps", empty.steps[i]))
+                            lists["guidance"].append(_word(side, "guidance", empty.guidance[i]))
                             if stage.lowres is not None:
                                 level = empty.aug_level[len(lists["aug_level"])]
-                                lists["aug_level"].append(_word(f"{px} aug level", level))
+                                lists["aug_level"].append(_word(side, "aug level", level))
                     reset = gr.Button("The model's own settings", size="sm", elem_id="reset")
                 with gr.Accordion("Begin from a picture", open=False, elem_id="begin"):
                     gr.HTML(
@@ -216,16 +216,17 @@ class Page:
     def _draw(
         self, request: gr.Request, repeated: Form | None, editor: Any, *fields: Any
     ) -> Iterator[tuple[Any, ...]]:
-        session = str(request.session_hash)
-        self._clear(session)
-        hidden, folder = gr.Slider(visible=False), tempfile.mkdtemp(dir=self._folder)
-        self._folders.setdefault(session, []).append(folder)
+        session, hidden = str(request.session_hash), gr.Slider(visible=False)
+        folder = tempfile.mkdtemp(dir=self._folder)
         try:
             form = self._form(repeated, editor, fields)
             drawing = Drawing(self._model, form, Path(folder))
         except (ValueError, TypeError) as e:
-            yield _message(error=str(e)), _WELCOME, hidden
+            shutil.rmtree(folder)
+            yield _message(error=str(e)), gr.skip(), gr.skip()
             return
+        self._clear(session)
+        self._folders[session] = folder
         self._drawings[session] = drawing
         try:
             for state in drawing.states():
@@ -287,7 +288,7 @@ class Page:
         """Forget what the session has drawn."""
         if (drawing := self._drawings.pop(session, None)) is not None:
             drawing.stop()
-        for folder in self._folders.pop(session, []):
+        if (folder := self._folders.pop(session, None)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _form(self, repeated: Form | None, editor: Any, fields: Sequence[Any]) -> Form:
@@ -335,8 +336,10 @@ def _bytes(file: Any) -> bytes | None:
     return Path(file.path).read_bytes() if hasattr(file, "path") else file
 
 
-def _word(label: str, value: str) -> gr.Textbox:
-    return gr.Textbox(value, label=label, max_lines=1, min_width=80)
+def _word(side: int, name: str, value: str) -> gr.Textbox:
+    """A field for an option of the stage that draws that side."""
+    own = f"{name.replace(' ', '-')}-{side}"
+    return gr.Textbox(value, label=f"{side} px {name}", max_lines=1, min_width=80, elem_id=own)
 
 
 def _message(notes: Sequence[str] = (), error: str = "") -> str:
