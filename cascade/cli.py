@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cascade.errors import OptionError, UserError
 
-ORDER = ("sample", "train", "export", "convert", "eval", "data", "plan", "bench")
+ORDER = ("sample", "serve", "train", "export", "convert", "eval", "data", "plan", "bench")
 """In which usage lists them; others follow by name."""
 
 # What a folder's permissions, a full disk or a name can do at any time: no fault of the program.

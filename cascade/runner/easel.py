@@ -27,7 +27,7 @@ from cascade.runner.progress import Progress
 FRAMES = 8
 """So many guesses of each stage are kept, from noise to the end."""
 PREVIEW_SIDE = 384
-"""Of what is shown of a picture that is being drawn, in pixels at most."""
+"""A preview has at most so many pixels on a side."""
 STOPPED = "stopped"
 """The error of a drawing that a person has stopped."""
 SECONDS_APART = 0.25
@@ -70,7 +70,7 @@ class State:
     before: int = 0
     """How many drawings are made before this one begins."""
     drawn: list[Drawn] = field(default_factory=list)
-    """Those that are done, of all sides."""
+    """The pictures that are done, with all their sides."""
     progress: Progress | None = None
     """The last step of those that are being drawn; None before the first."""
     previews: list[str] = field(default_factory=list)

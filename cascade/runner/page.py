@@ -260,7 +260,8 @@ class Page:
         return note, None, "", *empty.steps, *empty.guidance, *empty.aug_level
 
     def _repeat(self, file: str | None) -> tuple[Any, ...]:
-        kept = [gr.skip()] * (1 + len(forms.empty(self._model).steps) * 2 + 6)
+        empty = forms.empty(self._model)
+        kept = [gr.skip()] * (7 + len([*empty.steps, *empty.guidance, *empty.aug_level]))
         if file is None:
             return gr.skip(), *kept
         try:

@@ -12,7 +12,6 @@ from cascade.commands import serve
 from cascade.errors import UserError
 from cascade.runner import easel, form
 from cascade.runner.cascade import Cascade
-from cascade.storage.paths import write_json
 
 
 @pytest.fixture(scope="module")
@@ -227,15 +226,10 @@ def test_a_drawing_tells_of_each_stage_and_of_words_that_no_one_knows(model, tmp
     assert state.notes == ["not in the captions that  was trained on: red"]
 
 
-def test_help_states_the_limits_and_needs_neither_gradio_nor_jax(capsys):
+def test_help_states_the_limits(capsys):
     with pytest.raises(SystemExit):
         serve.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert f"at most {form.MOST_PICTURES} pictures, in at most {form.MOST_STEPS} steps" in said
     page = pytest.importorskip("cascade.runner.page")
     assert f"at most {page.MOST_BYTES >> 20} MiB" in said
-
-
-def test_a_json_written_by_the_command_is_read_with_a_bound(tmp_path):
-    write_json(tmp_path / "0000.json", {})
-    assert serve.Options().host == "127.0.0.1"
