@@ -237,11 +237,22 @@ def test_a_picture_is_drawn_anew_where_it_is_painted_over(browser, tmp_path):
     opened(browser, "begin")
     chooser = "#editor input[type=file]"
     found(browser, chooser).send_keys(str(tmp_path / "grey.png"))
-    time.sleep(1)
-    record = json.loads(draw(browser)["cascade-10.json"])
-    assert record["edited"]["masked"] is False and record["mask_png"] is None
-    init = pixels(base64.b64decode(record["init_png"]))
+    canvas = found(browser, "#editor canvas")
+    time.sleep(1)  # until the editor has it, and takes up its brush; nothing tells of that
+
+    def drawn_from():
+        record = json.loads(next(v for k, v in draw(browser).items() if k.endswith(".json")))
+        pictures = [record["init_png"], record["mask_png"]]
+        return record["edited"], *(p and pixels(base64.b64decode(p)) for p in pictures)
+
+    edited, init, mask = drawn_from()
+    assert edited["masked"] is False and mask is None
     assert init.shape == (16, 16, 3) and np.abs(init.astype(int) - 90).max() <= 1
+    hand = ActionChains(browser).move_to_element(canvas).click_and_hold()
+    hand.move_by_offset(20, 0).move_by_offset(-20, 10).release().perform()
+    edited, init, mask = drawn_from()
+    assert edited["masked"] is True and np.abs(init.astype(int) - 90).max() <= 1
+    assert mask.min() == 0 and mask[8, 8] == 255
 
 
 def test_a_drawing_is_stopped_and_one_that_waits_has_its_place_in_the_queue(browser, server):
