@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -37,7 +38,7 @@ OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 UPLOAD = "input[type=file][accept*='.json']"
-PATIENCE = 15
+PATIENCE = 40
 
 
 def served(folder):
@@ -234,11 +235,13 @@ def test_a_json_of_something_else_is_refused_in_a_sentence(browser, tmp_path):
 def test_a_picture_is_drawn_anew_where_it_is_painted_over(browser, tmp_path):
     grey = np.full((64, 64, 3), 90, np.uint8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
+    fill(browser, "prompt", "a green heart")
     opened(browser, "begin")
-    chooser = "#editor input[type=file]"
-    found(browser, chooser).send_keys(str(tmp_path / "grey.png"))
+    undo = "#editor button[aria-label=Undo]"
+    found(browser, undo)
+    found(browser, "#editor input[type=file]").send_keys(str(tmp_path / "grey.png"))
     canvas = found(browser, "#editor canvas")
-    time.sleep(1)  # until the editor has it, and takes up its brush; nothing tells of that
+    until(lambda: found(browser, undo).is_enabled())  # it has the picture
 
     def drawn_from():
         record = json.loads(next(v for k, v in draw(browser).items() if k.endswith(".json")))
@@ -304,9 +307,22 @@ def test_the_browser_has_asked_no_other_address(browser, server):
     assert [url for url in asked if not url.startswith(inside)] == []
 
 
-def test_ctrl_c_ends_it_in_a_line_and_leaves_nothing(server):
+def test_an_upload_that_is_too_large_is_refused(server):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.json"\r\n\r\n'
+    body += b" " * (2**24 + 1) + b"\r\n--x--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(server[1] + "/gradio_api/upload", data=body, headers=kind)
+    with pytest.raises(urllib.error.HTTPError) as e:
+        urllib.request.urlopen(request)
+    assert e.value.code == 413
+
+
+def test_ctrl_c_ends_it_in_a_line_and_leaves_nothing(browser, server):
     """While it draws, and with nothing written outside of the temporary folder."""
     process, _, home = server
+    fill(browser, "steps-8", "900")
+    browser.find_element(By.ID, "draw").click()
+    until(lambda: "8 px step" in " ".join(text(browser, "easel").split()))
     written = list((home / "temporary").iterdir())
     assert len(written) == 1 and written[0].name.startswith("cascade-page-")
     process.send_signal(signal.SIGINT)
