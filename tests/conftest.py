@@ -43,7 +43,7 @@ def pytest_xdist_auto_num_workers(config):
 # after the other, so the longest come first.
 LONGEST = (
     *("processes", "train", "notebooks", "end_to_end", "text", "version_0_1_0", "models", "judge"),
-    *("finetuning", "trainable"),
+    *("finetuning", "trainable", "page_in_browser"),
 )
 
 

@@ -11,6 +11,7 @@ import binascii
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from cascade import images
 from cascade.config import from_json
 from cascade.errors import OptionError, UserError
 from cascade.published.schedulers import Respaced
-from cascade.runner import counts, output
+from cascade.runner import counts
 from cascade.runner.cascade import Cascade
 from cascade.runner.overrides import by_stage
 from cascade.stage import Sampling, StageConfig
@@ -30,6 +31,9 @@ MOST_PICTURES = 16
 """One drawing of the page makes at most so many pictures."""
 MOST_STEPS = 1000
 """In the page a stage takes at most so many steps."""
+
+_DRAW = ("cascade-diffusion", "jax", "jaxlib")
+"""The packages of which another version may draw other pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,12 +235,11 @@ def _missing(record: Mapping[str, Any], init: Any) -> list[str]:
 def _unlike(record: Mapping[str, Any]) -> list[str]:
     """What else drew the picture than draws now, of what can change a pixel."""
     told = record.get("versions")
-    told = told if isinstance(told, dict) else {}
-    found = [
-        f"{name} {str(told[name])[:40]} drew this picture, and {own} draws now: pixels may differ"
-        for name, own in output.versions().items()
-        if name in told and told[name] != own
-    ]
+    found = []
+    for name in _DRAW if isinstance(told, dict) else ():
+        if (own := version(name)) != told.get(name, own):
+            said = str(told[name])[:40]
+            found.append(f"{name} {said} drew this picture, and {own} draws now: pixels may differ")
     if record.get("text_encoder") is not None:
         found.append("this picture was drawn with a text encoder of its own (--text-encoder)")
     if record.get("t5_int8"):
