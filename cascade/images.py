@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from cascade.errors import UserError
 from cascade.storage import paths
@@ -103,6 +104,36 @@ def grid(
     return canvas
 
 
+def captioned(
+    pictures: Sequence[UInt8[np.ndarray, "h w 3"]], captions: Sequence[str]
+) -> list[np.ndarray]:
+    """Each picture uint8 [h, w, 3] with its caption in black on white under it.
+
+    Long ones are wrapped, and cut after MOST_LINES lines; all results have the height of the
+    tallest.
+    """
+    cells = [_captioned(*pair) for pair in zip(pictures, captions, strict=True)]
+    height = max(len(cell) for cell in cells)
+    below = [((0, height - len(cell)), (0, 0), (0, 0)) for cell in cells]
+    return [np.pad(c, pad, constant_values=255) for c, pad in zip(cells, below, strict=True)]
+
+
+def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
+    h, w = image.shape[:2]
+    size = max(10, h // 16)
+    font = ImageFont.load_default(size)
+    letters = max(int(w / (font.getlength("abcdefghij") / 10)), 8)
+    wrapped = textwrap.wrap(caption[:2000], letters) or [""]
+    lines = wrapped if len(wrapped) <= MOST_LINES else [*wrapped[: MOST_LINES - 1], "..."]
+    line_height = round(1.2 * size)
+    canvas = Image.new("RGB", (w, h + line_height * len(lines) + 4), "white")
+    canvas.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        draw.text((2, h + 2 + line_height * number), line, fill="black", font=font)
+    return np.asarray(canvas)
+
+
 def save_png(
     path: str | os.PathLike[str],
     image: UInt8[np.ndarray, "h w 3"],
@@ -171,6 +202,10 @@ def _kind(given: Any) -> str:
     if given.dtype == np.uint8:
         return f"{got}: make a PIL image of it with PIL.Image.fromarray"
     return f"{got}: if its values are 0..255, convert it with .astype(np.uint8)"
+
+
+MOST_LINES = 12
+"""Lines of a caption that are shown under a picture."""
 
 
 class Unreadable(ValueError):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
+import secrets
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,12 +16,13 @@ import tyro
 from cascade import config
 from cascade.devices import distributed
 from cascade.errors import UserError
-from cascade.runner import counts
+from cascade.runner import counts, output
 from cascade.storage import paths
 from cascade.tasks import that_have
 
 if TYPE_CHECKING:
     from cascade.runner.picture import Picture
+    from cascade.runner.progress import Progress
 
 ByStage = Annotated[
     str | None,
@@ -39,7 +40,8 @@ class Options:
 
     For picture 0000 this writes OUT/0000_64.png, OUT/0000_256.png, OUT/0000_1024.png and
     OUT/0000.json (prompt, seed, every setting, versions, the model's hash), and a line of JSON on
-    stdout; for several pictures it writes OUT/grid.png too, of the first 1024. A folder that has
+    stdout; for several pictures it writes OUT/grid.png too, of the first 1024, those of a prompt
+    side by side above it. A folder that has
     pictures already is continued. Lists such as --steps 16,4,2 go by stage, smallest first; one
     value is for all. Several processes, started as `cascade train --help` says, share the pictures
     among them.
@@ -51,7 +53,7 @@ class Options:
     """What to draw; quote each prompt."""
     prompts: File = None
     """A UTF-8 text file with one prompt a line, of at most 16 MiB, drawn after those given as
-    words."""
+    words. Empty lines are passed over."""
     model: str = "scenes"
     """A model that ships (scenes), a folder that `cascade export` or `cascade convert` wrote, or
     the folders (or Hugging Face names) of DeepFloyd IF's stages with a comma between them, the
@@ -70,6 +72,8 @@ class Options:
     """The folder to write into, made if it is missing; gs:// and s3:// names are understood."""
     seed: int = 0
     """Seed of each prompt's first picture; the next ones count up."""
+    random_seed: bool = False
+    """Draw the seed itself at random. It is printed, and stands in the JSON."""
     num: int = 1
     """Pictures of each prompt; one command draws at most 1,000,000 in all."""
     until: Until = None
@@ -111,6 +115,14 @@ class Options:
     split_rows: int = 1
     """Number of this machine's devices that share each super-resolution picture, by its rows of
     pixels: less memory and time for 1024 px."""
+    path: Annotated[
+        Literal["gif", "strip"] | None,
+        tyro.conf.arg(metavar="{gif,strip}", help_behavior_hint="(default: none)"),
+    ] = None
+    """Show how each picture comes about, from noise on: gif writes OUT/0000.gif, which moves, strip
+    OUT/0000_path.png, a row for each stage."""
+    quiet: bool = False
+    """Say nothing on stderr but errors: no progress, no warnings."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
 
@@ -119,8 +131,8 @@ MOST_PICTURES = 1_000_000
 """One command draws at most so many, of all prompts."""
 MOST_PROMPT_BYTES = 2**24
 """A file of prompts has at most so many bytes."""
-MOST_IN_GRID = 1024
-"""grid.png shows at most so many pictures, the first ones."""
+FRAMES = {"gif": 16, "strip": 8}
+"""How many guesses of each stage the kinds of --path show."""
 LISTS = (
     *("grid", "steps", "guidance", "guidance_plan", "rescale", "aug_level", "sampler"),
     "threshold",
@@ -134,7 +146,9 @@ def main(argv: Sequence[str]) -> None:
     options = config.parse(_with_tasks(tasks), argv, prog="cascade sample")
     prompts = _prompts(options)
     _check_words(options, len(prompts))
-    folder = _output_folder(options.out)
+    folder = output.folder_of(options.out)
+    if options.quiet:
+        warnings.simplefilter("ignore")
     if options.compilation_cache:
         use_compilation_cache()
     with distributed.processes():
@@ -161,8 +175,9 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
+    from tqdm import tqdm
 
-    from cascade.images import grid, load_image, save_png
+    from cascade.images import load_image
     from cascade.runner.cascade import Cascade, default_batch_size, numbers
     from cascade.runner.overrides import override
 
@@ -189,21 +204,29 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         if any(given and taken for given, taken in zip(own, steering, strict=True)):
             raise UserError("two of the options steer the same stage: give those of one task")
         steering = [given or taken for given, taken in zip(own, steering, strict=True)]
+    if options.random_seed:
+        seed = np.uint32(secrets.randbelow(2**32 - options.num + 1))
+        if share[1] > 1:
+            seed = multihost_utils.broadcast_one_to_all(seed)
+        options = replace(options, seed=int(seed))
+        if share[0] == 0 and not options.quiet:
+            print(f"--seed {options.seed}", file=sys.stderr)
     if share[0] == 0 and len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
-        print(
-            f"warning: {len(prompts)} prompts of one word each; a prompt of several words needs "
-            f'quotes: "{" ".join(prompts[:5])}"',
-            file=sys.stderr,
+        warnings.warn(
+            f"{len(prompts)} prompts of one word each; a prompt of several words needs quotes: "
+            f'"{" ".join(prompts[:5])}"',
+            stacklevel=1,
         )
     # All processes count on from what the first one saw before any of them wrote.
-    first = _next_number(folder)
+    first = output.next_number(folder)
     if share[1] > 1:
         first = int(multihost_utils.broadcast_one_to_all(np.int32(first)))
     total = len(prompts) * options.num
     batch_size = options.batch_size or default_batch_size()
     count = sum(1 for _ in numbers(total, batch_size, share))
     side = 0
-    progress = _Progress(count * len(stages), shown=share[0] == 0)
+    steps = {stage.name: chosen.steps for stage, chosen in zip(stages, settings, strict=True)}
+    bar = _Bar(-(-count // batch_size), steps, shown=share[0] == 0 and not options.quiet)
     pictures = cascade.draw(
         prompts,
         seed=options.seed,
@@ -216,19 +239,22 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         batch_size=batch_size,
         share=share,
         split_rows=options.split_rows,
-        progress=progress.advance,
+        frames=FRAMES.get(options.path or "", 0),
+        progress=bar.told,
     )
-    with progress:
+    given = ("text_encoder", "dtype", "t5_int8", "lowres")
+    record = {name: getattr(options, name) for name in given} | records
+    record = {name: str(v) if isinstance(v, Path) else v for name, v in record.items()}
+    with bar:
         for number, picture in zip(numbers(total, batch_size, share), pictures, strict=True):
-            folder.mkdir(parents=True, exist_ok=True)
-            line = _write(picture, folder, first + number, options, records)
-            print(json.dumps(line), flush=True)
+            line = output.write(picture, folder, first + number, record, options.path)
+            tqdm.write(json.dumps(line), file=sys.stdout)  # which clears the bar from its line
+            sys.stdout.flush()
             side = _nearest(picture, min(256, max(picture.images)))
     if share[1] > 1:
         multihost_utils.sync_global_devices("pictures drawn")
     if total > 1 and share[0] == 0:
-        drawn = [folder / f"{first + n:04d}_{side}.png" for n in range(min(total, MOST_IN_GRID))]
-        save_png(folder / "grid.png", grid([np.asarray(load_image(file)) for file in drawn]))
+        output.write_grid(folder, first, prompts, options.num, side)
 
 
 def use_compilation_cache() -> None:
@@ -265,11 +291,10 @@ def _prompts(options: Options) -> list[str]:
             raise UserError(
                 f"--prompts {path}: {e.strerror}; give a text file, one prompt a line"
             ) from None
-        while lines and not lines[-1].strip():
-            lines.pop()
-        prompts += [
-            (line.strip(), f"--prompts {path}, line {i + 1}") for i, line in enumerate(lines)
-        ]
+        written = [line.strip() for line in lines if line.strip()]
+        if not written:
+            raise UserError(f"--prompts {path}: has no line with a prompt; write one a line")
+        prompts += [(line, "") for line in written]
     texts = [prompt for prompt, _ in prompts]
     counts.check_prompts(texts, [where for _, where in prompts])
     return texts
@@ -282,6 +307,8 @@ def _check_words(options: Options, prompts: int) -> None:
         batch_size=options.batch_size,
         split_rows=options.split_rows,
     )
+    if options.random_seed and options.seed:
+        raise UserError(f"--seed {options.seed} and --random-seed: give one of them")
     for flag, value in {"--model": options.model, "--text-encoder": options.text_encoder}.items():
         if value == "":
             raise UserError(f"{flag} is empty; give a folder or a name, or leave it out")
@@ -292,79 +319,35 @@ def _check_words(options: Options, prompts: int) -> None:
         )
 
 
-def _output_folder(name: Path) -> paths.Path:
-    out = paths.path(name)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
-    if not isinstance(out, Path):
-        return out
-    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
-    import os
+class _Bar:
+    """While entered, a bar on stderr tells how many steps of all stages of all batches are done."""
 
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out {out}: cannot be written there")
-    return out
-
-
-def _next_number(folder: paths.Path) -> int:
-    """One past the largest picture number in a folder; 0 in a new one."""
-    if not folder.is_dir():
-        return 0
-    found = (re.match(r"(\d{4,})(_\d+\.png|\.json)$", p.name) for p in folder.iterdir())
-    return max((int(m[1]) for m in found if m), default=-1) + 1
-
-
-def _write(
-    picture: Picture,
-    folder: paths.Path,
-    number: int,
-    options: Options,
-    records: Mapping[str, Any],
-) -> dict[str, Any]:
-    name = f"{number:04d}"
-    if (folder / f"{name}.json").exists():
-        raise UserError(
-            f"--out {folder}: picture {name} has come there since this command started; give every "
-            "command that draws at the same time a folder of its own"
-        )
-    names = ("cascade-diffusion", "jax", "jaxlib", "flax")
-    fields = ("text_encoder", "dtype", "t5_int8", "lowres")
-    given = {field: getattr(options, field) for field in fields}
-    record = {
-        **picture.metadata,
-        **{field: str(v) if isinstance(v, Path) else v for field, v in given.items()},
-        **records,
-        "versions": {n: version(n) for n in names},
-    }
-    files = {}
-    for side in picture.images:
-        files[str(side)] = str(folder / f"{name}_{side}.png")
-        picture.save(files[str(side)], side)
-    with paths.writing(folder / f"{name}.json") as file:
-        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return {"picture": name, "prompt": picture.prompt, "seed": picture.seed, "files": files}
-
-
-class _Progress:
-    """While entered, a bar on stderr tells how many (stage, picture) pairs are done."""
-
-    def __init__(self, total: int, shown: bool):
-        self._total, self._shown = total, shown
+    def __init__(self, batches: int, steps: Mapping[str, int], shown: bool):
+        """steps: stage's name -> how many it is to take, as far as one can tell."""
+        self._batches, self._planned, self._shown = batches, dict(steps), shown
+        self._met: set[str] = set()
 
     def __enter__(self) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=self._total,
-            unit="stage",
+            total=self._batches * sum(self._planned.values()),
+            unit="step",
             desc="drawing",
             dynamic_ncols=True,
             disable=not self._shown,
         )
 
-    def advance(self, stage: str, pictures: int) -> None:
-        self._bar.set_postfix_str(f"{stage} done")
-        self._bar.update(min(pictures, self._bar.total - self._bar.n))
+    def told(self, progress: Progress) -> None:
+        if progress.step:
+            self._bar.update(1)
+        new = progress.stage not in self._met
+        if new:  # a picture that is redrawn leaves steps out
+            more = progress.steps - self._planned[progress.stage]
+            self._bar.total += self._batches * more
+            self._met.add(progress.stage)
+        if progress.step <= 1:
+            self._bar.set_postfix_str(f"{progress.stage}, compiling" if new else progress.stage)
 
     def __exit__(self, *error: Any) -> Literal[False]:
         self._bar.close()

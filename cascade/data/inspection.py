@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import collections
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from cascade import config, images
 from cascade.data.folder import FolderData
@@ -18,9 +16,6 @@ from cascade.data.source import BadRecord, Data, Example, Source
 from cascade.data.tfds import TFDSData
 from cascade.errors import UserError
 from cascade.storage import paths
-
-MOST_LINES = 12
-"""Lines of a caption on the sheet."""
 
 
 def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) -> dict[str, Any]:
@@ -42,12 +37,7 @@ def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) ->
     source = data.open(resolution)
     readable, bad = _read(source, 500)
     shown = _read(source, count)[0]
-    cells = [_cell(example["image"], example["caption"]) for example in shown]
-    height = max(len(cell) for cell in cells)
-    cells = [
-        np.pad(cell, ((0, height - len(cell)), (0, 0), (0, 0)), constant_values=255)
-        for cell in cells
-    ]
+    cells = images.captioned([e["image"] for e in shown], [e["caption"] for e in shown])
     images.save_png(sheet, images.grid(cells, gap=8))
     lengths = [len(_words(example["caption"])) for example in readable]
     words = collections.Counter(w for e in readable for w in _words(e["caption"]))
@@ -120,18 +110,3 @@ def _spread(length: int, count: int) -> list[int]:
 
 def _words(caption: str) -> list[str]:
     return re.findall(r"[\w'-]+", caption.lower())
-
-
-def _cell(image: np.ndarray, caption: str) -> np.ndarray:
-    """The picture [h, w, 3] with its caption under it."""
-    side = image.shape[1]
-    font = ImageFont.load_default()
-    letter = font.getlength("abcdefghij") / 10
-    wrapped = textwrap.wrap(caption[:2000], max(int(side / letter), 8)) or [""]
-    lines = wrapped if len(wrapped) <= MOST_LINES else [*wrapped[: MOST_LINES - 1], "..."]
-    canvas = Image.new("RGB", (side, len(image) + 12 * len(lines) + 4), "white")
-    canvas.paste(Image.fromarray(image), (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    for number, line in enumerate(lines):
-        draw.text((0, len(image) + 2 + 12 * number), line, fill="black", font=font)
-    return np.asarray(canvas)

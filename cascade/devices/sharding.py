@@ -209,7 +209,8 @@ class ByRows:
 
     Convolutions are then sent the edges of their neighbours, norms are sent sums alone, and
     attention to pixels is sent all keys. Where the rows do not divide, and in attention's lists of
-    pixels, the compiler decides.
+    pixels, the compiler decides; but what a sampling run carries from step to step (role "run") has
+    a place in any case, on all devices, so that each step is the same program.
     """
 
     mesh: Mesh
@@ -217,10 +218,12 @@ class ByRows:
 
     def __call__(self, x: jax.Array, role: str) -> jax.Array:
         if x.ndim != 4 or x.shape[1] % self.mesh.size:
+            spec = PartitionSpec() if role == "run" else None
+        else:
+            spec = PartitionSpec(None, "rows")
+        if spec is None:
             return x
-        return jax.lax.with_sharding_constraint(
-            x, NamedSharding(self.mesh, PartitionSpec(None, "rows"))
-        )
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

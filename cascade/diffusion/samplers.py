@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from cascade import ranges
@@ -37,6 +36,9 @@ AfterStep = Callable[
     [Float[Array, " b *d"], Float[Array, " b"], Key[Array, " b"]], Float[Array, " b *d"]
 ]
 """(x_s, logsnr_s, keys) -> x_s, called after every step; the keys are fresh ones of each image."""
+
+Memory = Any
+"""What a step keeps for the next one: a pytree of arrays, of the same structure at every step."""
 
 
 def sample(
@@ -58,31 +60,66 @@ def sample(
     keys: one for each image, from jax.random.key; deterministic steps leave them alone.
     after_step: changes x after every step, the last included (log-SNR is then that of times[-1]).
 
-    One scan: tracing cost does not grow with n. The caller compiles it, denoiser and all, with
+    One loop: tracing cost does not grow with n. The caller compiles it, denoiser and all, with
     jax.jit.
     """
-    return _walk(denoiser, x, schedule, times, step, keys, after_step, 0)[0]
+    run = {"schedule": schedule, "times": times, "step": step, "keys": keys}
+    every = (0, times.shape[0] - 1)
+    return walk(denoiser, begun(x, step), every, **run, after_step=after_step).x
 
 
-def sample_path(
+class Run(NamedTuple):
+    """A sampling run under way: what its next step takes, and what the last one thought."""
+
+    x: Float[Array, " b *d"]
+    """At the time that the next step starts from; after the last one the sample."""
+    x0_hat: Float[Array, " b *d"]
+    """What the denoiser thought x0 was at the last step; zeros before the first."""
+    memory: Memory
+    """What that step keeps for the next one."""
+
+
+def begun(x: Float[Array, " b *d"], step: Step) -> Run:
+    """A run that has x and has taken no step."""
+    x = x.astype(jnp.float32)
+    return Run(x, jnp.zeros_like(x), step.memory(x))
+
+
+def walk(
     denoiser: Denoiser,
-    x: Float[Array, " b *d"],
+    run: Run,
+    steps: tuple[Any, Any],
     *,
     schedule: Schedule,
     times: Float[Array, " times"],
     step: Step,
     keys: Key[Array, " b"],
     after_step: AfterStep | None = None,
-    frames: int | None = None,
-) -> tuple[Float[Array, " b *d"], Float[Array, "n b *d"]]:
-    """`sample`, and what the denoiser thought x0 was at n of the steps: [n, b, *d].
+) -> Run:
+    """Carry a run on by some of the steps of `sample`, which takes them all.
 
-    frames: how many, evenly spaced over the steps, the last of them included and the first if there
-    is more than one; at most as many as there are steps. None is every step. No others are kept.
+    steps: (i, j) takes steps i, ..., j - 1 of those that `times` has; i and j may be traced, so
+    that one compiled program takes any of them.
     """
-    steps = times.shape[0] - 1
-    frames = steps if frames is None else min(frames, steps)
-    return _walk(denoiser, x, schedule, times, step, keys, after_step, frames)
+    if keys.shape != run.x.shape[:1]:
+        raise ValueError(
+            f"sample: keys must be one for each image, [{len(run.x)}] from jax.random.key (not "
+            f"PRNGKey); got shape {keys.shape}"
+        )
+    n = times.shape[0] - 1
+    logsnr, ends_clean = _grid(schedule, times, run.x), times[-1] <= 0
+
+    def body(i, run):
+        k_step, k_after = _split(_fold_in(keys, i + 1))  # 0 is the initial noise
+        last = (i == n - 1) & ends_clean
+        leg = Leg(logsnr[i], logsnr[i + 1], last, k_step)
+        x_s, x0_hat, memory = step(denoiser, run.x, leg, run.memory)
+        x_s = jnp.where(last, x0_hat, x_s)
+        if after_step is not None:
+            x_s = after_step(x_s, leg.logsnr_s, k_after)
+        return Run(x_s, x0_hat, memory)
+
+    return jax.lax.fori_loop(*steps, body, run)
 
 
 def time_grid(steps: int, start: float = 1.0) -> Float[Array, " times"]:
@@ -136,10 +173,6 @@ class Leg(NamedTuple):
     logsnr_s: Float[Array, " b"]
     last: Bool[Array, ""]  # x_s will not be used: `sample` returns x0_hat, times ending at 0
     keys: Key[Array, " b"]  # for the noise of this step
-
-
-Memory = Any
-"""What a step keeps for the next one: a pytree of arrays, of the same structure at every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +280,7 @@ class DPMSolverPP2M(Step):
 
     def memory(self, x):
         # An infinitely long previous step: h / (2 h_prev) is 0, so the first step is first order.
-        return jnp.zeros_like(x), jnp.full(x.shape[:1], -jnp.inf)
+        return jnp.zeros_like(x), jnp.full(x.shape[:1], -jnp.inf, jnp.float32)
 
     def __call__(self, denoiser, x_t, leg, memory):
         _, sigma_t = alpha_sigma(expand(leg.logsnr_t, x_t))
@@ -362,38 +395,6 @@ BY_WORD: dict[str, tuple[type[Step], str | None]] = {
     "heun": (Heun, "churn"),
 }
 """What the command line calls the samplers, each with the field that a number behind it sets."""
-
-
-def _walk(denoiser, x, schedule, times, step, keys, after_step, frames) -> tuple[Array, Any]:
-    """The loop of `sample` and `sample_path`: -> (x at the end, x0_hat of that many steps)."""
-    if keys.shape != x.shape[:1]:
-        raise ValueError(
-            f"sample: keys must be one for each image, [{x.shape[0]}] from jax.random.key (not "
-            f"PRNGKey); got shape {keys.shape}"
-        )
-    n = times.shape[0] - 1
-    logsnr, ends_clean = _grid(schedule, times, x), times[-1] <= 0
-    x = x.astype(jnp.float32)
-    # Every step writes where the next one that is kept does, which is the last to write there.
-    kept = np.linspace(n - 1, 0, frames).astype(int)[::-1]
-    places = np.searchsorted(kept, np.arange(n))
-
-    def body(carry, leg):
-        x_t, memory, path = carry
-        i, place, logsnr_t, logsnr_s = leg
-        k_step, k_after = _split(_fold_in(keys, i + 1))  # 0 is the initial noise
-        last = (i == n - 1) & ends_clean
-        leg = Leg(logsnr_t, logsnr_s, last, k_step)
-        x_s, x0_hat, memory = step(denoiser, x_t, leg, memory)
-        x_s = jnp.where(last, x0_hat, x_s)
-        if after_step is not None:
-            x_s = after_step(x_s, logsnr_s, k_after)
-        return (x_s, memory, None if path is None else path.at[place].set(x0_hat)), None
-
-    legs = (jnp.arange(n), places, logsnr[:-1], logsnr[1:])
-    path = jnp.zeros((frames, *x.shape), x.dtype) if frames else None
-    (x, _, path), _ = jax.lax.scan(body, (x, step.memory(x), path), legs)
-    return x, path
 
 
 def _grid(

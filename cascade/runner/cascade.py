@@ -13,29 +13,28 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cascade import images
 from cascade.config import to_json
 from cascade.devices import sharding
 from cascade.errors import OptionError, UserError
-from cascade.runner import counts, inputs
+from cascade.runner import counts, drawing, inputs
 from cascade.runner.edits import edited
 from cascade.runner.model_folder import open_model
 from cascade.runner.overrides import ByStage, override
 from cascade.runner.picture import Picture
+from cascade.runner.progress import Progress
 from cascade.stage import Sampling, Stage, StageConfig, Steering
 from cascade.storage import paths
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
-from cascade.text.embedding import no_encoder
 
 PROMPTS_AT_ONCE = 64
 """So many prompts are embedded together, or a batch of pictures' if that is more: the embeddings
@@ -156,7 +155,9 @@ class Cascade:
         seed: int = 0,
         num: int = 1,
         until: int | None = None,
-        negative: str | None = None,
+        negative: str | Sequence[str] | None = None,
+        embeddings: TextEmbedding | None = None,
+        noise: Float[np.ndarray, "n _ _ _"] | None = None,
         steps: ByStage | None = None,
         guidance: ByStage | None = None,
         guidance_plan: ByStage | None = None,
@@ -175,7 +176,7 @@ class Cascade:
         settings: Sequence[Sampling] | None = None,
         steering: Sequence[Steering | None] | None = None,
         share: tuple[int, int] = (0, 1),
-        progress: Callable[[str, int], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Picture]:
         """Draw pictures: `draw` gives one after the other, a call of the model all as a list.
 
@@ -188,7 +189,10 @@ class Cascade:
         What is drawn. prompts: one, or a list. seed: of each prompt's first picture, 0 or more; the
         next ones count up, below 2**32. num: pictures of each prompt. until: the side in pixels of
         the last stage that draws; None is all stages. negative: a text that guidance moves away
-        from. The same prompt, seed and settings make the same picture among any others.
+        from, or a list with one for each prompt. embeddings: what the stages are told in place of
+        the text encoder's embeddings, a row for each prompt, which then is a name. noise: float32
+        N(0, 1), [prompts * num, s, s, 3], that the first stage that draws begins from, in place of
+        the seeds'. The same prompt, seed and settings make the same picture among any others.
 
         How, by stage: one value for all stages, or a list with one for each, smallest first, as for
         the options of `cascade sample` of these names, whose words they take. steps: of sampling,
@@ -215,8 +219,8 @@ class Cascade:
         rows of pixels; the pictures are the same but for rounding. settings: a Sampling for each
         stage that draws (see `select`), instead of its own. steering: for each of them what steers
         it, with arrays of one picture, or None. share: (i, n) draws batches i, i + n, ... of all,
-        which `numbers` names, for process i of n. progress: called with (stage's name, pictures)
-        after each stage of each batch.
+        which `numbers` names, for process i of n. progress: called with a `progress.Progress`
+        before the first step and after every step of each stage of each batch.
 
         Raises UserError, a ValueError, naming the option and what it may be, and TypeError for
         pictures and prompts of other types, when it is called. Warns of words that no training
@@ -249,9 +253,16 @@ class Cascade:
             sampler=sampler,
             threshold=threshold,
         )
-        if negative is not None and not isinstance(negative, str):
-            raise TypeError(f"negative: must be one text, for all prompts, got {negative!r:.80}")
-        metadata = {"negative": negative, "from_lowres": small is not None}
+        away = inputs.negative(negative, len(prompts))
+        if embeddings is not None:
+            inputs.check_embeddings(embeddings, len(prompts), configs)
+        if noise is not None:
+            inputs.check_noise(noise, len(prompts) * num, configs[0])
+        metadata: dict[str, Any] = {
+            "from_lowres": small is not None,
+            "from_embeddings": embeddings is not None,
+            "from_noise": noise is not None,
+        }
         steered = inputs.alike([None] * len(stages) if steering is None else steering)
         if init is not None:
             if steering is not None:
@@ -269,13 +280,17 @@ class Cascade:
                 if value is not None:
                     raise UserError(f"{option}: goes with init, the picture that it is for")
         runs = [
-            _PreparedStage(*placed, chosen)
+            drawing.PreparedStage(*placed, chosen)
             for placed, chosen in zip(_split(stages, split_rows), settings, strict=True)
         ]
         batch_size = batch_size or default_batch_size()
-        told = _ToldInParts(
-            lambda part: self._told([stage for stage, _ in stages], part, negative),
-            prompts,
+        told = drawing.ToldInParts(
+            lambda part: self._told(
+                [stage for stage, _ in stages],
+                prompts[part],
+                away if away is None or len(away) == 1 else away[part],
+                None if embeddings is None else jax.tree.map(lambda x: x[part], embeddings),
+            ),
             at_once=max(PROMPTS_AT_ONCE, batch_size),
         )
         metadata |= {
@@ -295,18 +310,32 @@ class Cascade:
             for start in range(share[0] * batch_size, total, share[1] * batch_size):
                 end = min(start + batch_size, total)
                 batch = [(k // num, seed + k % num) for k in range(start, end)]
-                filled = batch + batch[-1:] * (batch_size - len(batch))
+                b = batch_size
+                filled = batch + batch[-1:] * (b - len(batch))
                 seeds, rows = np.array([s for _, s in filled], np.uint32), [p for p, _ in filled]
                 low = None if small is None else np.stack([small[p % len(small)] for p in rows])
-                sides, paths = _draw_batch(
-                    runs, told(rows), seeds, low, steered(rows), frames, progress
+                sides, paths = drawing.draw_batch(
+                    runs,
+                    told(rows),
+                    seeds,
+                    low,
+                    steered(rows),
+                    None if noise is None else noise[[min(start + i, end - 1) for i in range(b)]],
+                    frames=frames,
+                    progress=progress,
+                    count=len(batch),
                 )
                 for i, (p, s) in enumerate(batch):
                     yield Picture(
                         prompts[p],
                         s,
                         {side: pictures[i] for side, pictures in sides.items()},
-                        {"prompt": prompts[p], "seed": s, **metadata},
+                        {
+                            "prompt": prompts[p],
+                            "seed": s,
+                            "negative": away and away[p % len(away)],
+                            **metadata,
+                        },
                         {side: path[:, i] for side, path in paths.items()},
                     )
 
@@ -386,107 +415,25 @@ class Cascade:
             warnings.warn(message, stacklevel=3)
 
     def _told(
-        self, stages: Sequence[Stage], prompts: Sequence[str], negative: str | None
+        self,
+        stages: Sequence[Stage],
+        prompts: Sequence[str],
+        negative: Sequence[str] | None = None,
+        embeddings: TextEmbedding | None = None,
     ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """For each stage what its conditions take of the prompts, a row each, and what guidance
-        moves away from where that is not nothing, one row."""
-        embedders = {name: _remembering(encoder) for name, encoder in self.own_encoders.items()}
-        shared, told = _remembering(self.encoder), []
+        moves away from where that is not nothing, a row for each prompt or one for all."""
+        known = {} if embeddings is None else {tuple(prompts): embeddings}
+        embedders = {
+            name: drawing.remembering(own, known) for name, own in self.own_encoders.items()
+        }
+        shared, told = drawing.remembering(self.encoder, known), []
         for stage in stages:
             embed = embedders.get(stage.config.name, shared)
             given = {c.name: c.of_prompts(prompts, embed) for c in stage.config.conditions}
             away = {c.name: c.away(negative, embed) for c in stage.config.conditions}
             told.append(tuple({k: v for k, v in d.items() if v is not None} for d in (given, away)))
         return told
-
-
-@dataclass(frozen=True)
-class _PreparedStage:
-    """One stage of a drawing."""
-
-    stage: Stage
-    params: Any
-    place: sharding.ByRows | None
-    settings: Sampling
-
-
-def _draw_batch(runs, told, seeds, low, steering, frames, progress):
-    """-> (pictures of every side, frames of every side).
-
-    told: for each stage what it is given and led away from; this and all else has a row a picture.
-    """
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    drawn, paths = {}, {}
-    for run, (given, away), steered in zip(runs, told, steering, strict=True):
-        config = run.stage.config
-        if low is not None:
-            small = images.to_float(jnp.asarray(low))
-            enlarged = {c.name: c.of_lowres(small) for c in config.conditions}
-            given = given | {k: v for k, v in enlarged.items() if v is not None}
-        resolution = config.resolution
-        x0, path = run.stage.sample_path(
-            run.params,
-            given,
-            # folded by resolution, so that a stage draws the same wherever one starts
-            jax.vmap(lambda k, r=resolution: jax.random.fold_in(k, r))(keys),
-            settings=run.settings,
-            negative=away,
-            steering=steered,
-            place=run.place,
-            frames=frames,
-        )
-        if not jnp.isfinite(x0).all():
-            raise UserError(
-                f"stage {config.name} drew values that are not finite: its weights are "
-                "damaged, or its settings too extreme"
-            )
-        low = images.to_uint8(x0)
-        drawn[resolution] = low
-        if path is not None:
-            paths[resolution] = images.to_uint8(path)
-        if progress:
-            progress(config.name, len(seeds))
-    return drawn, paths
-
-
-class _ToldInParts:
-    """What stages are told of many prompts, embedded part by part as the prompts come up.
-
-    The two parts that were asked for last are kept: all that one batch can need.
-    """
-
-    def __init__(
-        self,
-        told: Callable[[Sequence[str]], list[tuple[dict[str, Any], dict[str, Any]]]],
-        prompts: Sequence[str],
-        *,
-        at_once: int,
-    ):
-        """told: `Cascade._told` of some prompts. at_once: how many prompts make a part, at least as
-        many as a batch has rows."""
-        self._at_once = at_once
-        self._part = functools.lru_cache(maxsize=2)(
-            lambda i: told(prompts[i * at_once : (i + 1) * at_once])
-        )
-
-    def __call__(self, rows: Sequence[int]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """For each stage what it is given and led away from, a row for each of these prompts.
-
-        rows: places in the list of all prompts, in order.
-        """
-        first, last = rows[0] // self._at_once, rows[-1] // self._at_once
-        parts = [self._part(i) for i in range(first, last + 1)]
-        within = np.array(rows) - first * self._at_once
-        same = np.zeros_like(within)
-        told = []
-        for stage in zip(*parts, strict=True):
-            given = jax.tree.map(lambda *x: _joined(x)[within], *(given for given, _ in stage))
-            told.append((given, jax.tree.map(lambda x: x[same], stage[0][1])))
-        return told
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def check_chain(stages: Sequence[StageConfig]) -> None:
@@ -558,16 +505,3 @@ def _update(digest: Any, file: Path) -> None:
     with open(file, "rb") as opened:
         while block := opened.read(2**24):
             digest.update(block)
-
-
-def _remembering(encoder: Any) -> Callable[[Sequence[str]], TextEmbedding]:
-    """The encoder, which encodes the same texts once; None where no condition will ask it."""
-    encoder = encoder or no_encoder
-    known: dict[tuple[str, ...], TextEmbedding] = {}
-
-    def embed(texts: Sequence[str]) -> TextEmbedding:
-        if tuple(texts) not in known:
-            known[tuple(texts)] = encoder(texts)
-        return known[tuple(texts)]
-
-    return embed

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from cascade import images
@@ -17,6 +17,7 @@ from cascade.runner import counts
 from cascade.runner.edits import check_mask, edits
 from cascade.runner.overrides import ByStage, numbers_by_stage
 from cascade.stage import Sampling, StageConfig, Steering
+from cascade.text import TextEmbedding
 
 Picture = Image.Image | UInt8[np.ndarray, "_ _ 3"]
 """A picture as a person gives it."""
@@ -35,6 +36,53 @@ def texts(prompts: Any) -> list[str]:
             raise TypeError(f"prompts: must be a text or a list of texts, got {prompt!r:.80}")
     counts.check_prompts(listed)
     return [str(prompt) for prompt in listed]
+
+
+def negative(given: str | Sequence[str] | None, prompts: int) -> list[str] | None:
+    """What guidance moves away from: one text for all prompts, or one for each; None for nothing.
+
+    Raises TypeError for what is no text, UserError for another number of them, or one of a list
+    that has no word.
+    """
+    if given is None or given == "":
+        return None
+    listed = [given] if isinstance(given, str) else list(given)
+    for text in listed:
+        if not isinstance(text, str):
+            raise TypeError(f"negative: must be a text or a list of texts, got {text!r:.80}")
+    if len(listed) not in (1, prompts):
+        raise UserError(
+            f"negative: {len(listed)} texts for {prompts} prompt{'s' * (prompts != 1)}; give one "
+            "for each, or a single one for all"
+        )
+    if len(listed) > 1:
+        counts.check_prompts(listed, [f"negative {i + 1}" for i in range(len(listed))])
+    return listed
+
+
+def check_embeddings(given: TextEmbedding, prompts: int, stages: Sequence[StageConfig]) -> None:
+    """Raise UserError unless they are a row for each prompt, as wide as the stages take them."""
+    if len(given.values) != prompts:
+        raise UserError(
+            f"embeddings: {len(given.values)} rows for {prompts} prompt{'s' * (prompts != 1)}; "
+            "give one for each"
+        )
+    for stage in stages:
+        if stage.text is not None:
+            try:
+                stage.text.check_encoder(given.width, "given as embeddings", stage.name)
+            except ValueError as e:
+                raise UserError(str(e)) from None
+
+
+def check_noise(given: Float[np.ndarray, "n _ _ _"], pictures: int, stage: StageConfig) -> None:
+    """Raise UserError unless it is noise for so many pictures of the stage."""
+    shape = (pictures, *stage.space.shape())
+    if given.shape != shape:
+        raise UserError(
+            f"noise: stage {stage.name} begins {pictures} picture{'s' * (pictures != 1)} from "
+            f"noise of shape {list(shape)}, got {list(given.shape)}"
+        )
 
 
 def lowres(

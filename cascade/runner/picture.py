@@ -12,6 +12,7 @@ from PIL import Image
 
 from cascade import images as files
 from cascade.errors import OptionError, UserError
+from cascade.storage import paths
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -48,6 +49,42 @@ class Picture:
         if not os.fspath(path).lower().endswith(".png"):
             raise UserError(f"path {path}: pictures are saved as PNG; end the name with .png")
         files.save_png(path, self._of(side), {"prompt": self.prompt, "seed": str(self.seed)})
+
+    def strip(self) -> Image.Image:
+        """How it came about: its `frames`, a row for each stage, noise on the left."""
+        return Image.fromarray(files.grid(self._rows(128, 8), columns=8))
+
+    def save_strip(self, path: str | os.PathLike[str]) -> None:
+        """Write `strip` as a PNG, as `save` does."""
+        files.save_png(path, np.asarray(self.strip()), {"prompt": self.prompt})
+
+    def save_gif(self, path: str | os.PathLike[str]) -> None:
+        """Write how it came about as an animation of at most 256 px: its `frames`, stage after
+        stage, then the picture for 2 seconds."""
+        shown = [Image.fromarray(frame) for frame in self._rows(256)]
+        times = [80] * (len(shown) - 1) + [2000]
+        with paths.writing(paths.path(path)) as file:
+            shown[0].save(
+                file,
+                format="GIF",
+                save_all=True,
+                append_images=shown[1:],
+                duration=times,
+                loop=0,
+            )
+
+    def _rows(self, most: int, columns: int | None = None) -> list[UInt8[np.ndarray, "s s 3"]]:
+        """The frames of all stages, of one size, at most so large. columns: so many of a stage,
+        white ones after those it has; None is all of them."""
+        if not self.frames:
+            raise UserError("this picture has no frames; draw it with frames=8, or so many as fit")
+        side, rows = min(most, max(self.frames)), []
+        for own, frames in self.frames.items():
+            how = Image.Resampling.NEAREST if own < side else Image.Resampling.LANCZOS
+            row = [np.asarray(Image.fromarray(f).resize((side, side), how)) for f in frames]
+            white = [np.full_like(row[0], 255)] * ((columns or 0) - len(row))
+            rows += (row + white)[:columns]
+        return rows
 
     def _of(self, side: int | None) -> UInt8[np.ndarray, "s s 3"]:
         if side is None:

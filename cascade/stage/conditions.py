@@ -84,9 +84,10 @@ class Condition:
         return None
 
     def away(
-        self, negative: str | None, embed: Callable[[Sequence[str]], Any]
+        self, negative: Sequence[str] | None, embed: Callable[[Sequence[str]], Any]
     ) -> tuple[Any, ...] | None:
-        """What guidance moves away from, one row; None where that is `null`."""
+        """What guidance moves away from, a row for each of those texts, or one; None where that is
+        `null`."""
         return None
 
     def of_lowres(self, lowres: Float[Array, "b h w 3"]) -> tuple[Any, ...] | None:
@@ -206,8 +207,9 @@ class Text(Condition):
         return TextInput(text.values, text.mask)
 
     def away(self, negative, embed):
-        prompt = negative or self.null_prompt
-        return None if prompt is None else self.of_prompts([prompt], embed)
+        if negative is not None:
+            return self.of_prompts(negative, embed)
+        return None if self.null_prompt is None else self.of_prompts([self.null_prompt], embed)
 
     def null(self, value):
         if self.null_prompt is not None:

@@ -29,6 +29,10 @@ from cascade.stage.steering import Steering
 Values = Mapping[str, tuple[Any, ...]]
 """What a stage is told: condition's name -> arrays with a row an example."""
 
+Each = Callable[[int, int, Callable[[], Array] | None], None]
+"""(i, n, thought): i of n steps are taken; `thought` gives what the pictures are thought to be by
+now, [b, h, w, 3] in [-1, 1], and is None before the first step."""
+
 
 class Stage:
     """One diffusion model: `init`, `loss`, `denoiser` (and `sample`, which uses the last).
@@ -166,45 +170,19 @@ class Stage:
         sides: tuple[int, int] | None = None,
         steering: Steering | None = None,
         place: Callable[[Array, str], Array] | None = None,
+        noise: Float[Any, "b _ _ _"] | None = None,
+        each: Each | None = None,
     ) -> Float[Array, "b h w 3"]:
-        """Draw one picture in [-1, 1] for each row of `given`, as one compiled program.
+        """Draw one picture in [-1, 1] for each row of `given`, by one compiled program.
 
         given: for every condition what its `of_prompts` or `of_lowres` gave. negative: the same, of
         those that guidance moves away from; see `denoiser`. keys: [b], one a picture; a picture
         depends on its own key and row alone. sides: height and width of the pictures drawn, if not
         the stage's resolution (crops). steering: begin from elsewhere, change x after every step.
-        place: puts activations on several devices, as for `models.placing`, and the pictures like a
-        "stream"; programs are kept by its hash.
-        """
-        return self.sample_path(
-            params,
-            given,
-            keys,
-            settings=settings,
-            negative=negative,
-            sides=sides,
-            steering=steering,
-            place=place,
-            frames=0,
-        )[0]
-
-    def sample_path(
-        self,
-        params: Any,
-        given: Values,
-        keys: Key[Array, " b"],
-        *,
-        settings: Sampling,
-        negative: Values | None = None,
-        sides: tuple[int, int] | None = None,
-        steering: Steering | None = None,
-        place: Callable[[Array, str], Array] | None = None,
-        frames: int,
-    ) -> tuple[Float[Array, "b h w 3"], Float[Array, "n b h w 3"] | None]:
-        """`sample`, and how the pictures come about: what they were thought to be at n steps.
-
-        frames: how many, evenly spaced and ending with the last step, at most as many as there are
-        steps; 0 gives None. Memory is needed for these alone.
+        place: puts activations on several devices, as for `models.placing`, and as the role "run"
+        what is carried from step to step; programs are kept by its hash. noise: N(0, 1) to begin
+        from in the stage's space, in place of that of the keys. each: called before the first step
+        and after every one.
         """
         config = self.config
         config.check(settings)
@@ -215,25 +193,38 @@ class Stage:
             )
         if steering is not None:
             steering.check(settings.steps)
-        # Compiled for everything but these two numbers.
+        shape = (len(keys), *config.space.shape(sides))
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"noise: must have the shape {list(shape)}, got {list(noise.shape)}")
+        # Compiled for everything but these numbers.
         scalars = {
             "guidance": jnp.float32(settings.guidance),
             "aug_level": jnp.float32(settings.aug_level),
+            "own_noise": jnp.bool_(noise is None),
         }
         settings = dataclasses.replace(
             settings, guidance=0.0 if settings.guided else 1.0, aug_level=0.0
         )
         trained = {name: part for name, part in params.items() if name != "space"}
         inputs = (dict(given), dict(negative or {}), steering, keys, scalars)
-        with placing(place) if place else contextlib.nullcontext():
-            drawn, path = _sample(
-                config, config.space.shape(sides), settings, place, frames, trained, *inputs
-            )
+        run = samplers.begun(
+            jnp.zeros(shape) if noise is None else jnp.asarray(noise), settings.sampler
+        )
+        n = _steps(config, settings, steering, run.x)
         decode = functools.partial(config.space.decode, params.get("space"))
-        if path is None:
-            return decode(drawn), None
-        pictures = decode(path.reshape(-1, *path.shape[2:]))
-        return decode(drawn), pictures.reshape(*path.shape[:2], *pictures.shape[1:])
+        parts = [(0, n)] if each is None else [(i, i + 1) for i in range(n)]
+        if each is not None:
+            each(0, n, None)
+        with placing(place) if place else contextlib.nullcontext():
+            run = _placed(run, place)
+            for first, last in parts:
+                before = run
+                run = _sample(config, settings, place, trained, *inputs, run, (first, last))
+                if each is not None and first > 0:  # one step is under way while that is told of
+                    each(first, n, functools.partial(decode, before.x0_hat))
+        if each is not None:
+            each(n, n, functools.partial(decode, run.x))
+        return decode(run.x)
 
     def _signals(self, params: Any, values: Values) -> Signals:
         own = params.get("conditions", {})
@@ -275,17 +266,20 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
     return prediction, (variance + 1) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sample(
-    config, shape, settings, place, frames, params, given, negative, steering, keys, scalars
-):
-    """-> [b, *shape] in the stage's space, and the frames [n, b, *shape] or None."""
-    stage, b = Stage(config), keys.shape[0]
+    config, settings, place, params, given, negative, steering, keys, scalars, run, steps
+) -> samplers.Run:
+    """A run in the stage's space, carried on by these steps; the first step makes what it begins
+    from."""
+    stage, (b, *shape) = Stage(config), run.x.shape
     k_noise, k_steps, k_augment = jnp.moveaxis(
         jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
     )
     level = jnp.broadcast_to(scalars["aug_level"], (b,))
-    values = {c.name: c.drawn(given[c.name], k_augment, shape, level) for c in config.conditions}
+    values = {
+        c.name: c.drawn(given[c.name], k_augment, tuple(shape), level) for c in config.conditions
+    }
     times = settings.grid(settings.steps, config.schedule)
     starts = config.schedule.logsnr(times[:-1])
 
@@ -300,11 +294,28 @@ def _sample(
         threshold=settings.threshold,
         negative=negative,
     )
-    x, after_step = samplers.initial_noise(k_noise, shape), None
+    own = samplers.initial_noise(k_noise, tuple(shape))
+    x, after_step = jnp.where(scalars["own_noise"], own, run.x), None
     if steering is not None:
         x, times, after_step = steering.start(x, config.schedule, times)
-    x = x if place is None else place(x, "stream")
-    run = {"schedule": config.schedule, "times": times, "step": settings.sampler, "keys": k_steps}
-    if not frames:
-        return samplers.sample(denoiser, x, **run, after_step=after_step), None
-    return samplers.sample_path(denoiser, x, **run, after_step=after_step, frames=frames)
+    run = _placed(run._replace(x=jnp.where(steps[0] == 0, x, run.x)), place)
+    plan = {"schedule": config.schedule, "times": times, "step": settings.sampler, "keys": k_steps}
+    return _placed(samplers.walk(denoiser, run, steps, **plan, after_step=after_step), place)
+
+
+def _placed(run: samplers.Run, place: Callable[[Array, str], Array] | None) -> samplers.Run:
+    """The run with its pictures where `place` puts them."""
+    return run if place is None else jax.tree.map(lambda x: place(x, "run"), run)
+
+
+def _steps(
+    config: StageConfig, settings: Sampling, steering: Steering | None, x: Float[Array, " b *d"]
+) -> int:
+    """How many steps there are to take; of a steered run, those that are left."""
+    if steering is None:
+        return settings.steps
+
+    def times(steering, x):
+        return steering.start(x, config.schedule, settings.grid(settings.steps, config.schedule))[1]
+
+    return jax.eval_shape(times, steering, x).shape[0] - 1

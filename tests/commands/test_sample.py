@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from cascade import cli, images, testing
-from cascade.commands import sample as sample_command
 from cascade.diffusion import denoise, grids, samplers
 from cascade.errors import UserError
 from cascade.published.schedulers import Respaced
+from cascade.runner import output
 from cascade.runner.cascade import Cascade
 from cascade.runner.overrides import override
 
@@ -72,12 +72,12 @@ def test_out_that_is_a_file_is_refused(capsys, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_prompt_files_must_be_text_without_holes(capsys, tmp_path):
+def test_prompt_files_must_be_text_with_a_prompt(capsys, tmp_path):
     file = tmp_path / "p.txt"
     file.write_bytes(b"a red circle\n\xff\xfe\n")
     assert "not UTF-8" in fails(capsys, "sample", "--prompts", str(file))
-    file.write_text("a red circle\n\na blue square\n")
-    assert "line 2 is empty" in fails(capsys, "sample", "--prompts", str(file))
+    file.write_text("\n \n")
+    assert "has no line with a prompt" in fails(capsys, "sample", "--prompts", str(file))
 
 
 def test_a_list_may_count_all_stages_of_the_model_or_those_that_draw():
@@ -104,9 +104,10 @@ def test_a_number_of_steps_replaces_a_list_that_has_another():
     assert (got.steps, got.grid) == (9, grids.OnTable())
 
 
-def test_a_prompt_without_its_quotes_is_warned_of(fake, tmp_path, capsys):
-    sample("red", "circle", "--until", "8", "--out", str(tmp_path), "--steps", "1")
-    assert 'needs quotes: "red circle"' in capsys.readouterr().err
+def test_a_prompt_without_its_quotes_is_warned_of(fake, tmp_path):
+    words = ("red", "circle", "--until", "8", "--out", str(tmp_path), "--steps", "1")
+    with pytest.warns(UserWarning, match='needs quotes: "red circle"'):
+        sample(*words)
 
 
 def test_what_the_machine_refuses_is_one_line(fake, tmp_path, capsys, monkeypatch):
@@ -212,7 +213,7 @@ def test_a_picture_that_another_command_drew_meanwhile_is_not_overwritten(
     fake, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "0000.json").write_text("theirs")
-    monkeypatch.setattr(sample_command, "_next_number", lambda folder: 0)
+    monkeypatch.setattr(output, "next_number", lambda folder: 0)
     with pytest.raises(SystemExit):
         sample("a", "--until", "8", "--out", str(tmp_path))
     assert "picture 0000 has come there" in capsys.readouterr().err
@@ -227,6 +228,66 @@ def test_a_folder_with_pictures_is_continued(fake, tmp_path):
     sample("blue square", "--until", "8", "--out", str(tmp_path))
     assert (tmp_path / "0000_8.png").read_bytes() == first
     assert (tmp_path / "0008_8.png").exists() and not (tmp_path / "0001_8.png").exists()
+
+
+def test_a_seed_drawn_at_random_is_told_and_draws_the_same_again(fake, tmp_path, capsys):
+    words = ("red circle", "--until", "8", "--num", "2", "--out", str(tmp_path))
+    sample(*words, "--random-seed")
+    told = capsys.readouterr()
+    first, second = (json.loads(line)["seed"] for line in told.out.splitlines())
+    assert second == first + 1 and f"--seed {first}\n" in told.err
+    sample(*words, "--seed", str(first))
+    for k in (0, 1):
+        again, before = (np.asarray(Image.open(tmp_path / f"000{i}_8.png")) for i in (k, k + 2))
+        np.testing.assert_array_equal(again, before)
+    sample(*words[:3], "--out", str(tmp_path), "--random-seed")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seed"] != first
+    with pytest.raises(SystemExit):
+        sample(*words, "--random-seed", "--seed", "5")
+    assert "--seed 5 and --random-seed: give one of them" in capsys.readouterr().err
+
+
+def test_quiet_leaves_stderr_to_errors(tmp_path):
+    words = ["sample", "frog", "zebra", "--until", "64", "--steps", "1", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cascade", *words, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_how_a_picture_comes_about_is_shown(fake, tmp_path, capsys):
+    words = ("red circle", "--steps", "4,3,2", "--out", str(tmp_path))
+    sample(*words, "--path", "gif")
+    sample(*words, "--path", "strip")
+    shown = [json.loads(line)["files"]["path"] for line in capsys.readouterr().out.splitlines()]
+    assert shown == [str(tmp_path / "0000.gif"), str(tmp_path / "0001_path.png")]
+    with Image.open(shown[0]) as moving:
+        assert moving.n_frames == 4 + 3 + 2 and moving.size == (32, 32)
+        moving.seek(moving.n_frames - 1)
+        last = np.asarray(moving.convert("RGB")).astype(int)
+    drawn = np.asarray(Image.open(tmp_path / "0000_32.png")).astype(int)
+    assert np.abs(last - drawn).mean() < 12  # in 256 colours
+    strip = np.asarray(Image.open(shown[1]))
+    assert strip.shape == (3 * 32 + 2 * 2, 8 * 32 + 7 * 2, 3)
+    np.testing.assert_array_equal(strip[68:, 34:66], drawn)  # second step of the last row
+    assert (strip[68:, 66:] == 255).all()
+
+
+def test_a_sheet_of_several_prompts_keeps_each_ones_pictures_in_a_row(fake, tmp_path):
+    sample("red circle", "blue square", "--num", "3", "--until", "16", "--out", str(tmp_path))
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    own = [np.asarray(Image.open(tmp_path / f"000{i}_16.png")) for i in range(6)]
+    height = (len(sheet) - 8) // 2
+    assert sheet.shape[1] == 3 * 16 + 2 * 2 and len(sheet) == 2 * height + 8
+    for i, picture in enumerate(own):
+        y, x = (i // 3) * (height + 8), (i % 3) * 18
+        np.testing.assert_array_equal(sheet[y : y + 16, x : x + 16], picture)
+    below = [sheet[y + 16 : y + height] for y in (0, height + 8)]
+    assert all((text < 128).any() for text in below)
+    assert not np.array_equal(*below)  # each its own words
 
 
 def test_lowres_starts_from_a_picture(fake, tmp_path):

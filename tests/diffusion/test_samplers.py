@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,12 @@ from cascade.diffusion.samplers import (
     DPMSolverPP2MSDE,
     Heun,
     Leg,
+    begun,
     initial_noise,
     invert_ddim,
     sample,
-    sample_path,
     time_grid,
+    walk,
 )
 
 STEPS = [Ancestral(), DDIM(), DPMSolverPP2M(), DPMSolverPP2MSDE(), Heun()]
@@ -412,7 +414,7 @@ def test_noise_of_different_steps_and_images_is_independent():
 
     image_keys = keys(2)
     x = initial_noise(image_keys, (2 * d,))
-    last, path = sample_path(
+    last, path = path_of(
         lambda x, _: x,
         x,
         schedule=COSINE,
@@ -462,6 +464,15 @@ def test_guidance_sharpens_the_class_monotonically():
 # Beginnings, ends, hooks, the way back.
 
 
+def path_of(denoiser, x, *, step, times, **options):
+    """The sample, and what the denoiser thought x0 was at each step."""
+    run, path = begun(x, step), []
+    for i in range(len(times) - 1):
+        run = walk(denoiser, run, (i, i + 1), step=step, times=times, **options)
+        path.append(run.x0_hat)
+    return run.x, np.stack(path)
+
+
 def test_sampling_can_start_from_a_corrupted_image():
     gaussian, x = Gaussian(scale=0.5), normal(0, (2, 6))
     level = float(COSINE.logsnr(jnp.float32(0.4)))
@@ -471,20 +482,30 @@ def test_sampling_can_start_from_a_corrupted_image():
 
 def test_path_holds_every_x0_hat_and_ends_in_the_sample():
     x, grid = normal(0, (4, 3)), time_grid(8)
-    out, path = sample_path(CORNERS, x, schedule=COSINE, times=grid, step=DDIM(), keys=keys(4))
+    out, path = path_of(CORNERS, x, schedule=COSINE, times=grid, step=DDIM(), keys=keys(4))
     assert path.shape == (8, 4, 3)
     np.testing.assert_array_equal(path[-1], out)
     np.testing.assert_allclose(path[0], CORNERS(x, jnp.full(4, -20.0)), atol=1e-6)
     np.testing.assert_allclose(out, draw(CORNERS, x, 8, DDIM()), atol=1e-6)
 
 
-def test_frames_are_evenly_spaced_and_end_with_the_last_step():
-    x, options = normal(0, (4, 3)), {"schedule": COSINE, "step": DDIM(), "keys": keys(4)}
-    out, path = sample_path(CORNERS, x, times=time_grid(8), **options)
-    for frames, kept in ((1, [7]), (2, [0, 7]), (4, [0, 2, 4, 7]), (8, range(8)), (9, range(8))):
-        end, some = sample_path(CORNERS, x, times=time_grid(8), **options, frames=frames)
-        np.testing.assert_array_equal(some, path[np.array(kept)])
-        np.testing.assert_array_equal(end, out)
+def test_a_run_is_the_same_in_one_part_or_many_and_of_one_program():
+    x, options = normal(0, (4, 3)), {"schedule": COSINE, "step": Heun(churn=0.1), "keys": keys(4)}
+
+    @jax.jit
+    def part(run, steps):
+        return walk(CORNERS, run, steps, times=time_grid(8), **options)
+
+    ends = []
+    for cuts in ((0, 8), (0, 3, 8), range(9)):
+        run = begun(x, options["step"])
+        for steps in itertools.pairwise(cuts):
+            run = part(run, steps)
+        ends.append(run)
+    for run in ends[1:]:
+        jax.tree.map(np.testing.assert_array_equal, run, ends[0])
+    assert part._cache_size() == 1
+    np.testing.assert_allclose(run.x, draw(CORNERS, x, 8, options["step"]), atol=1e-5)
 
 
 def test_after_step_runs_after_every_step_with_the_level_reached():
@@ -493,7 +514,7 @@ def test_after_step_runs_after_every_step_with_the_level_reached():
         return jnp.stack([jnp.round(x[:, 0]) + 1, logsnr], axis=1)
 
     x, grid = jnp.zeros((2, 2)), time_grid(5)
-    out, path = sample_path(
+    out, path = path_of(
         lambda x, _: x, x, schedule=COSINE, times=grid, step=DDIM(), keys=keys(2), after_step=write
     )
     np.testing.assert_allclose(path[1:, 0, 1], COSINE.logsnr(grid)[1:-1], atol=1e-5)

@@ -308,13 +308,13 @@ def test_a_model_whose_pictures_cannot_be_read_is_refused(monkeypatch, tmp_path)
 def test_super_resolution_can_be_kept_from_the_prompt(monkeypatch, null):
     told = {}
 
-    def sample_path(self, params, given, keys, *, settings, **rest):
+    def sample(self, params, given, keys, *, settings, **rest):
         told[self.config.name] = bool(given["text"].mask.any()), bool(given["text"].tokens.any())
         base = jax.random.uniform(keys[0], (1, 64, 64, 3), minval=-1)
         lowres, *_ = given.get("lowres", (None,))
-        return (base if lowres is None else images.upsample(lowres, (256, 256))), None
+        return base if lowres is None else images.upsample(lowres, (256, 256))
 
-    monkeypatch.setattr(Stage, "sample_path", sample_path)
+    monkeypatch.setattr(Stage, "sample", sample)
     model = Cascade(Renderer().stages, testing.FakeEncoder())
     settings = {stage.config.name: stage.config.sampling for stage, _ in model.stages}
     drawer = Drawer(cascade=model, settings=settings, null_text_in_sr=null)

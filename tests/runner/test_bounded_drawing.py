@@ -10,6 +10,7 @@ from cascade import cli, testing
 from cascade.commands import sample as sample_command
 from cascade.errors import UserError
 from cascade.runner import cascade as runner
+from cascade.runner import output
 from cascade.runner.cascade import numbers
 
 
@@ -100,7 +101,7 @@ def test_more_than_one_command_draws_is_refused_before_a_model_is_opened(
 
 def test_a_file_of_prompts_is_read_up_to_its_limit(monkeypatch, tmp_path):
     file = tmp_path / "p.txt"
-    file.write_bytes(b"\xef\xbb\xbfa red\r\nb blue\rc\n\n")
+    file.write_bytes(b"\xef\xbb\xbfa red\r\n\n  \nb blue\rc\n\n")
     options = sample_command.Options(prompts=file)
     assert sample_command._prompts(options) == ["a red", "b blue", "c"]
     monkeypatch.setattr(sample_command, "MOST_PROMPT_BYTES", 8)
@@ -110,7 +111,7 @@ def test_a_file_of_prompts_is_read_up_to_its_limit(monkeypatch, tmp_path):
 
 def test_the_grid_shows_the_first_pictures(monkeypatch, tmp_path):
     monkeypatch.setattr(runner.Cascade, "load", lambda *a, **k: testing.cascade())
-    monkeypatch.setattr(sample_command, "MOST_IN_GRID", 2)
+    monkeypatch.setattr(output, "MOST_IN_GRID", 2)
     shown = []
     monkeypatch.setattr("cascade.images.grid", lambda them: shown.extend(them) or them[0])
     words = ["red", "--num", "3", "--until", "8", "--out", str(tmp_path), "--no-compilation-cache"]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -151,6 +153,8 @@ def test_a_picture_that_does_not_fit_is_told(model, picture):
 def test_what_is_of_another_type_is_refused_with_the_way_out():
     """In a process of its own: here the tests' type checker would be the one that refuses."""
     code = """
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from cascade import testing
@@ -167,7 +171,7 @@ for prompts, options, message in (
     ("a", {"init": floats.astype(np.uint8), "mask": floats[..., 0]}, "mask: must be a PIL image"),
     ("a", {"init": 3}, "got a value of type int"),
     ("a", {"init": np.zeros((2, 8, 8, 3), np.uint8)}, "give a list of its pictures, list(x)"),
-    ("a", {"negative": ["b"]}, "negative: must be one text"),
+    ("a", {"negative": [3]}, "negative: must be a text or a list of texts, got 3"),
     (["a", 1], {}, "prompts: must be a text or a list of texts, got 1"),
     (None, {}, "prompts: must be a text or a list of texts, got None"),
 ):
@@ -366,3 +370,96 @@ assert "jax" not in sys.modules
     assert package.Picture is not None and package.Cascade is Cascade
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
+
+
+# What comes in place of prompts and seeds.
+
+
+def test_negatives_may_be_one_for_each_prompt(model):
+    prompts, away = ["red", "blue", "grey"], ["green", "star", "ring"]
+    together = model(prompts, negative=away, until=8, batch_size=2)
+    for prompt, text, picture in zip(prompts, away, together, strict=True):
+        (alone,) = model(prompt, negative=text, until=8, batch_size=2)
+        np.testing.assert_array_equal(picture.image, alone.image)
+        assert picture.metadata["negative"] == text
+    (plain,) = model("red", until=8, batch_size=2)
+    assert not np.array_equal(plain.image, together[0].image)
+    with pytest.raises(UserError, match="negative: 2 texts for 3 prompts; give one for each"):
+        model(prompts, negative=away[:2], until=8)
+    with pytest.raises(UserError, match="negative 2 is empty"):
+        model(prompts[:2], negative=["red", " "], until=8)
+
+
+def test_embeddings_stand_for_prompts(model):
+    prompts = ["red", "blue"]
+    rows = model.encoder(prompts)
+    named = model(["one", "two"], embeddings=rows, until=16, num=2, batch_size=3)
+    for ours, theirs in zip(named, model(prompts, until=16, num=2, batch_size=3), strict=True):
+        np.testing.assert_array_equal(ours.image, theirs.image)
+        assert ours.prompt in ("one", "two") and ours.metadata["from_embeddings"]
+    with pytest.raises(UserError, match="embeddings: 2 rows for 1 prompt; give one for each"):
+        model("one", embeddings=rows, until=8)
+    wide = dataclasses.replace(rows, values=jnp.tile(rows.values, (1, 1, 2)))
+    with pytest.raises(UserError, match="its embeddings are"):
+        model(prompts, embeddings=wide, until=8)
+
+
+def test_noise_stands_for_that_of_the_seeds(model):
+    key = jax.vmap(jax.random.key)(np.array([3, 4], np.uint32))
+    key = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, 8), 3)[0])(key)
+    noise = np.asarray(samplers.initial_noise(key, (8, 8, 3)))
+    options = {"until": 16, "sampler": "ddim", "num": 2, "batch_size": 3}
+    theirs, ours = (model("red", seed=3, **options), model("red", seed=3, noise=noise, **options))
+    for a, b in zip(theirs, ours, strict=True):
+        np.testing.assert_array_equal(a.images[8], b.images[8])
+        np.testing.assert_array_equal(a.images[16], b.images[16])
+    turned = model("red", seed=3, noise=noise[::-1].copy(), **options)
+    np.testing.assert_array_equal(turned[0].images[8], theirs[1].images[8])
+    with pytest.raises(UserError, match=r"begins 1 picture from noise of shape \[1, 8, 8, 3\]"):
+        model("red", noise=noise)
+
+
+# Progress.
+
+
+def test_progress_is_told_before_the_first_step_and_after_every_one(model):
+    told = []
+    drawn = model("red", num=3, until=16, steps=[3, 2], batch_size=2, progress=told.append)
+    found = [(p.stage, p.resolution, p.step, p.steps, p.pictures) for p in told]
+    stages = (("base8", 8, 3), ("sr16", 16, 2))
+    assert found == [
+        (name, side, step, steps, pictures)
+        for pictures in (2, 1)
+        for name, side, steps in stages
+        for step in range(steps + 1)
+    ]
+    assert told[0].images is None and told[1].images.shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(told[3].images[1], drawn[1].images[8])
+    np.testing.assert_array_equal(told[-1].images[0], drawn[2].images[16])
+    assert not np.array_equal(told[1].images, told[3].images)
+
+
+def test_what_progress_raises_ends_the_drawing(model):
+    def stop(progress):
+        if progress.step == 2:
+            raise InterruptedError("stop")
+
+    with pytest.raises(InterruptedError):
+        model("red", until=8, steps=4, progress=stop)
+
+
+def test_a_watched_drawing_is_of_the_same_program(model, caplog):
+    options = {"until": 16, "steps": [5, 7], "batch_size": 3}
+
+    def compiled(**more):
+        caplog.clear()
+        with jax.log_compiles():
+            drawn = model("red", **options, **more)[0].image
+        begun = [m for m in caplog.messages if m.startswith("Compiling jit(_sample)")]
+        return len(begun), drawn
+
+    (first, plain), (again, watched) = compiled(), compiled(progress=lambda _: None)
+    assert (first, again) == (2, 0)  # a program for each stage
+    np.testing.assert_array_equal(plain, watched)
+    assert compiled(split_rows=2, progress=lambda _: None)[0] == 1  # what devices share
+    assert compiled(split_rows=2)[0] == 0

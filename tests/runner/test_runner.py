@@ -134,11 +134,11 @@ def test_each_stage_is_guided_away_from_what_its_own_network_takes_for_no_text(c
     (native, _), *_ = cascade.stages
     text = dataclasses.replace(native.config.text, null_prompt="")
     public = Stage(dataclasses.replace(native.config, name="public", conditions=(text,)))
-    (_, none), (_, empty) = cascade._told([native, public], ["red circle"], None)
+    (_, none), (_, empty) = cascade._told([native, public], ["red circle"])
     assert none == {}
     np.testing.assert_array_equal(empty["text"].tokens, cascade.encoder([""]).values)
     blurry = cascade.encoder(["blurry"]).values
-    for _, negative in cascade._told([native, public], ["red circle"], "blurry"):
+    for _, negative in cascade._told([native, public], ["red circle"], ["blurry"]):
         np.testing.assert_array_equal(negative["text"].tokens, blurry)
 
 
@@ -210,7 +210,7 @@ def test_a_prompt_is_embedded_once_for_all_stages(cascade, monkeypatch):
 
     monkeypatch.setattr(cascade, "encoder", counted)
     stages = [stage for stage, _ in cascade.stages]
-    told = cascade._told(stages, ["red", "blue"], "grey")
+    told = cascade._told(stages, ["red", "blue"], ["grey"])
     assert asked == [["red", "blue"], ["grey"]]
     assert [set(given) for given, _ in told] == [{"text"}] * 3
 

@@ -107,13 +107,13 @@ def test_prompts_are_embedded_and_so_is_what_guidance_moves_away_from():
     np.testing.assert_array_equal(value.tokens[:, 0, 0], [1, 3])
     assert value.mask.all()
     assert TEXT.away(None, embed) is None
-    assert TEXT.away("four", embed).tokens[:, 0, 0] == 4
+    assert TEXT.away(["four"], embed).tokens[:, 0, 0] == 4
     prompted = dataclasses.replace(TEXT, null_prompt="")
     assert prompted.away(None, embed).tokens[:, 0, 0] == 0
-    assert prompted.away("four", embed).tokens[:, 0, 0] == 4
+    assert prompted.away(["four"], embed).tokens[:, 0, 0] == 4
     # A smaller picture is no matter of prompts, nor are these of it.
     low = LowRes(resolution=4)
-    assert low.of_prompts(["a"], embed) is None and low.away("a", embed) is None
+    assert low.of_prompts(["a"], embed) is None and low.away(["a"], embed) is None
     assert TEXT.of_lowres(jnp.zeros((1, 4, 4, 3))) is None
 
 
