@@ -32,6 +32,8 @@ MOST_PICTURES = 16
 MOST_STEPS = 1000
 """In the page a stage takes at most so many steps."""
 
+_GIVEN = {"from_lowres": "a smaller one", "from_embeddings": "embeddings", "from_noise": "noise"}
+"""What a picture's metadata say that it was drawn from, which the page does not take."""
 _DRAW = ("cascade-diffusion", "jax", "jaxlib")
 """The packages of which another version may draw other pixels."""
 
@@ -124,11 +126,12 @@ def repeating(record: Any, model: Cascade) -> tuple[Form, list[str]]:
             f"this picture is of another model, {str(record.get('model'))[:200]!r}, than the one "
             f"that draws here, {model.name!r}: end the page and start it with --model"
         )
-    if record.get("from_lowres"):
-        raise UserError(
-            "this picture was enlarged from a smaller one, which its JSON does not hold: repeat it "
-            "by cascade sample --lowres"
-        )
+    for key, what in _GIVEN.items():
+        if record.get(key):
+            raise UserError(
+                f"this picture was drawn from {what}, which its JSON does not hold: repeat it by "
+                "the command, or from Python"
+            )
     stages, names = record["stages"], [stage.config.name for stage, _ in model.stages]
     if not stages or list(stages) != names[: len(stages)]:
         raise UserError(
@@ -234,11 +237,11 @@ def _missing(record: Mapping[str, Any], init: Any) -> list[str]:
 
 def _unlike(record: Mapping[str, Any]) -> list[str]:
     """What else drew the picture than draws now, of what can change a pixel."""
-    told = record.get("versions")
+    told: Any = record.get("versions")
     found = []
     for name in _DRAW if isinstance(told, dict) else ():
-        if (own := version(name)) != told.get(name, own):
-            said = str(told[name])[:40]
+        own = version(name)
+        if (said := str(told.get(name, own))[:40]) != own:
             found.append(f"{name} {said} drew this picture, and {own} draws now: pixels may differ")
     if record.get("text_encoder") is not None:
         found.append("this picture was drawn with a text encoder of its own (--text-encoder)")

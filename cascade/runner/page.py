@@ -272,9 +272,12 @@ class Page:
             form, notes = forms.repeating(read, self._model)
         except UserError as e:
             return _message(error=str(e)), *kept
-        told = f"{Path(file).name} has filled in the form, with all settings that it does not show."
+        told = (
+            f"{Path(file).name} has filled in the form. The settings that the form does not show "
+            "are the picture's too, until “The model's own settings” is pressed."
+        )
         if form.init is not None:
-            told += " Unless you put another one in, it begins from the picture that it began from."
+            told += " Unless you put another one in, you begin from the picture that it began from."
         values = (form.prompt, form.negative, form.seed, form.num, form.until, form.strength)
         return (
             *(_message([told, *notes]), form, *values),
