@@ -129,9 +129,10 @@ class Drawing:
         with _TURN:
             _TURN.notify_all()
 
-    def join(self, seconds: float) -> None:
-        """Wait for its end, at most so long."""
+    def ends(self, seconds: float) -> bool:
+        """Whether it ends within so many seconds."""
         self._thread.join(seconds)
+        return self.state.ended
 
     def _draw(self, pictures: Iterator[Picture]) -> None:
         state = self.state
@@ -190,6 +191,15 @@ class Drawing:
             json=self._folder / f"{name}.json",
             frames=frames,
         )
+
+
+def end_all(seconds: float) -> bool:
+    """Stop every drawing. Whether each ends within so many seconds."""
+    with _TURN:
+        drawings = list(_WAITING)
+    for drawing in drawings:
+        drawing.stop()
+    return all([drawing.ends(seconds) for drawing in drawings])
 
 
 def _preview(picture: UInt8[np.ndarray, "s s 3"]) -> str:

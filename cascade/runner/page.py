@@ -7,9 +7,12 @@ browsers are told to ask this address alone.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import shutil
 import socket
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,7 +31,7 @@ from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.runner import form as forms
 from cascade.runner.cascade import Cascade
-from cascade.runner.easel import MOST_WAITING, STOPPED, Drawing, Drawn, State
+from cascade.runner.easel import MOST_WAITING, STOPPED, Drawing, Drawn, State, end_all
 from cascade.runner.form import Form
 
 MOST_BYTES = 2**24
@@ -85,10 +88,14 @@ class Page:
         try:
             server.run(sockets=[listener])
         finally:
-            for drawing in list(self._drawings.values()):
-                drawing.stop()
-            for drawing in list(self._drawings.values()):
-                drawing.join(SECONDS_TO_END)
+            self._end()
+
+    def _end(self) -> None:
+        if not end_all(SECONDS_TO_END):
+            # One compiles for so long. Python ends its thread by what C++ takes for an exception
+            # and aborts at, so this process ends before it comes to that.
+            interrupted = isinstance(sys.exception(), KeyboardInterrupt)
+            atexit.register(os._exit, 130 if interrupted else 143)
 
     def _laid_out(self) -> gr.Blocks:
         model, empty = self._model, forms.empty(self._model)

@@ -215,6 +215,18 @@ def test_a_drawing_that_is_stopped_ends_and_keeps_what_is_drawn(model, tmp_path)
     assert drawn(model, filled(model, until=8), tmp_path / "next")
 
 
+def test_one_drawing_is_made_at_a_time_and_all_are_ended_together(model, tmp_path):
+    first, second, third = (
+        easel.Drawing(model, filled(model, num=16, steps=("900", "2")), tmp_path / name)
+        for name in "abc"
+    )
+    assert [next(one.states()).before for one in (first, second, third)] == [0, 1, 2]
+    second.stop()
+    assert second.ends(60) and next(third.states()).before == 1
+    assert easel.end_all(60)
+    assert [one.state.error for one in (first, second, third)] == ["stopped"] * 3
+
+
 def test_a_drawing_tells_of_each_stage_and_of_words_that_no_one_knows(model, tmp_path):
     known = Cascade(model.stages, model.encoder, known_words=["a", "b"])
     seen = []
