@@ -36,7 +36,7 @@ from cascade.runner.form import Form
 
 MOST_BYTES = 2**24
 """An upload has at most so many bytes."""
-SECONDS_TO_END = 10
+SECONDS_TO_END = 10.0
 """So long the end of the page waits for a drawing to take its step."""
 _ONLY_FROM_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 

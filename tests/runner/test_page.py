@@ -222,8 +222,8 @@ def test_one_drawing_is_made_at_a_time_and_all_are_ended_together(model, tmp_pat
     )
     assert [next(one.states()).before for one in (first, second, third)] == [0, 1, 2]
     second.stop()
-    assert second.ends(60) and next(third.states()).before == 1
-    assert easel.end_all(60)
+    assert second.ends(60.0) and next(third.states()).before == 1
+    assert easel.end_all(60.0)
     assert [one.state.error for one in (first, second, third)] == ["stopped"] * 3
 
 
