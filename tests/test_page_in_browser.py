@@ -159,6 +159,13 @@ def pixels(content):
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
+def draw_for_long(browser):
+    fill(browser, "steps-8", "900")
+    fill(browser, "num", "16")
+    browser.find_element(By.ID, "draw").click()
+    until(lambda: "8 px step" in " ".join(text(browser, "easel").split()))
+
+
 def test_by_keys_alone_a_prompt_is_typed_and_drawn_stage_by_stage(browser):
     opened(browser, "more")
     fill(browser, "steps-8", "60")
@@ -264,9 +271,7 @@ def test_a_drawing_is_stopped_and_one_that_waits_has_its_place_in_the_queue(brow
             By.CSS_SELECTOR, "#more .narrow input, #more .narrow textarea"
         )
     )
-    fill(browser, "steps-8", "900")
-    browser.find_element(By.ID, "draw").click()
-    until(lambda: "8 px step" in " ".join(text(browser, "easel").split()))
+    draw_for_long(browser)
     first = browser.current_window_handle
     browser.switch_to.new_window("tab")
     browser.get(server[1])
@@ -320,9 +325,7 @@ def test_an_upload_that_is_too_large_is_refused(server):
 def test_ctrl_c_ends_it_in_a_line_and_leaves_nothing(browser, server):
     """While it draws, and with nothing written outside of the temporary folder."""
     process, _, home = server
-    fill(browser, "steps-8", "900")
-    browser.find_element(By.ID, "draw").click()
-    until(lambda: "8 px step" in " ".join(text(browser, "easel").split()))
+    draw_for_long(browser)
     written = list((home / "temporary").iterdir())
     assert len(written) == 1 and written[0].name.startswith("cascade-page-")
     process.send_signal(signal.SIGINT)

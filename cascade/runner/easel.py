@@ -79,6 +79,8 @@ class State:
     """What a person should know, such as words that the model does not."""
     error: str = ""
     """Why it ended, if it was not because all was drawn."""
+    stopping: bool = False
+    """Whether a person has stopped it."""
     ended: bool = False
     """Whether it is over."""
 
@@ -125,7 +127,9 @@ class Drawing:
 
     def stop(self) -> None:
         """End it at the next step of a stage, or at once if it has not begun."""
+        self.state.stopping = True
         self._stop.set()
+        self._said.put(None)
         with _TURN:
             _TURN.notify_all()
 

@@ -238,7 +238,8 @@ class Page:
         try:
             for state in drawing.states():
                 if not state.ended:
-                    yield _message(state.notes), _coming(state), hidden
+                    stopping = ["Stopping at the next step."] if state.stopping else []
+                    yield _message([*state.notes, *stopping]), _coming(state), hidden
             error = "" if state.error == STOPPED else state.error
             notes = [*state.notes, *(["Stopped."] if state.error == STOPPED else [])]
             positions = len(state.drawn[0].frames) + 1 if state.drawn else 1
@@ -250,12 +251,12 @@ class Page:
         finally:
             drawing.stop()
 
-    def _stop(self, request: gr.Request) -> str:
+    def _stop(self, request: gr.Request) -> Any:
         drawing = self._drawings.get(str(request.session_hash))
         if drawing is None or drawing.state.ended:
             return _message(["Nothing is being drawn."])
         drawing.stop()
-        return _message([*drawing.state.notes, "Stopping at the next step."])
+        return gr.skip()  # `_draw` tells of it: two messages might come in either order
 
     def _scrub(self, position: int, request: gr.Request) -> str:
         drawing = self._drawings.get(str(request.session_hash))
