@@ -28,12 +28,11 @@ from cascade.devices import sharding
 from cascade.errors import OptionError, UserError
 from cascade.runner import counts, drawing, inputs
 from cascade.runner.edits import edited
-from cascade.runner.model_folder import open_model
+from cascade.runner.model_folder import open_model, update_digest
 from cascade.runner.overrides import ByStage, override
 from cascade.runner.picture import Picture
 from cascade.runner.progress import Progress
 from cascade.stage import Sampling, Stage, StageConfig, Steering
-from cascade.storage import paths
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 
 PROMPTS_AT_ONCE = 64
@@ -103,6 +102,11 @@ class Cascade:
         # device for as long as it runs.
         held = functools.partial(jax.tree.map, np.array if offload else jnp.asarray)
         model = open_model(name_or_dir)
+        if dtype != "float32" and all(c.computing_in(dtype) is c for c in model.stages):
+            warnings.warn(
+                f"dtype {dtype}: is for public weights; {model.name} computes in its own types",
+                stacklevel=2,
+            )
         stages, own_encoders, digest = [], {}, hashlib.sha256()
         for config in model.stages:
             config = config.computing_in(dtype)
@@ -110,7 +114,7 @@ class Cascade:
             if (own := model.load_own_text_encoder(config.name, dtype)) is not None:
                 own_encoders[config.name] = own
             for file in model.files(config.name):
-                _update(digest, file)
+                update_digest(digest, file)
         encoder: T5Encoder | None = None
         reading = {s.config.name: s.config.text for s, _ in stages if s.config.text is not None}
         sharing = {name: text for name, text in reading.items() if name not in own_encoders}
@@ -497,11 +501,3 @@ def _split(
             params = jax.device_put(params, sharding.replicated(place.mesh))
         placed.append((stage, params, place))
     return placed
-
-
-def _update(digest: Any, file: Path) -> None:
-    """With the bytes of a file that may be larger than memory."""
-    paths.check_regular(file)
-    with open(file, "rb") as opened:
-        while block := opened.read(2**24):
-            digest.update(block)

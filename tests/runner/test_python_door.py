@@ -137,6 +137,7 @@ def test_a_picture_that_does_not_fit_is_told(model, picture):
         ({"init": picture, "mask": [mask] * 3}, "mask: 3 pictures for 2 prompts"),
         ({"init": [picture, small], "mask": mask}, "the mask is 30x20 px, the picture 8x8 px"),
         ({"init": picture, "mask": mask // 255}, "the mask is 1 of 255 where it is brightest"),
+        ({"init": picture, "mask": mask * 0}, "the mask is 0 of 255 where it is brightest"),
         ({"init": picture, "strength": 2}, "strength=2: must be above 0, and at most 1"),
         ({"init": picture, "strength": 0.1}, "strength 0.1 of 3 steps takes none"),
         ({"init": picture, "strength": [1, 1]}, "strength=[1, 1]: 2 values for 3 stages"),
