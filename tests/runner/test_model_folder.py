@@ -53,6 +53,6 @@ def test_a_folder_without_a_model_does_not_hide_one_that_ships(tmp_path, monkeyp
 
 
 def test_a_type_that_a_model_does_not_compute_in_is_told(tmp_path):
-    folder = model_folder(tmp_path / "own", testing.base_stage())
+    folder = model_folder(tmp_path / "own", testing.base_stage(128))
     with pytest.warns(UserWarning, match="bfloat16: is for public weights; .*own computes in"):
         Cascade.load(folder, dtype="bfloat16")
