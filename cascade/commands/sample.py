@@ -82,8 +82,8 @@ class Options:
     """A picture to start from: super-resolution stages alone draw. Unless it has 64 or 256 px, its
     central square is resized, with a warning."""
     steps: ByStage = None
-    """Sampling steps, by stage: a number, at most 10,000, or a list of DeepFloyd IF's such as
-    smart50."""
+    """Sampling steps, by stage: a number, at most 10,000, a list of DeepFloyd IF's such as smart50,
+    or entries of a table of 1000, as in 999/700/400/100."""
     grid: ByStage = None
     """Spacing of the sampling steps, by stage: uniform, quadratic, logsnr, karras, trailing or
     leading (the last two on a table of 1000)."""

@@ -12,6 +12,7 @@ would hold there must be negligible.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ from cascade import ranges
 from cascade.diffusion import process
 from cascade.diffusion.process import Schedule
 from cascade.diffusion.samplers import time_grid
+from cascade.ranges import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,33 @@ class OnTable(Grid):
             chosen = np.rint(self.entries * (1 - np.arange(steps) / steps)).astype(int) - 1
         times = at_entries(chosen, self.entries)
         return times if self.ends_clean else times.at[-1].set(1 / self.entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen(Grid):
+    """These entries of a table of 1000, entry i standing at t = (i + 1) / 1000, then 0: what
+    diffusers takes as `timesteps`."""
+
+    chosen: tuple[int, ...]
+    """Falling from 999 or less to 0 or more."""
+
+    def __post_init__(self):
+        falls = all(a > b for a, b in itertools.pairwise(self.chosen))
+        whole = all(type(entry) is int and 0 <= entry <= 999 for entry in self.chosen)
+        if not self.chosen or not whole or not falls:
+            raise ValueError(f"Chosen.chosen must fall within 999..0, got {shown(self.chosen)}")
+
+    @property
+    def of_any_length(self) -> Grid:
+        return OnTable()
+
+    def check(self, steps):
+        if steps != len(self.chosen):
+            raise ValueError(f"steps must be as many as chosen, {len(self.chosen)}, got {steps}")
+
+    def __call__(self, steps, schedule):
+        self.check(steps)
+        return at_entries(np.array(self.chosen), 1000)
 
 
 BY_WORD: dict[str, Grid] = {

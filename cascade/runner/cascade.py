@@ -199,13 +199,13 @@ class Cascade:
         the seeds'. The same prompt, seed and settings make the same picture among any others.
 
         How, by stage: one value for all stages, or a list with one for each, smallest first, as for
-        the options of `cascade sample` of these names, whose words they take. steps: of sampling,
-        1 to 10,000. guidance: weight of classifier-free guidance, 0 or more; 1 is none.
-        guidance_plan: "constant", "interval" or "oscillating". rescale: how far guided predictions
-        get back the contrast of unguided ones, 0 to 1. aug_level: noise on the smaller picture, 0
-        to 1, by super-resolution stage. sampler: "ancestral", "ddim", "dpm++", "dpm++sde" or
-        "heun". grid: spacing of the steps, "uniform", "karras" and others. threshold: "none",
-        "static" or "dynamic". None leaves a stage its own.
+        the options of `cascade sample` of these names, whose words they take. steps: of sampling, 1
+        to 10,000, or a list of entries of a table of 1000 (diffusers' timesteps). guidance: weight
+        of classifier-free guidance, 0 or more; 1 is none. guidance_plan: "constant", "interval" or
+        "oscillating". rescale: how far guided predictions get back the contrast of unguided ones, 0
+        to 1. aug_level: noise on the smaller picture, 0 to 1, by super-resolution stage. sampler:
+        "ancestral", "ddim", "dpm++", "dpm++sde" or "heun". grid: spacing of the steps, "uniform",
+        "karras" and others. threshold: "none", "static" or "dynamic". None leaves a stage its own.
 
         From what: a PIL image, or a uint8 array [h, w, 3] of 0..255; one for all prompts, or a list
         with one for each. lowres: the smaller picture to enlarge, resized with a warning unless a

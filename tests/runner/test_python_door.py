@@ -464,3 +464,14 @@ def test_a_watched_drawing_is_of_the_same_program(model, caplog):
     np.testing.assert_array_equal(plain, watched)
     assert compiled(split_rows=2, progress=lambda _: None)[0] == 1  # what devices share
     assert compiled(split_rows=2)[0] == 0
+
+
+def test_steps_may_be_entries_of_a_table(model):
+    told = settings(model, steps=[[999, 500, 10], 4])
+    assert told["base8"]["steps"] == 3 and told["base8"]["grid"]["chosen"] == [999, 500, 10]
+    assert told["sr16"]["steps"] == 4
+    assert told == settings(model, steps="999/500/10,4")
+    with pytest.raises(UserError, match="steps='10/999': chosen must fall within 999..0"):
+        settings(model, steps=[[10, 999], 4])
+    with pytest.raises(UserError, match="a list of table entries is whole numbers"):
+        settings(model, steps="999/x,4")
