@@ -3,6 +3,10 @@
 Recorded in fixtures/diffusers.npz, which is made again where diffusers is installed.
 """
 
+import dataclasses
+import json
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +14,9 @@ import pytest
 from fixtures import make_diffusers as reference
 
 from cascade.diffusion import grids, samplers
-from cascade.diffusion.denoise import Threshold, WithVariance, thresholded
+from cascade.diffusion.denoise import Detailed, Estimate, Threshold, thresholded
 from cascade.diffusion.process import Discrete, alpha_sigma, to_x0
-from cascade.published.schedulers import Respaced
+from cascade.published.schedulers import Respaced, read_schedule, read_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +24,16 @@ def recorded():
     return np.load(reference.FILE)
 
 
-def denoiser(threshold):
+def denoiser(threshold, kind="eps"):
     def estimate(x_t, logsnr):
-        eps, variance = reference.network(x_t, logsnr[:, None], jnp)
-        return to_x0(eps, "eps", x_t, logsnr), (variance + 1) / 2
+        prediction, variance = reference.network(x_t, logsnr[:, None], jnp)
+        x0_hat = to_x0(prediction, kind, x_t, logsnr)
+        return Estimate(x0_hat, x0_hat, (variance + 1) / 2)
 
-    return thresholded(WithVariance(estimate), threshold)
+    return thresholded(Detailed(estimate), threshold)
 
 
-def path(step, schedule, times, threshold, monkeypatch):
+def path(step, schedule, times, threshold, monkeypatch, kind="eps"):
     """x after every step, the noise of each being the recorded run's."""
     logsnr = schedule.logsnr(times)
     n = len(times) - 1
@@ -38,14 +43,14 @@ def path(step, schedule, times, threshold, monkeypatch):
         monkeypatch.setattr(samplers, "_normal", lambda keys, shape: noise)
         per_image = [jnp.full(2, value) for value in (logsnr_t, logsnr_s)]
         leg = samplers.Leg(*per_image, last, jax.random.split(jax.random.key(0)))
-        x_s, x0_hat, memory = step(denoiser(threshold), x, leg, memory)
+        x_s, x0_hat, memory = step(denoiser(threshold, kind), x, leg, memory)
         return jnp.where(last, x0_hat, x_s), memory
 
     x = jnp.asarray(reference.noise(0))
     memory, found = step.memory(x), []
     for i in range(n):
         noise = reference.noise(i + 1)
-        x, memory = once(x, memory, logsnr[i], logsnr[i + 1], i == n - 1, noise)
+        x, memory = once(x, memory, logsnr[i], logsnr[i + 1], i == n - 1 and times[-1] == 0, noise)
         found.append(np.asarray(x))
     return np.stack(found)
 
@@ -85,6 +90,63 @@ def test_heun_in_the_published_variable_takes_the_steps_of_diffusers(recorded, m
     np.testing.assert_allclose(got[-1], recorded["heun"][-1], atol=2e-3)
 
 
+def read(name, folder, monkeypatch):
+    """(x after every step with the scheduler that the file asks for, the scheduler)."""
+    kind, fields, steps, arguments = reference.FILES[name]
+    file = folder / "scheduler_config.json"
+    file.write_text(json.dumps(fields | {"_class_name": kind}))
+    found = read_scheduler(file)
+    step = found.sampler
+    if "eta" in arguments:
+        step = dataclasses.replace(step, eta=arguments["eta"])
+    if arguments.get("use_clipped_model_output"):
+        step = dataclasses.replace(step, eps="rederived")
+    times = found.grid(steps, found.schedule)
+    given = (step, found.schedule, times, found.threshold, monkeypatch, found.prediction)
+    return path(*given), found
+
+
+# What is warned of, of files with which diffusers takes other steps.
+OTHERWISE = {
+    "ddim_trailing_uneven": "steps that do not divide the table.*divides 20 gives the same",
+    "ddpm_offset_learned": "adds noise to the finished picture",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in reference.FILES if name not in OTHERWISE])
+@pytest.mark.filterwarnings("ignore:.*that do not divide the table")
+def test_a_scheduler_that_is_read_takes_the_steps_of_diffusers(
+    name, recorded, tmp_path, monkeypatch
+):
+    got, _ = read(name, tmp_path, monkeypatch)
+    np.testing.assert_allclose(got, recorded[name], atol=2e-3)
+    assert np.abs(got - recorded[name]).mean() < 1e-4
+
+
+def test_ddim_that_is_told_to_rederives_eps_as_diffusers_can(recorded, tmp_path, monkeypatch):
+    got, found = read("ddim_rederived", tmp_path, monkeypatch)
+    assert found.sampler == samplers.DDIM(eps="predicted")
+    apart = np.abs(got - recorded["ddim_clipped"]).max()
+    assert apart > 0.5 > 1000 * np.abs(got - recorded["ddim_rederived"]).max()
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_file_with_which_diffusers_takes_other_steps_is_warned_of(
+    name, recorded, tmp_path, monkeypatch
+):
+    with pytest.warns(UserWarning, match=OTHERWISE[name]):
+        got, _ = read(name, tmp_path, monkeypatch)
+    apart = np.abs(got - recorded[name]).max((1, 2))
+    if name == "ddpm_offset_learned":
+        assert apart[:-1].max() < 2e-3 < 0.01 < apart[-1]  # in the finished picture alone
+    else:
+        assert apart.max() > 0.1
+    # The table of a scheduler that nothing is sampled with says nothing of it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_schedule(tmp_path / "scheduler_config.json")
+
+
 @pytest.mark.parametrize("name", reference.LISTS)
 def test_named_lists_are_those_of_deepfloyd_if(name, recorded):
     grid = Respaced(name=name)
@@ -96,7 +158,7 @@ def test_named_lists_are_those_of_deepfloyd_if(name, recorded):
 @pytest.mark.parametrize("spacing, steps", reference.SPACINGS)
 def test_spacings_on_a_table_are_those_of_diffusers(spacing, steps, recorded):
     times = grids.OnTable(spacing=spacing)(steps, Discrete())
-    entries = recorded[f"{spacing}{steps}"]
+    entries = recorded[f"{spacing}{steps}"][:steps]  # 61 steps are 62 there, by a rounding
     np.testing.assert_allclose(times, np.append((entries + 1.0) / 1000, 0), atol=1e-7)
 
 

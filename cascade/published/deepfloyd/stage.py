@@ -18,7 +18,7 @@ from cascade.config import read_json
 from cascade.diffusion import loss
 from cascade.errors import UserError
 from cascade.published.deepfloyd import reader as deepfloyd
-from cascade.published.schedulers import read_scheduler
+from cascade.published.schedulers import read_schedule, read_scheduler
 from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
 from cascade.ranges import MOST_PIXELS, shown
 from cascade.stage import Augmentation, Pixels, Sampling, StageConfig
@@ -102,8 +102,8 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
             threshold=scheduler.threshold,
         )
         if network.lowres:
-            noising = read_scheduler(folder / "image_noising_scheduler" / "scheduler_config.json")
-            augmentation = Augmentation(schedule=noising.schedule, after_upsampling=True)
+            noising = read_schedule(folder / "image_noising_scheduler" / "scheduler_config.json")
+            augmentation = Augmentation(schedule=noising, after_upsampling=True)
             low = lowres_resolution or side // 4
             lowres = PublishedLowRes(resolution=low, augmentation=augmentation)
             conditions = (lowres, *conditions)
