@@ -22,13 +22,14 @@ from cascade.commands import convert
 from cascade.devices.sharding import MeshConfig, make_mesh, shardings
 from cascade.diffusion import samplers
 from cascade.diffusion.process import Discrete
-from cascade.errors import UserError
+from cascade.errors import OptionError, UserError
 from cascade.models import Network, Signals
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd import reader as deepfloyd
 from cascade.published.deepfloyd.stage import stage_config
 from cascade.published.pipelines import pipelines
 from cascade.runner.cascade import Cascade
+from cascade.runner.overrides import override
 from cascade.stage import Stage, TextInput
 from cascade.storage import network as published
 from cascade.storage import weights
@@ -369,6 +370,14 @@ def test_two_pipelines_meet_and_hold_the_published_settings(tmp_path):
     assert np.asarray(one.schedule.entry(one.schedule.logsnr(times[:-1]))).tolist() == list(
         range(990, -1, -10)
     )
+
+
+def test_guidance_below_1_which_is_none_in_diffusers_is_refused(tmp_path):
+    (config,) = (p.config for p in pipelines([write_pipeline(tmp_path, 1)]))
+    for weight in (0, 0.5):
+        with pytest.raises(OptionError, match=rf"must be 1, .* in if8: .*; got {float(weight)}"):
+            override([config], guidance=weight)
+    assert override([config], guidance=1)[0].guided is False
 
 
 @pytest.mark.parametrize(
