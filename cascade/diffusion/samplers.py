@@ -171,7 +171,8 @@ class Ancestral(Step):
         r = exp(logsnr_t - logsnr_s),   S = sigma_s^(1 - gamma) sigma_t^gamma
 
     Imagen uses this sampler, and does not state its gamma. Saharia et al. 2022, App. A;
-    Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15.
+    Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15. A run that ends at time 0 ends in x0_hat;
+    diffusers adds S noise to that, unless the last step starts from the table's first entry.
     """
 
     gamma: float | Literal["learned"] = 0.3

@@ -78,6 +78,15 @@ def test_sampler_takes_the_steps_of_diffusers(name, step, grid, steps, recorded,
     assert np.abs(got - recorded[name]).mean() < 1e-4
 
 
+def test_a_finished_picture_is_not_noised_as_diffusers_noises_it(recorded, monkeypatch):
+    """With gamma 1, where the last step starts above the first entry of the table."""
+    schedule = Discrete(betas="linear")
+    times, free = TRAILING(7, schedule), Threshold(kind="none")
+    got = path(samplers.Ancestral(gamma=1.0), schedule, times, free, monkeypatch)
+    got[-1] += np.asarray(alpha_sigma(schedule.logsnr(times[-2]))[1]) * reference.noise(7)
+    np.testing.assert_allclose(got, recorded["large_trailing"], atol=2e-3)
+
+
 def test_heun_in_the_published_variable_takes_the_steps_of_diffusers(recorded, monkeypatch):
     """Its scheduler holds x / alpha, and counts prediction and correction as two steps."""
     schedule = Discrete(betas="linear")
