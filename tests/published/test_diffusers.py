@@ -99,9 +99,10 @@ def test_heun_in_the_published_variable_takes_the_steps_of_diffusers(recorded, m
     np.testing.assert_allclose(got[-1], recorded["heun"][-1], atol=2e-3)
 
 
-def read(name, folder, monkeypatch):
-    """(x after every step with the scheduler that the file asks for, the scheduler)."""
-    kind, fields, steps, arguments = reference.FILES[name]
+def read(case, folder, monkeypatch):
+    """(x after every step with the scheduler that the file asks for, the scheduler). case: as in
+    reference.FILES."""
+    kind, fields, steps, arguments = case
     file = folder / "scheduler_config.json"
     file.write_text(json.dumps(fields | {"_class_name": kind}))
     found = read_scheduler(file)
@@ -127,16 +128,54 @@ OTHERWISE = {
 def test_a_scheduler_that_is_read_takes_the_steps_of_diffusers(
     name, recorded, tmp_path, monkeypatch
 ):
-    got, _ = read(name, tmp_path, monkeypatch)
+    got, _ = read(reference.FILES[name], tmp_path, monkeypatch)
     np.testing.assert_allclose(got, recorded[name], atol=2e-3)
     assert np.abs(got - recorded[name]).mean() < 1e-4
 
 
 def test_ddim_that_is_told_to_rederives_eps_as_diffusers_can(recorded, tmp_path, monkeypatch):
-    got, found = read("ddim_rederived", tmp_path, monkeypatch)
+    got, found = read(reference.FILES["ddim_rederived"], tmp_path, monkeypatch)
     assert found.sampler == samplers.DDIM(eps="predicted")
     apart = np.abs(got - recorded["ddim_clipped"]).max()
     assert apart > 0.5 > 1000 * np.abs(got - recorded["ddim_rederived"]).max()
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_file_that_is_not_warned_of_is_sampled_as_diffusers_samples_it(
+    seed, tmp_path, monkeypatch
+):
+    pytest.importorskip("diffusers")
+    rng = np.random.default_rng(seed)
+
+    def one_of(*values):
+        return values[rng.integers(len(values))]
+
+    kind = ("DDIMScheduler", "DDPMScheduler")[seed % 2]
+    fields = {
+        "prediction_type": one_of("epsilon", "v_prediction", "sample"),
+        "beta_schedule": one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
+        "num_train_timesteps": (entries := one_of(100, 1000)),
+        "timestep_spacing": (spacing := one_of("leading", "trailing")),
+        "steps_offset": one_of(0, 1, 3),
+        "clip_sample": one_of(True, False),
+        "thresholding": one_of(True, False),
+        "dynamic_thresholding_ratio": one_of(0.9, 0.995),
+        "sample_max_value": one_of(1.0, 1.5),
+    }
+    arguments = {}
+    if kind == "DDIMScheduler":
+        fields["set_alpha_to_one"] = one_of(True, False)
+        arguments["eta"] = one_of(0.0, 0.6)
+    elif spacing == "leading" and not fields["steps_offset"]:
+        fields["variance_type"] = one_of("fixed_small", "learned_range")
+    even = kind == "DDIMScheduler" and spacing == "trailing"
+    case = (kind, fields, one_of(5, 20) if even else one_of(7, 20, entries // 2 + 10), arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if even else "error")
+        got, _ = read(case, tmp_path, monkeypatch)
+    theirs = reference.walked(*case)
+    np.testing.assert_allclose(got, theirs, atol=5e-3 * max(1, np.abs(theirs).max()))
+    assert np.abs(got - theirs).mean() < 2e-4 * max(1, np.abs(theirs).mean())
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
@@ -144,7 +183,7 @@ def test_a_file_with_which_diffusers_takes_other_steps_is_warned_of(
     name, recorded, tmp_path, monkeypatch
 ):
     with pytest.warns(UserWarning, match=OTHERWISE[name]):
-        got, _ = read(name, tmp_path, monkeypatch)
+        got, _ = read(reference.FILES[name], tmp_path, monkeypatch)
     apart = np.abs(got - recorded[name]).max((1, 2))
     if name == "ddpm_offset_learned":
         assert apart[:-1].max() < 2e-3 < 0.01 < apart[-1]  # in the finished picture alone
