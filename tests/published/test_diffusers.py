@@ -91,7 +91,8 @@ def test_heun_in_the_published_variable_takes_the_steps_of_diffusers(recorded, m
     """Its scheduler holds x / alpha, and counts prediction and correction as two steps."""
     schedule = Discrete(betas="linear")
     times = jnp.append((jnp.linspace(999, 0, 10) + 1) / 1000, 0.0)
-    step = samplers.Heun(slope="noise")
+    step, _ = samplers.BY_WORD["heun-noise"]
+    assert step == samplers.Heun(slope="noise")
     got = path(step, schedule, times, Threshold(kind="none"), monkeypatch)
     alpha = np.asarray(alpha_sigma(schedule.logsnr(times))[0])[1:, None, None]
     expected = recorded["heun"][1::2] * alpha[:-1]
@@ -135,7 +136,8 @@ def test_a_scheduler_that_is_read_takes_the_steps_of_diffusers(
 
 def test_ddim_that_is_told_to_rederives_eps_as_diffusers_can(recorded, tmp_path, monkeypatch):
     got, found = read(reference.FILES["ddim_rederived"], tmp_path, monkeypatch)
-    assert found.sampler == samplers.DDIM(eps="predicted")
+    assert found.sampler == samplers.BY_WORD["ddim-predicted"][0] == samplers.DDIM(eps="predicted")
+    assert samplers.BY_WORD["ddim"][0] == samplers.DDIM(eps="rederived")
     apart = np.abs(got - recorded["ddim_clipped"]).max()
     assert apart > 0.5 > 1000 * np.abs(got - recorded["ddim_rederived"]).max()
 
