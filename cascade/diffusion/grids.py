@@ -139,6 +139,11 @@ class OnTable(Grid):
     ends_clean: bool = True
     """False ends at the first entry in place of 0, in a picture that keeps its noise, as the DDIM
     of those public weights does."""
+    full_last_step: bool = False
+    """Whether the last step is entries // steps long where the table reaches that far below the
+    last entry visited, and ends there, in a picture that keeps its noise, as in diffusers' DDIM:
+    "trailing" has such steps if they do not divide the entries, "leading" if the offset is as long
+    as they are."""
 
     def __post_init__(self):
         if self.spacing not in ("leading", "trailing"):
@@ -163,9 +168,13 @@ class OnTable(Grid):
         if self.spacing == "leading":
             chosen = np.arange(steps)[::-1] * (self.entries // steps) + self.offset
         else:
-            chosen = np.rint(self.entries * (1 - np.arange(steps) / steps)).astype(int) - 1
-        times = at_entries(chosen, self.entries)
-        return times if self.ends_clean else times.at[-1].set(1 / self.entries)
+            # Where a step ends half-way between two entries, the rounding of this sum decides.
+            ends = np.arange(self.entries, 0, -self.entries / steps)[:steps]
+            chosen = np.rint(ends).astype(int) - 1
+        end = chosen[-1] - self.entries // steps if self.full_last_step else -1
+        if end < 0:
+            end = -1 if self.ends_clean else 0
+        return at_entries(chosen, self.entries).at[-1].set((end + 1) / self.entries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ Generative Modeling through SDEs", App. I.2).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,12 @@ class Edit(Steering):
             return jnp.where(repaint, x_s, known)
 
         return Start(jnp.where(repaint, x, picture) if self.clean else x, times, after_step)
+
+
+def redrawn(stages: Sequence[StageConfig], masked: bool) -> list[StageConfig]:
+    """The stages with the settings that they draw a picture anew with, for `overrides.override` to
+    lay others over. masked: whether only a part of it."""
+    return [dataclasses.replace(s, sampling=s.redrawing(masked)) for s in stages]
 
 
 def edits(

@@ -171,7 +171,8 @@ def _sampler(word: str, _: Sampling, stage: StageConfig) -> dict[str, Any]:
     step, field = _one_of(samplers.BY_WORD, name)
     if len(numbers) > (field is not None):
         raise ValueError(f"{name} takes {'one number' if field else 'no number'}")
-    return {"sampler": step(**dict(zip((field,), map(number, numbers), strict=False)))}
+    fields = dict(zip((field,), map(number, numbers), strict=False))
+    return {"sampler": dataclasses.replace(step, **fields)}
 
 
 def _threshold(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:

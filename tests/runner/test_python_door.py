@@ -48,6 +48,13 @@ def kind(stage):
 # Options by stage.
 
 
+def test_samplers_of_diffusers_own_have_words_that_take_numbers_too(model):
+    got = settings(model, steps=2, sampler="ddim-predicted:0.5,heun-noise:0.2", threshold="static")
+    base, above = got["base8"]["sampler"], got["sr16"]["sampler"]
+    assert (base["eps"], base["eta"]) == ("predicted", 0.5)
+    assert (above["slope"], above["churn"]) == ("noise", 0.2)
+
+
 def test_options_by_stage_are_those_of_the_command_line(model):
     options = {"steps": 2, "guidance": [3.0, 1.0, 9.0], "rescale": (0.5, 0), "aug_level": 0.25}
     got = settings(model, **options, sampler="ddim:0.5,heun", threshold=["static", "none"])
