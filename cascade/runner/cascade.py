@@ -28,7 +28,7 @@ from cascade.config import to_json
 from cascade.devices import sharding
 from cascade.errors import OptionError, UserError
 from cascade.runner import counts, inputs
-from cascade.runner.edits import edited
+from cascade.runner.edits import edited, redrawn
 from cascade.runner.model_folder import open_model
 from cascade.runner.overrides import ByStage, override
 from cascade.runner.picture import Picture
@@ -237,6 +237,8 @@ class Cascade:
             configs = [
                 dataclasses.replace(c, sampling=s) for c, s in zip(configs, settings, strict=True)
             ]
+        elif init is not None:
+            configs = redrawn(configs, masked=mask is not None)
         settings = override(
             configs,
             every,
