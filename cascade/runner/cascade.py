@@ -27,7 +27,7 @@ from cascade.config import to_json
 from cascade.devices import sharding
 from cascade.errors import OptionError, UserError
 from cascade.runner import counts, drawing, inputs
-from cascade.runner.edits import edited
+from cascade.runner.edits import edited, redrawn
 from cascade.runner.model_folder import open_model, update_digest
 from cascade.runner.overrides import ByStage, override
 from cascade.runner.picture import Picture
@@ -204,8 +204,9 @@ class Cascade:
         of classifier-free guidance, 0 or more; 1 is none. guidance_plan: "constant", "interval" or
         "oscillating". rescale: how far guided predictions get back the contrast of unguided ones, 0
         to 1. aug_level: noise on the smaller picture, 0 to 1, by super-resolution stage. sampler:
-        "ancestral", "ddim", "dpm++", "dpm++sde" or "heun". grid: spacing of the steps, "uniform",
-        "karras" and others. threshold: "none", "static" or "dynamic". None leaves a stage its own.
+        "ancestral", "ddim", "ddim-predicted", "dpm++", "dpm++sde", "heun" or "heun-noise". grid:
+        spacing of the steps, "uniform", "karras" and others. threshold: "none", "static" or
+        "dynamic". None leaves a stage its own.
 
         From what: a PIL image, or a uint8 array [h, w, 3] of 0..255; one for all prompts, or a list
         with one for each. lowres: the smaller picture to enlarge, resized with a warning unless a
@@ -245,6 +246,8 @@ class Cascade:
             configs = [
                 dataclasses.replace(c, sampling=s) for c, s in zip(configs, settings, strict=True)
             ]
+        elif init is not None:
+            configs = redrawn(configs, masked=mask is not None)
         settings = override(
             configs,
             every,

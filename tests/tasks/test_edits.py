@@ -143,6 +143,29 @@ def test_the_options_of_an_edit_choose_the_settings_that_others_are_laid_over(tm
     assert (chosen.steps, chosen.guidance) == (50, 7.0)
 
 
+@pytest.mark.parametrize("door", ["Python", "the command"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_if_redraws_with_its_pipelines_defaults(masked, door, tmp_path):
+    """guidance in stage I, which has no mask of its own, and noise on what stage II enlarges."""
+    folders = [write_pipeline(tmp_path / str(number), number) for number in (1, 2)]
+    model = ",".join(map(str, folders))
+    white = np.full((8, 8), 255, np.uint8)
+    if door == "Python":
+        options = {"init": np.zeros((8, 8, 3), np.uint8), "mask": white if masked else None}
+        (picture,) = Cascade.load(model)("a b", steps=2, **options)
+        base, above = picture.metadata["stages"].values()
+    else:
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        Image.fromarray(white).save(tmp_path / "m.png")
+        words = ["--init-image", str(tmp_path / "a.png"), "--steps", "2", "--model", model]
+        words += ["--mask", str(tmp_path / "m.png")] * masked
+        cli.main(["sample", "a b", *words, "--out", str(tmp_path / "out")])
+        record = json.loads((tmp_path / "out" / "0000.json").read_text())
+        base, above = record["stages"].values()
+    assert base["guidance"] == (7.0 if masked else 10.0)
+    assert above["aug_level"] == (0.001 if masked else 0.251)
+
+
 def test_recorded_edits_are_what_the_pipelines_draw():
     pytest.importorskip("diffusers")
     from fixtures import make_if_edits
