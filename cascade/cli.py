@@ -20,7 +20,10 @@ from pathlib import Path
 
 from cascade.errors import OptionError, UserError
 
-ORDER = ("sample", "serve", "train", "export", "convert", "eval", "data", "plan", "bench")
+ORDER = (
+    *("sample", "serve", "models", "train", "export", "convert", "eval", "data", "plan"),
+    "bench",
+)
 """In which usage lists them; others follow by name."""
 
 # What a folder's permissions, a full disk or a name can do at any time: no fault of the program.
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(version("cascade-diffusion"))
         return
     try:
-        from cascade.config import nearest, take, trust
+        from cascade.config import nearest, take_all, trust
 
         if any("\0" in word for word in argv):
             word = next(word for word in argv if "\0" in word)
@@ -56,11 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file
         warnings.formatwarning = lambda message, *_: f"warning: {_line(str(message))}\n"
-        words = argv[1:]
-        while True:
-            module, words = take(words, "--trust")
-            if module is None:
-                break
+        modules, words = take_all(argv[1:], "--trust")
+        for module in modules:
             trust(module)
         importlib.import_module(known[argv[0]][0]).main(words)
     except UserError as e:

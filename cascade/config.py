@@ -71,14 +71,22 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
         raise UserError(f"config {path}, line {_line(e, path)}: {type(e).__name__}: {e}") from None
     if not callable(names.get("config")):
         raise UserError(f"config {path}: defines no function config(); it must return the config")
-    given, rest = {}, list(words)
+    given, rest, missing = {}, list(words), []
     for name, parameter in inspect.signature(names["config"]).parameters.items():
         flag = f"--{name.replace('_', '-')}"
         value, rest = take(rest, flag)
         if value is not None:
             given[name] = value
         elif parameter.default is inspect.Parameter.empty:
-            raise UserError(f"config {path}: {flag} is missing; see the head of that file")
+            missing.append(flag)
+    if missing and {"-h", "--help"} & set(rest):
+        print(inspect.cleandoc(names.get("__doc__") or ""))
+        print(
+            f"\n{path} needs {', '.join(missing)}: with a value for each, --help lists its fields."
+        )
+        raise SystemExit(0)
+    if missing:
+        raise UserError(f"config {path}: {missing[0]} is missing; see the head of that file")
     try:
         return names["config"](**given), rest
     except TypeError as e:  # an unknown or missing field of a dataclass
@@ -90,16 +98,30 @@ def load_with(path: str, words: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """Cut `flag VALUE` or `flag=VALUE` out of the words: (VALUE or None, the others)."""
-    words = list(words)
-    for i, word in enumerate(words):
-        if word == flag:
-            if i + 1 == len(words):
-                raise UserError(f"{flag} needs a value")
-            return words[i + 1], words[:i] + words[i + 2 :]
+    """Cut `flag VALUE` or `flag=VALUE` out of the words: (VALUE or None, the others).
+
+    Raises UserError where it has no value, or is given twice.
+    """
+    values, rest = take_all(words, flag)
+    if len(values) > 1:
+        raise UserError(f"{flag} is given {len(values)} times ({', '.join(values)}); give it once")
+    return (values[0] if values else None), rest
+
+
+def take_all(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """Cut all `flag VALUE` and `flag=VALUE` out of the words: (the values, the others)."""
+    values, rest, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
         if word.startswith(flag + "="):
-            return word.partition("=")[2], words[:i] + words[i + 1 :]
-    return None, words
+            values.append(word.partition("=")[2])
+        elif word != flag:
+            rest.append(word)
+        elif left:
+            values.append(left.pop(0))
+        else:
+            raise UserError(f"{flag} needs a value")
+    return values, rest
 
 
 def parse(

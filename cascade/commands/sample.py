@@ -82,8 +82,8 @@ class Options:
     """A picture to start from: super-resolution stages alone draw. Unless it has 64 or 256 px, its
     central square is resized, with a warning."""
     steps: ByStage = None
-    """Sampling steps, by stage: a number, at most 10,000, or a list of DeepFloyd IF's such as
-    smart50."""
+    """Sampling steps, by stage: a number, at most 10,000, a list of DeepFloyd IF's such as smart50,
+    or entries of a table of 1000, as in 999/700/400/100."""
     grid: ByStage = None
     """Spacing of the sampling steps, by stage: uniform, quadratic, logsnr, karras, trailing or
     leading (the last two on a table of 1000)."""
@@ -99,7 +99,8 @@ class Options:
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
     sampler: ByStage = None
     """By stage: ancestral, ddim, dpm++, dpm++sde or heun; with a number for the noise they add,
-    ancestral:0.3 (gamma), ddim:0.5 (eta) or heun:0.1 (churn)."""
+    ancestral:0.3 (gamma), ddim:0.5 (eta) or heun:0.1 (churn). ddim-predicted and heun-noise are
+    diffusers' DDIM and Heun."""
     threshold: ByStage = None
     """By stage: none, static or dynamic (Imagen's), the last also with percentile and cap, as in
     dynamic:0.95:1.5."""
@@ -196,6 +197,9 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
     stages = [stage.config for stage, _ in chosen]
     every = [stage.config for stage, _ in cascade.stages]
     lists = {name: getattr(options, name) for name in LISTS}
+    for task in tasks:
+        if hasattr(task, "stages"):
+            stages = list(task.stages(stages))
     settings = override(stages, every, **lists)
     steering, records = [None] * len(stages), {}
     for task in tasks:

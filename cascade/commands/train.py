@@ -47,15 +47,17 @@ def main(argv: Sequence[str]) -> None:
         return
     xla_flags.apply(xla_flags.expected_backend(), os.environ)
     with distributed.processes():  # so that a wrong word in one of them ends the others too
-        folder, ended = _train(argv)
+        folder, ended, left = _train(argv)
     if not ended:
         print(f"stopped: {folder}; the same command goes on", file=sys.stderr)
         sys.exit(STOPPED)
-    print(f"done: {folder}", file=sys.stderr)
+    more = f", {left} images before its end; the same command goes on" if left else ""
+    print(f"done{more}: {folder}", file=sys.stderr)
 
 
-def _train(argv: list[str]) -> tuple[Path, bool]:
-    """The run's folder, and whether the run came to its end."""
+def _train(argv: list[str]) -> tuple[Path, bool, int]:
+    """The run's folder, whether it came to the end that was asked for, and how many images that is
+    before its own."""
     path, rest = argv[0], argv[1:]
     if path.startswith("-"):
         raise UserError(
@@ -67,7 +69,8 @@ def _train(argv: list[str]) -> tuple[Path, bool]:
     from cascade.training.loop import fit
 
     folder, images = _workdir(workdir), _images(until)
-    return folder, fit(job, folder, until=images)
+    left = 0 if images is None else max(0, job.images - images)
+    return folder, fit(job, folder, until=images), left
 
 
 def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:
@@ -110,6 +113,6 @@ def _workdir(name: str | None) -> Path:
 def _images(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdecimal():
-        raise UserError(f"--until must be a number of images, got {text}")
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--until must be a number of images, 1 or more, got {text}")
     return int(text)

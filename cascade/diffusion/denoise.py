@@ -6,8 +6,9 @@ wrapping is the order of Imagen (Saharia et al. 2022, sec. 2.3), guidance inside
     x0_hat = Threshold()(guide(x0_cond, x0_uncond, 7.0))
 
 Samplers re-derive eps from x_t and the x0 they are given, so that after clipping the two agree.
-A network that has learned the variance of its steps makes a WithVariance, a Denoiser that can say
-more; the wrappers here change its x0 and leave its variance, in guidance the conditional one's.
+What else is known of an estimate, a Detailed denoiser says to the sampler that asks with
+`estimate_of`: x0 as it was before the threshold, and the variance of the step, if the network has
+learned it. Guidance leaves the variance that of the conditional half.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -30,36 +31,48 @@ Weight = float | int | Float[Array, ""] | Float[Array, " b"]
 """A guidance weight: one for all, or one an example."""
 
 
+class Estimate(NamedTuple):
+    """What a denoiser makes of x_t: arrays [b, *d], float32."""
+
+    x0: Float[Array, " b *d"]  # guided and thresholded
+    free: Float[Array, " b *d"]  # x0 before it was thresholded
+    # Where the log variance of the step lies, for every coordinate, between the bounds of Ho et al.
+    # 2020: 0 is the posterior variance given x0, 1 that of the forward process, and it is not
+    # clipped to [0, 1]. Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15, where it is v.
+    gamma: Float[Array, " b *d"] | None = None  # None unless the network has learned it
+
+
 @dataclass(frozen=True)
-class WithVariance:
-    """A Denoiser that also gives the variance of a step, to the sampler that asks (`Ancestral`).
+class Detailed:
+    """A Denoiser that can say more of its estimates than x0."""
 
-    Its gamma says for every coordinate where the log variance lies between the bounds of Ho et al.
-    2020: 0 is the posterior variance given x0, 1 that of the forward process. It is not clipped to
-    [0, 1]. Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15, where gamma is v.
-    """
-
-    estimate: Callable[
-        [Float[Array, " b *d"], Float[Array, " b"]],
-        tuple[Float[Array, " b *d"], Float[Array, " b *d"]],
-    ]
-    """(x_t [b, *d], logsnr [b]) -> (x0_hat, gamma), both [b, *d] and float32."""
+    estimate: Callable[[Float[Array, " b *d"], Float[Array, " b"]], Estimate]
+    """(x_t [b, *d], logsnr [b]) -> Estimate."""
 
     def __call__(self, x_t: Float[Array, " b *d"], logsnr: Float[Array, " b"]) -> Array:
         """x0_hat alone."""
-        return self.estimate(x_t, logsnr)[0]
+        return self.estimate(x_t, logsnr).x0
+
+
+def estimate_of(
+    denoiser: Denoiser, x_t: Float[Array, " b *d"], logsnr: Float[Array, " b"]
+) -> Estimate:
+    """All that a denoiser says of x_t; what is not Detailed has no threshold and no variance."""
+    if isinstance(denoiser, Detailed):
+        return denoiser.estimate(x_t, logsnr)
+    x0_hat = denoiser(x_t, logsnr)
+    return Estimate(x0_hat, x0_hat)
 
 
 def changed(denoiser: Denoiser, change: Callable[[Array, Array, Array], Array]) -> Denoiser:
-    """The denoiser with change(x0_hat, x_t, logsnr) for its x0_hat, its variance as it was."""
-    if not isinstance(denoiser, WithVariance):
-        return lambda x_t, logsnr: change(denoiser(x_t, logsnr), x_t, logsnr)
+    """The denoiser with change(x0_hat, x_t, logsnr) for its x0_hat, before and after a threshold;
+    its variance is as it was."""
 
     def estimate(x_t, logsnr):
-        x0_hat, gamma = denoiser.estimate(x_t, logsnr)
-        return change(x0_hat, x_t, logsnr), gamma
+        x0, free, gamma = estimate_of(denoiser, x_t, logsnr)
+        return Estimate(change(x0, x_t, logsnr), change(free, x_t, logsnr), gamma)
 
-    return WithVariance(estimate)
+    return Detailed(estimate)
 
 
 def guide(
@@ -235,7 +248,12 @@ class Threshold:
 
 def thresholded(denoiser: Denoiser, threshold: Threshold) -> Denoiser:
     """The denoiser with its estimates thresholded. Wrap guidance, not the other way round."""
-    return changed(denoiser, lambda x0, x_t, logsnr: threshold(x0))
+
+    def estimate(x_t, logsnr):
+        found = estimate_of(denoiser, x_t, logsnr)
+        return found._replace(x0=threshold(found.x0))
+
+    return Detailed(estimate)
 
 
 def static_threshold(x0: Float[Array, " b *d"]) -> Float[Array, " b *d"]:

@@ -12,6 +12,7 @@ would hold there must be negligible.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ from cascade import ranges
 from cascade.diffusion import process
 from cascade.diffusion.process import Schedule
 from cascade.diffusion.samplers import time_grid
+from cascade.ranges import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,11 @@ class OnTable(Grid):
     ends_clean: bool = True
     """False ends at the first entry in place of 0, in a picture that keeps its noise, as the DDIM
     of those public weights does."""
+    full_last_step: bool = False
+    """Whether the last step is entries // steps long where the table reaches that far below the
+    last entry visited, and ends there, in a picture that keeps its noise, as in diffusers' DDIM:
+    "trailing" has such steps if they do not divide the entries, "leading" if the offset is as long
+    as they are."""
 
     def __post_init__(self):
         if self.spacing not in ("leading", "trailing"):
@@ -161,9 +168,40 @@ class OnTable(Grid):
         if self.spacing == "leading":
             chosen = np.arange(steps)[::-1] * (self.entries // steps) + self.offset
         else:
-            chosen = np.rint(self.entries * (1 - np.arange(steps) / steps)).astype(int) - 1
-        times = at_entries(chosen, self.entries)
-        return times if self.ends_clean else times.at[-1].set(1 / self.entries)
+            # Where a step ends half-way between two entries, the rounding of this sum decides.
+            ends = np.arange(self.entries, 0, -self.entries / steps)[:steps]
+            chosen = np.rint(ends).astype(int) - 1
+        end = chosen[-1] - self.entries // steps if self.full_last_step else -1
+        if end < 0:
+            end = -1 if self.ends_clean else 0
+        return at_entries(chosen, self.entries).at[-1].set((end + 1) / self.entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen(Grid):
+    """These entries of a table of 1000, entry i standing at t = (i + 1) / 1000, then 0: what
+    diffusers takes as `timesteps`."""
+
+    chosen: tuple[int, ...]
+    """Falling from 999 or less to 0 or more."""
+
+    def __post_init__(self):
+        falls = all(a > b for a, b in itertools.pairwise(self.chosen))
+        whole = all(type(entry) is int and 0 <= entry <= 999 for entry in self.chosen)
+        if not self.chosen or not whole or not falls:
+            raise ValueError(f"Chosen.chosen must fall within 999..0, got {shown(self.chosen)}")
+
+    @property
+    def of_any_length(self) -> Grid:
+        return OnTable()
+
+    def check(self, steps):
+        if steps != len(self.chosen):
+            raise ValueError(f"steps must be as many as chosen, {len(self.chosen)}, got {steps}")
+
+    def __call__(self, steps, schedule):
+        self.check(steps)
+        return at_entries(np.array(self.chosen), 1000)
 
 
 BY_WORD: dict[str, Grid] = {

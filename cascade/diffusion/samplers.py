@@ -6,9 +6,10 @@ Each step goes from x_t to a less noisy x_s through x0_hat, which a denoiser giv
     (2)  x_s = alpha_s x0_hat + sigma_s eps_hat
 
 Because eps_hat comes from x0_hat as the denoiser returned it, guided and thresholded, the two
-always explain x_t between them; eps as the network predicted it would not. The steps differ in
-what they add to (2): noise (Ancestral, DDIM), or a correction from a second x0_hat, an earlier one
-(DPMSolverPP2M and its SDE variant) or one at x_s (Heun).
+always explain x_t between them; eps as the network predicted it would not, where a threshold has
+changed x0_hat (DDIM can be told to take it nonetheless). The steps differ in what they add to (2):
+noise (Ancestral, DDIM), or a correction from a second x0_hat, an earlier one (DPMSolverPP2M and its
+SDE variant) or one at x_s (Heun).
 
     x_T = initial_noise(keys, (64, 64, 3))
     x0 = sample(denoiser, x_T, schedule=Cosine(), times=time_grid(32), step=DDIM(), keys=keys)
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from cascade import ranges
-from cascade.diffusion.denoise import Denoiser, WithVariance
+from cascade.diffusion.denoise import Denoiser, estimate_of
 from cascade.diffusion.process import Schedule, alpha_sigma, eps_from_x0, expand
 
 AfterStep = Callable[
@@ -181,7 +182,7 @@ class Step:
 
     @property
     def needs_variance(self) -> bool:
-        """Whether the step asks its denoiser for a variance, which must then be WithVariance."""
+        """Whether the step asks its denoiser for a variance, as Detailed ones may have."""
         return False
 
     def memory(self, x: Float[Array, " b *d"]) -> Memory:
@@ -203,14 +204,15 @@ class Ancestral(Step):
         r = exp(logsnr_t - logsnr_s),   S = sigma_s^(1 - gamma) sigma_t^gamma
 
     Imagen uses this sampler, and does not state its gamma. Saharia et al. 2022, App. A;
-    Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15.
+    Nichol & Dhariwal 2021 ("Improved DDPM"), eq. 15. A run that ends at time 0 ends in x0_hat;
+    diffusers adds S noise to that, unless the last step starts from the table's first entry.
     """
 
     gamma: float | Literal["learned"] = 0.3
     """In [0, 1]: 0 is the posterior variance given x0 (the least; exact for a single point), 1 that
     of the forward process (the most; exact for data of unit variance), .3 the choice of Video
-    Diffusion Models (Ho et al. 2022). "learned" takes it, for every coordinate, from a denoiser
-    `WithVariance`."""
+    Diffusion Models (Ho et al. 2022). "learned" takes it, for every coordinate, from the denoiser
+    (`denoise.Estimate`)."""
 
     def __post_init__(self):
         if self.gamma != "learned" and not (
@@ -225,12 +227,11 @@ class Ancestral(Step):
     def __call__(self, denoiser, x_t, leg, memory):
         alpha_t, sigma_t = alpha_sigma(expand(leg.logsnr_t, x_t))
         alpha_s, sigma_s = alpha_sigma(expand(leg.logsnr_s, x_t))
+        x0_hat, _, gamma = estimate_of(denoiser, x_t, leg.logsnr_t)
         if self.gamma != "learned":
-            x0_hat, gamma = denoiser(x_t, leg.logsnr_t), self.gamma
-        elif isinstance(denoiser, WithVariance):
-            x0_hat, gamma = denoiser.estimate(x_t, leg.logsnr_t)
-        else:
-            raise ValueError('Ancestral(gamma="learned") needs a denoiser WithVariance, got none')
+            gamma = self.gamma
+        elif gamma is None:
+            raise ValueError('Ancestral(gamma="learned") needs a variance; the denoiser has none')
         r, rest = _share_kept(leg, x_t)
         mean = r * (alpha_s / alpha_t) * x_t + rest * alpha_s * x0_hat
         deviation = jnp.sqrt(rest) * sigma_s ** (1 - gamma) * sigma_t**gamma
@@ -245,21 +246,28 @@ class DDIM(Step):
         c = eta^2 (1 - exp(logsnr_t - logsnr_s))
 
     Song et al. 2021 ("Denoising Diffusion Implicit Models"), eq. 12 and 16, where c sigma_s^2 is
-    sigma_t^2.
+    sigma_t^2. What to do where x0_hat is thresholded, they do not say.
     """
 
     eta: float = 0.0
     """In [0, 1]: 0 is deterministic, a first-order solver of the probability flow; 1 is
     Ancestral(gamma=0)."""
+    eps: Literal["rederived", "predicted"] = "rederived"
+    """Where eps_hat comes from, if x0_hat is thresholded: "rederived" by (1) from that x0_hat, or
+    "predicted", by (1) from x0_hat as it was before, which is what the network said. The latter is
+    the default of diffusers, where the former is called use_clipped_model_output."""
 
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"DDIM.eta must be in [0, 1], got {self.eta}")
+        if self.eps not in ("rederived", "predicted"):
+            raise ValueError(f'DDIM.eps must be "rederived" or "predicted", got {self.eps!r}')
 
     def __call__(self, denoiser, x_t, leg, memory):
         alpha_s, sigma_s = alpha_sigma(expand(leg.logsnr_s, x_t))
-        x0_hat = denoiser(x_t, leg.logsnr_t)
-        noise = eps_from_x0(x_t, x0_hat, leg.logsnr_t)
+        x0_hat, free, _ = estimate_of(denoiser, x_t, leg.logsnr_t)
+        explained = free if self.eps == "predicted" else x0_hat
+        noise = eps_from_x0(x_t, explained, leg.logsnr_t)
         if self.eta > 0:
             c = self.eta**2 * _share_kept(leg, x_t)[1]
             noise = jnp.sqrt(1 - c) * noise + jnp.sqrt(c) * _normal(leg.keys, x_t.shape[1:])
@@ -339,7 +347,8 @@ class Heun(Step):
     """
 
     slope: Literal["angle", "noise"] = "angle"
-    """In which variable the trapezoid rule is applied: "angle", or "noise" as published."""
+    """In which variable the trapezoid rule is applied: "angle", or "noise" as published, and as in
+    diffusers' HeunDiscreteScheduler."""
     churn: float = 0.0
     """x_t is first noised on to sigma / alpha times 1 + churn, their S_churn / N; in
     [0, sqrt(2) - 1]."""
@@ -387,12 +396,14 @@ class Heun(Step):
         return expand(kept, x_t) * x_t + expand(added, x_t) * drawn, logsnr
 
 
-BY_WORD: dict[str, tuple[type[Step], str | None]] = {
-    "ancestral": (Ancestral, "gamma"),
-    "ddim": (DDIM, "eta"),
-    "dpm++": (DPMSolverPP2M, None),
-    "dpm++sde": (DPMSolverPP2MSDE, None),
-    "heun": (Heun, "churn"),
+BY_WORD: dict[str, tuple[Step, str | None]] = {
+    "ancestral": (Ancestral(), "gamma"),
+    "ddim": (DDIM(), "eta"),
+    "ddim-predicted": (DDIM(eps="predicted"), "eta"),
+    "dpm++": (DPMSolverPP2M(), None),
+    "dpm++sde": (DPMSolverPP2MSDE(), None),
+    "heun": (Heun(), "churn"),
+    "heun-noise": (Heun(slope="noise"), "churn"),
 }
 """What the command line calls the samplers, each with the field that a number behind it sets."""
 

@@ -1,11 +1,13 @@
 """How published models are sampled: diffusers' schedulers, and the lists of steps to take.
 
-`read_scheduler` turns a `scheduler_config.json` into our schedule, grid, sampler and threshold;
-`Respaced` is a list of DeepFloyd IF's or GLIDE's.
+`read_scheduler` turns a `scheduler_config.json` into our schedule, grid, sampler and threshold,
+which take the steps that diffusers takes, or warns where they do not; `Respaced` is a list of
+DeepFloyd IF's or GLIDE's.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +40,41 @@ class Scheduler:
 def read_scheduler(file: Path) -> Scheduler:
     """Read a DDPMScheduler or a DDIMScheduler, with their defaults for fields that the file lacks.
 
-    Raises UserError naming the file and the field that has no counterpart here.
+    Raises UserError naming the file and the field that has no counterpart here. Warns of a file
+    with which diffusers samples otherwise.
     """
+    found = _read(file)
+    for difference in _differences(found):
+        warnings.warn(f"{file}: {difference}", stacklevel=2)
+    return found
+
+
+def read_schedule(file: Path) -> process.Discrete:
+    """Read the table of a scheduler with which nothing is sampled, as `read_scheduler` does."""
+    return _read(file).schedule
+
+
+def _differences(found: Scheduler) -> list[str]:
+    """What diffusers does otherwise with such a scheduler; nothing in most."""
+    grid, sampler = found.grid, found.sampler
+    differences = []
+    if isinstance(sampler, samplers.DDIM) and grid.spacing == "trailing":
+        differences.append(
+            "with steps that do not divide the table, diffusers' DDIM aims each step of "
+            'timestep_spacing="trailing" at an entry beside the one that it takes next; here it '
+            f"aims at that one, and pictures differ. A number of steps that divides {grid.entries} "
+            "gives the same"
+        )
+    if sampler.needs_variance and (grid.spacing == "trailing" or grid.offset):
+        differences.append(
+            'with variance_type="learned_range", diffusers adds noise to the finished picture if '
+            "the last step does not start from the table's first entry, as with "
+            'timestep_spacing="trailing" or steps_offset; here it adds none'
+        )
+    return differences
+
+
+def _read(file: Path) -> Scheduler:
     fields = read_json(file)
     if not isinstance(fields, dict):
         raise UserError(f"{file}: must hold a scheduler's fields, got {fields!r}")
@@ -72,7 +107,7 @@ def read_scheduler(file: Path) -> Scheduler:
     else:
         threshold = {"kind": "none"}
     if name == "DDIMScheduler":
-        sampler = samplers.DDIM()
+        sampler = samplers.DDIM(eps="predicted")
     else:
         gamma = one_of("variance_type", {"learned_range": "learned", "fixed_small": 0.0})
         sampler = samplers.Ancestral(gamma=gamma)
@@ -101,6 +136,7 @@ def read_scheduler(file: Path) -> Scheduler:
                 entries=steps,
                 offset=given["steps_offset"] if spacing == "leading" else 0,
                 ends_clean=name == "DDPMScheduler" or given["set_alpha_to_one"],
+                full_last_step=name == "DDIMScheduler",
             ),
         )
     except UserError:

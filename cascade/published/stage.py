@@ -19,6 +19,21 @@ from cascade.models.network import NetworkConfig
 from cascade.models.signals import Signals, Widths
 from cascade.stage import LowRes, Sampling, StageConfig, Text
 
+DRAWING: dict[bool, dict[str, Any]] = {
+    False: {"steps": 100, "guidance": 7.0},
+    True: {"steps": 50, "guidance": 4.0, "aug_level": 0.251},
+}
+"""Settings that diffusers' pipelines of DeepFloyd IF have and their files do not, by whether the
+stage is super-resolution. Noise level 250 is entry 250 of a table of 1000."""
+REDRAWING: dict[tuple[bool, bool], dict[str, Any]] = {
+    (False, False): {"steps": 80, "guidance": 10.0},
+    (False, True): {"steps": 50},
+    (True, False): {},
+    (True, True): {"steps": 100, "aug_level": 0.001},
+}
+"""The settings that its pipelines for image to image and inpainting have instead, by whether the
+stage is super-resolution, and whether there is a mask."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedStageConfig(StageConfig):
@@ -39,6 +54,20 @@ class PublishedStageConfig(StageConfig):
         """False: DeepFloyd IF's pipelines leave it clean, from the start to the end."""
         return False
 
+    def redrawing(self, masked: bool) -> Sampling:
+        """The settings of DeepFloyd IF's pipelines for that, as diffusers has them; a setting that
+        is not what they draw with is the model's own, and stays."""
+        drawing = DRAWING[self.lowres is not None]
+        redrawing = REDRAWING[self.lowres is not None, masked]
+        own = self.sampling
+        kept = own.grid.of_any_length == own.grid
+        fields = {
+            name: value
+            for name, value in redrawing.items()
+            if getattr(own, name) == drawing[name] and (kept or name != "steps")
+        }
+        return dataclasses.replace(own, **fields)
+
     @property
     def weights_dtype(self) -> str:
         return self.network.compute_dtype
@@ -58,6 +87,12 @@ class PublishedStageConfig(StageConfig):
             raise ValueError(
                 f"Sampling.aug_level of {self.name} must be at most {most}, the most that it was "
                 f"trained on, got {settings.aug_level}"
+            )
+        if settings.guidance < 1:
+            raise ValueError(
+                f"Sampling.guidance must be 1, which is none, or more in {self.name}: diffusers' "
+                "pipelines take any less for none, and here it would make less of the prompt; got "
+                f"{settings.guidance}"
             )
 
 

@@ -27,13 +27,12 @@ from cascade.config import to_json
 from cascade.devices import sharding
 from cascade.errors import OptionError, UserError
 from cascade.runner import counts, drawing, inputs
-from cascade.runner.edits import edited
-from cascade.runner.model_folder import open_model
+from cascade.runner.edits import edited, redrawn
+from cascade.runner.model_folder import open_model, update_digest
 from cascade.runner.overrides import ByStage, override
 from cascade.runner.picture import Picture
 from cascade.runner.progress import Progress
 from cascade.stage import Sampling, Stage, StageConfig, Steering
-from cascade.storage import paths
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 
 PROMPTS_AT_ONCE = 64
@@ -103,6 +102,11 @@ class Cascade:
         # device for as long as it runs.
         held = functools.partial(jax.tree.map, np.array if offload else jnp.asarray)
         model = open_model(name_or_dir)
+        if dtype != "float32" and all(c.computing_in(dtype) is c for c in model.stages):
+            warnings.warn(
+                f"dtype {dtype}: is for public weights; {model.name} computes in its own types",
+                stacklevel=2,
+            )
         stages, own_encoders, digest = [], {}, hashlib.sha256()
         for config in model.stages:
             config = config.computing_in(dtype)
@@ -110,7 +114,7 @@ class Cascade:
             if (own := model.load_own_text_encoder(config.name, dtype)) is not None:
                 own_encoders[config.name] = own
             for file in model.files(config.name):
-                _update(digest, file)
+                update_digest(digest, file)
         encoder: T5Encoder | None = None
         reading = {s.config.name: s.config.text for s, _ in stages if s.config.text is not None}
         sharing = {name: text for name, text in reading.items() if name not in own_encoders}
@@ -195,13 +199,14 @@ class Cascade:
         the seeds'. The same prompt, seed and settings make the same picture among any others.
 
         How, by stage: one value for all stages, or a list with one for each, smallest first, as for
-        the options of `cascade sample` of these names, whose words they take. steps: of sampling,
-        1 to 10,000. guidance: weight of classifier-free guidance, 0 or more; 1 is none.
-        guidance_plan: "constant", "interval" or "oscillating". rescale: how far guided predictions
-        get back the contrast of unguided ones, 0 to 1. aug_level: noise on the smaller picture, 0
-        to 1, by super-resolution stage. sampler: "ancestral", "ddim", "dpm++", "dpm++sde" or
-        "heun". grid: spacing of the steps, "uniform", "karras" and others. threshold: "none",
-        "static" or "dynamic". None leaves a stage its own.
+        the options of `cascade sample` of these names, whose words they take. steps: of sampling, 1
+        to 10,000, or a list of entries of a table of 1000 (diffusers' timesteps). guidance: weight
+        of classifier-free guidance, 0 or more; 1 is none. guidance_plan: "constant", "interval" or
+        "oscillating". rescale: how far guided predictions get back the contrast of unguided ones, 0
+        to 1. aug_level: noise on the smaller picture, 0 to 1, by super-resolution stage. sampler:
+        "ancestral", "ddim", "ddim-predicted", "dpm++", "dpm++sde", "heun" or "heun-noise". grid:
+        spacing of the steps, "uniform", "karras" and others. threshold: "none", "static" or
+        "dynamic". None leaves a stage its own.
 
         From what: a PIL image, or a uint8 array [h, w, 3] of 0..255; one for all prompts, or a list
         with one for each. lowres: the smaller picture to enlarge, resized with a warning unless a
@@ -241,6 +246,8 @@ class Cascade:
             configs = [
                 dataclasses.replace(c, sampling=s) for c, s in zip(configs, settings, strict=True)
             ]
+        elif init is not None:
+            configs = redrawn(configs, masked=mask is not None)
         settings = override(
             configs,
             every,
@@ -497,11 +504,3 @@ def _split(
             params = jax.device_put(params, sharding.replicated(place.mesh))
         placed.append((stage, params, place))
     return placed
-
-
-def _update(digest: Any, file: Path) -> None:
-    """With the bytes of a file that may be larger than memory."""
-    paths.check_regular(file)
-    with open(file, "rb") as opened:
-        while block := opened.read(2**24):
-            digest.update(block)

@@ -10,6 +10,7 @@ Generative Modeling through SDEs", App. I.2).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,12 @@ class Edit(Steering):
         return Start(jnp.where(repaint, x, picture) if self.clean else x, times, after_step)
 
 
+def redrawn(stages: Sequence[StageConfig], masked: bool) -> list[StageConfig]:
+    """The stages with the settings that they draw a picture anew with, for `overrides.override` to
+    lay others over. masked: whether only a part of it."""
+    return [dataclasses.replace(s, sampling=s.redrawing(masked)) for s in stages]
+
+
 def edits(
     stages: Sequence[StageConfig],
     settings: Sequence[Sampling],
@@ -131,8 +138,8 @@ def edits(
 def check_mask(
     picture: UInt8[np.ndarray, "h w 3"], mask: UInt8[np.ndarray, "mh mw"] | None
 ) -> None:
-    """Raise UserError unless the mask, if there is one, has the picture's size and is black alone
-    or white somewhere."""
+    """Raise UserError unless the mask, if there is one, has the picture's size and is white
+    somewhere."""
     if mask is None:
         return
     if mask.shape != picture.shape[:2]:
@@ -140,7 +147,7 @@ def check_mask(
             f"the mask is {mask.shape[1]}x{mask.shape[0]} px, the picture "
             f"{picture.shape[1]}x{picture.shape[0]} px: they must be of one size"
         )
-    if 0 < mask.max(initial=0) < 128:
+    if mask.max(initial=0) < 128:
         raise UserError(
             f"the mask is {mask.max()} of 255 where it is brightest, and drawn anew is what has "
             "128 or more: nothing would be; make it white (255) where the picture is to change"

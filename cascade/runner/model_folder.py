@@ -56,7 +56,7 @@ class ModelFolder:
     """A model in our own layout. What it says of itself comes from its config files."""
 
     def __init__(self, name_or_dir: str | os.PathLike[str]):
-        """A path that exists wins over the name of a model that ships."""
+        """A folder of that name with a model in it wins over a model that ships."""
         self.name = str(name_or_dir)
         self._folder = _found(name_or_dir)
         self._about = _described(self._folder)
@@ -143,15 +143,27 @@ class ModelFolder:
         return config, earlier_versions.is_old(value)
 
 
+def shipped() -> list[str]:
+    """The names of the models that ship."""
+    return sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
+
+
+def update_digest(digest: Any, file: pathlib.Path) -> None:
+    """With the bytes of a file that may be larger than memory. digest: one of hashlib's."""
+    paths.check_regular(file)
+    with open(file, "rb") as opened:
+        while block := opened.read(2**24):
+            digest.update(block)
+
+
 def _found(name_or_dir: str | os.PathLike[str]) -> pathlib.Path:
     """The folder meant; for one in object storage, a local copy."""
     folder = paths.path(name_or_dir)
-    shipped = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
-    if not folder.exists() and str(name_or_dir) in shipped:
+    if not (folder / "config.json").is_file() and str(name_or_dir) in shipped():
         return SHIPPED / str(name_or_dir)
     if not folder.exists():
         raise UserError(
-            f"model {name_or_dir}: no such folder, and not one that ships ({', '.join(shipped)})"
+            f"model {name_or_dir}: no such folder, and not one that ships ({', '.join(shipped())})"
         )
     if not (folder / "config.json").is_file():
         raise UserError(

@@ -19,9 +19,9 @@ from cascade.errors import OptionError
 from cascade.published.schedulers import SECTIONS, Respaced
 from cascade.stage import Sampling, StageConfig
 
-ByStage = str | int | float | Sequence[str | int | float]
+ByStage = str | int | float | Sequence[str | int | float | Sequence[int]]
 """A value for all stages, or a list with one for each: numbers and words, or a text of them with
-commas between."""
+commas between. A value that is a list itself, of table entries, is 999/500/0 in words."""
 
 
 def override(
@@ -89,6 +89,7 @@ def by_stage(
         values: list[Any] = [word.strip() for word in given.split(",")]
     else:
         values = [given] if isinstance(given, (int, float, numbers.Number)) else list(given)
+        values = ["/".join(map(str, v)) if isinstance(v, (list, tuple)) else v for v in values]
     if not drawn:
         raise OptionError(option, given, "no super-resolution stage draws; leave it out")
     if "" in map(str, values):
@@ -143,6 +144,12 @@ def _steps(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
         name: Any = word
         grid = Respaced(name=name)
         return {"steps": grid.steps, "grid": grid}
+    if "/" in word:
+        entries = word.split("/")
+        if not all(entry.isdecimal() for entry in entries):
+            raise ValueError("a list of table entries is whole numbers, such as 999/750/500/250/0")
+        chosen = grids.Chosen(chosen=tuple(map(int, entries)))
+        return {"steps": len(entries), "grid": chosen}
     if not word.isdecimal():
         raise ValueError(f"must be a whole number, or one of {', '.join(SECTIONS)}")
     return {"steps": int(word), "grid": now.grid.of_any_length}
@@ -164,7 +171,8 @@ def _sampler(word: str, _: Sampling, stage: StageConfig) -> dict[str, Any]:
     step, field = _one_of(samplers.BY_WORD, name)
     if len(numbers) > (field is not None):
         raise ValueError(f"{name} takes {'one number' if field else 'no number'}")
-    return {"sampler": step(**dict(zip((field,), map(number, numbers), strict=False)))}
+    fields = dict(zip((field,), map(number, numbers), strict=False))
+    return {"sampler": dataclasses.replace(step, **fields)}
 
 
 def _threshold(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:

@@ -114,6 +114,10 @@ class StageConfig:
         (Song et al. 2021, "Score-Based Generative Modeling through SDEs", App. I.2)."""
         return True
 
+    def redrawing(self, masked: bool) -> Sampling:
+        """How a picture is drawn anew unless the caller says otherwise. masked: in part only."""
+        return self.sampling
+
     @property
     def weights_dtype(self) -> str:
         """Type of the parameters when pictures are drawn."""

@@ -116,7 +116,7 @@ class Stage:
         that it leaves out, their null. ValueError for a condition that has none.
         guidance: a weight, or the weight as a function of the log-SNR; the Python number 1.0 runs
         the conditional half alone. rescale: phi of `denoise.rescale`.
-        A network that has learned the variance makes it a `denoise.WithVariance`.
+        It is `denoise.Detailed`, with a variance if the network has learned that.
         """
         away = dict(negative or {})
         if strange := set(away) - set(self.conditions):
@@ -124,12 +124,16 @@ class Stage:
                 f"negative: stage {self.config.name} is told {', '.join(self.conditions)}, not "
                 f"{', '.join(sorted(strange))}"
             )
-        kind, learned = self.config.prediction, self.config.variance is not None
+        kind = self.config.prediction
         plain = isinstance(guidance, (int, float)) and guidance == 1
+
+        def estimate(prediction, gamma, x_t, logsnr):
+            x0_hat = process.to_x0(prediction, kind, x_t, logsnr)
+            return denoise.Estimate(x0_hat, x0_hat, gamma)
 
         def conditional(x_t, logsnr):
             prediction, gamma = self._predict(params, x_t, logsnr, values)
-            return process.to_x0(prediction, kind, x_t, logsnr), gamma
+            return estimate(prediction, gamma, x_t, logsnr)
 
         if plain:
             both: Values = {}
@@ -152,12 +156,9 @@ class Stage:
                 mixed = denoise.rescale(mixed, towards, rescale)
             # Guidance is for the mean: the variance is that of the conditional half.
             gamma = None if gamma is None else gamma[: len(x_t)]
-            return process.to_x0(mixed, kind, x_t, logsnr), gamma
+            return estimate(mixed, gamma, x_t, logsnr)
 
-        estimate: Any = conditional if plain else guided
-        return denoise.thresholded(
-            denoise.WithVariance(estimate) if learned else lambda *at: estimate(*at)[0], threshold
-        )
+        return denoise.thresholded(denoise.Detailed(conditional if plain else guided), threshold)
 
     def sample(
         self,

@@ -40,11 +40,23 @@ def commit(folder: Path) -> str | None:
     return folder.name if known else None
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a clone has in place of a large file begins with, where git-lfs did not fetch the file."""
+
+
 def check(file: Path) -> None:
-    """Check a file in the hub's cache against its digest, by which the cache calls large files.
+    """Check that a file is none of git-lfs's pointers, and one in the hub's cache against its
+    digest, by which the cache calls large files.
 
     Every other file passes. Raises UserError for one that is not what was published.
     """
+    if file.is_file():
+        with file.open("rb") as opened:
+            if opened.read(len(POINTER)) == POINTER:
+                raise UserError(
+                    f"{file}: is git-lfs's pointer to the file, not the file; run `git lfs pull` "
+                    "in its repository, or download it again"
+                )
     if not file.is_symlink():
         return
     blob = file.resolve()

@@ -4,7 +4,8 @@ A task may define
 
     main(argv)     a verb of its own, `cascade NAME`, with the first line of its docstring as help
     SampleOptions  options that it adds to `cascade sample`: a dataclass whose `steering` says what
-                   steers each stage, and whose `record` what the JSON beside a picture says of it
+                   steers each stage, and whose `record` what the JSON beside a picture says of it;
+                   `stages`, if it has that, gives the stages with the settings for what it does
 
 and is found by lying here: nothing names it. Options of a module elsewhere are found if the command
 line trusts it (`--trust MODULE`).

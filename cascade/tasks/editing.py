@@ -40,6 +40,14 @@ class SampleOptions:
             if value is not None and self.init_image is None:
                 raise UserError(f"{flag} {value}: goes with --init-image, which is missing")
 
+    def stages(self, stages: Sequence[StageConfig]) -> Sequence[StageConfig]:
+        """The stages that draw, with the settings over which those of the command are laid."""
+        if self.init_image is None:
+            return stages
+        from cascade.runner.edits import redrawn
+
+        return redrawn(stages, masked=self.mask is not None)
+
     def steering(
         self,
         stages: Sequence[StageConfig],

@@ -7,6 +7,7 @@ and merges.txt, or tokenizer.json, and what else transformers' CLIPTokenizer rea
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,11 +19,11 @@ import numpy as np
 
 from cascade.errors import UserError
 from cascade.models import CLIPTextConfig, Network
-from cascade.storage import weights
+from cascade.storage import hub, weights
 from cascade.storage.network import Published, Shapes, read_config
 from cascade.storage.weights import Origin
 from cascade.text.embedding import TextEmbedding
-from cascade.text.tokenizer import Tokens
+from cascade.text.tokenizer import Tokens, checked
 
 
 class CLIPTextEncoder:
@@ -51,14 +52,7 @@ class CLIPTextEncoder:
         """
         network = text_encoder(folder)
         config = dataclasses.replace(network.config, compute_dtype=compute_dtype)
-        tokenizer = read_tokenizer(folder)
-        names = ("pad_token_id", "bos_token_id", "eos_token_id")
-        for name, value in {name: getattr(tokenizer, name) for name in names}.items():
-            if value is None or not 0 <= value < config.vocab_size:
-                raise UserError(
-                    f"CLIP tokenizer {folder / 'tokenizer'}: {name} must be below vocab_size="
-                    f"{config.vocab_size} of text_encoder/config.json, got {value}"
-                )
+        tokenizer = read_tokenizer(folder, config.vocab_size)
         return cls(config, network.read(compute_dtype), tokenizer)
 
     @property
@@ -79,8 +73,9 @@ class CLIPTextEncoder:
         """Turn texts into rows of beginning, pieces, end, padding: max_tokens in all.
 
         A text that is too long keeps its beginning and the end of sequence, and is marked in
-        `truncated`.
+        `truncated`. Raises as `checked` does.
         """
+        texts = checked(texts)
         tokenizer, length = self.tokenizer, self.max_tokens
         ids = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
         lengths = np.zeros(len(texts), np.int64)
@@ -142,8 +137,11 @@ def origins(target: Any, shapes: Shapes) -> dict[str, Origin]:
     return {path: origin(path, leaf) for path, leaf in weights.leaves(target)}
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """Read transformers' CLIPTokenizer of `folder/tokenizer`; UserError if that fails."""
+def read_tokenizer(folder: Path, ids: int) -> Any:
+    """Read transformers' CLIPTokenizer of `folder/tokenizer`, whose ids are to be below `ids`.
+
+    Raises UserError where a file is missing, damaged or cut, or a token has no such id.
+    """
     folder = folder / "tokenizer"
     whole = (folder / "tokenizer.json").is_file()
     for name in () if whole else ("vocab.json", "merges.txt"):
@@ -154,11 +152,35 @@ def read_tokenizer(folder: Path) -> Any:
     # Of its own module: type checkers read for 20 seconds what `transformers` itself could name.
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+    for file in sorted(folder.iterdir()):
+        hub.check(file)
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # several libraries' errors about files that are not what they should be
         reason = str(e).strip().split("\n")[0]
         raise UserError(f"CLIP tokenizer {folder}: {reason}; download it again") from None
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    largest = {"the largest id": max(found.get_vocab().values(), default=None)}
+    for name, value in (largest | {name: getattr(found, name) for name in names}).items():
+        if value is None or not 0 <= value < ids:
+            raise UserError(
+                f"CLIP tokenizer {folder}: {name} must be below vocab_size={ids} of "
+                f"text_encoder/config.json, got {value}"
+            )
+    if unmade := _unmade(found):
+        raise UserError(
+            f"CLIP tokenizer {folder}: no merge makes the token {unmade[0]!r} (and "
+            f"{len(unmade) - 1} others): its merges are cut short; download it again"
+        )
+    return found
+
+
+def _unmade(tokenizer: Any) -> list[str]:
+    """Tokens of several characters that no merge makes: those of a text would not be found."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    made = {"".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]}
+    made.update(map(str, tokenizer.added_tokens_decoder.values()))
+    return [t for t in model["vocab"] if len(t.removesuffix("</w>")) > 1 and t not in made]
 
 
 def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
@@ -168,7 +190,7 @@ def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
     Raises UserError for what is missing, damaged, or of another model.
     """
     network = text_encoder(source)
-    read_tokenizer(source)
+    read_tokenizer(source, network.config.vocab_size)
     where = folder / "text_encoder"
     with network.opened() as (opened, found):
         names = [name for origin in found.values() for name in origin.names]

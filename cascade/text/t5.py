@@ -96,15 +96,6 @@ class T5Encoder:
             folder, compute_dtype=compute_dtype, int8=int8, shardings=shardings
         )
         tokenizer = Tokenizer(spiece, min(max_tokens, config.n_positions), captions)
-        try:
-            tokenizer.pieces("")
-        except ValueError as e:
-            raise UserError(f"text encoder {name_or_dir}: its spiece.model {e}") from None
-        if tokenizer.size > config.vocab_size:
-            raise UserError(
-                f"text encoder {name_or_dir}: vocab_size of config.json must be at least "
-                f"{tokenizer.size}, the pieces of spiece.model, got {config.vocab_size}"
-            )
         encoder = cls(config, params, tokenizer)
         if is_hub_name(str(name_or_dir)):
             encoder.commit = hub.commit(folder)
@@ -199,10 +190,9 @@ def read_folder(
     Raises UserError when a file or tensor is missing, damaged, left over or of another shape.
     """
     folder, config_file, vocabulary = _places(folder)
-    hub.check(vocabulary)
     config = dataclasses.replace(_read_config(config_file), compute_dtype=compute_dtype, int8=int8)
-    checksums.check(vocabulary)
-    return config, _read_parameters(folder, config, shardings), vocabulary.read_bytes()
+    spiece = _read_vocabulary(vocabulary, config)
+    return config, _read_parameters(folder, config, shardings), spiece
 
 
 def read_config(folder: Path) -> T5Config:
@@ -220,13 +210,12 @@ def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
     Raises UserError as `read_folder` does.
     """
     source, config_file, vocabulary = _places(source)
-    hub.check(vocabulary)
-    checksums.check(vocabulary)
     config = _read_config(config_file)
+    spiece = _read_vocabulary(vocabulary, config)
     with weights.opened(source, "model", what="text encoder", convert=CONVERT) as opened:
         names = [n for o in check(opened.name, opened.shapes, config).values() for n in o.names]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "spiece.model").write_bytes(vocabulary.read_bytes())
+        (folder / "spiece.model").write_bytes(spiece)
         paths.write_json(folder / "config.json", config.to_hf_dict())
         weights.copy(opened, names, folder / "model.safetensors", dtype)
 
@@ -364,6 +353,17 @@ def _read_config(file: Path) -> T5Config:
         return T5Config.from_hf_dict(fields)
     except (ArithmeticError, AttributeError, TypeError, ValueError) as e:
         raise UserError(f"text encoder {file}: {e}") from None
+
+
+def _read_vocabulary(file: Path, config: T5Config) -> bytes:
+    hub.check(file)
+    checksums.check(file)
+    spiece = file.read_bytes()
+    try:
+        Tokenizer(spiece, 1).check(config.vocab_size)
+    except ValueError as e:
+        raise UserError(f"text encoder {file.parent}: its {file.name} {e}") from None
+    return spiece
 
 
 def _read_parameters(

@@ -56,10 +56,12 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Turn texts into rows of exactly max_tokens.
 
-        Whitespace of any kind and number counts as one space. The empty prompt is
+        The model says which characters are spaces, how many of them count as one, and which are
+        nothing; in T5's, control characters such as U+000B are nothing. The empty prompt is
         [EOS_ID, PAD_ID, ...]. A prompt that is too long keeps its beginning and the end of
-        sequence, and is marked in `truncated`.
+        sequence, and is marked in `truncated`. Raises as `checked` does.
         """
+        texts = checked(texts)
         ids = np.full((len(texts), self.max_tokens), PAD_ID, np.int32)
         lengths = np.zeros(len(texts), np.int64)
         truncated = np.zeros(len(texts), bool)
@@ -80,14 +82,24 @@ class Tokenizer:
     def pieces(self, text: str) -> list[int]:
         """Give all ids of one text, without the end of sequence.
 
-        Raises UserError for a text that is not Unicode, and ValueError for a damaged model.
+        Raises as `checked` does, and ValueError for a damaged model.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            shown = text.encode(errors="backslashreplace").decode()
-            raise UserError(f"text {shown!r}: is not UTF-8; write it anew") from None
-        return self._processor.encode(" ".join(prepared(text, self.captions).split()))
+        (text,) = checked([text])
+        # transformers takes a next line (U+0085) for a space, which the model has no piece for.
+        return self._processor.encode(prepared(text, self.captions).replace("\x85", " "))
+
+    def check(self, ids: int) -> None:
+        """Raise ValueError unless the model is a T5's whose ids are below that number."""
+        if self._processor.eos_id() != EOS_ID:
+            raise ValueError(
+                f"ends texts with the id {self._processor.eos_id()}, T5's with {EOS_ID}: it is "
+                "another model's; put T5's there"
+            )
+        if self.size > ids:
+            raise ValueError(
+                f"has {self.size} pieces, and vocab_size of config.json must be at least that, "
+                f"got {ids}"
+            )
 
     @functools.cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -104,3 +116,22 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]):
         self.__dict__.update(state)
+
+
+def checked(texts: Sequence[str]) -> Sequence[str]:
+    """The texts, if a tokenizer can take them.
+
+    Raises TypeError for one text where a list of them belongs and for what is no text, UserError
+    for a text with a lone surrogate, which is not Unicode.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"texts: must be a list of texts, got the text {texts!r:.80}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts: must be texts, got {text!r:.80}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            shown = text.encode(errors="backslashreplace").decode()
+            raise UserError(f"text {shown!r}: is not UTF-8; write it anew") from None
+    return texts

@@ -19,6 +19,7 @@ Text to image by cascaded pixel diffusion.
 
   sample   draw pictures from prompts
   serve    draw pictures in the browser
+  models   what ships, and what a model folder holds
   train    train a stage or a text encoder; the same command resumes
   export   collect trained stages into a model folder for `sample --model`
   convert  public weights (DeepFloyd IF, x4 upscaler) to a model folder

@@ -133,7 +133,7 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         ("steps", "4,x,5", "steps='x'"),
         ("aug_level", "0.1,0.2,0.3", "3 values for 2 stages (sr16, sr32)"),
         ("aug_level", "2", "aug_level='2': must be in [0, 1]"),
-        ("sampler", "euler", "must be one of ancestral, ddim, dpm++, dpm++sde, heun"),
+        ("sampler", "euler", "must be one of ancestral, ddim, ddim-predicted, dpm++, "),
         ("sampler", "dpm++:2", "dpm++ takes no number"),
         ("sampler", "ancestral:2", "sampler='ancestral:2': gamma must be in [0, 1]"),
         ("guidance_plan", "wave", "must be one of constant, interval, oscillating"),

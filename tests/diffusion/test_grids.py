@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cascade.diffusion.grids import EvenLogSNR, Karras, OnTable, Quadratic, Uniform
+from cascade.diffusion.grids import Chosen, EvenLogSNR, Karras, OnTable, Quadratic, Uniform
 from cascade.diffusion.process import Cosine, LinearVP
 from cascade.published.schedulers import Respaced
 
@@ -13,6 +13,12 @@ def test_a_grid_runs_down_to_zero_in_the_steps_asked_for(grid):
     times = np.asarray(grid(9, Cosine()))
     assert times.shape == (10,) and times[-1] == 0 and 0.85 < times[0] <= 1
     assert np.all(np.diff(times) < 0)
+
+
+def test_chosen_entries_stand_where_those_of_a_table_do():
+    spaced = OnTable()(4, Cosine())
+    np.testing.assert_array_equal(Chosen(chosen=(999, 749, 499, 249))(4, Cosine()), spaced)
+    np.testing.assert_allclose(Chosen(chosen=(899, 9))(2, Cosine()), [0.9, 0.01, 0])
 
 
 def test_uniform_and_quadratic_are_what_they_say():
@@ -51,6 +57,10 @@ def test_a_grid_stays_within_a_schedule_that_ends_early(grid):
         (lambda: EvenLogSNR(first=3.0, last=-3.0), "EvenLogSNR.first"),
         (lambda: Karras(last=90.0), "Karras.first"),
         (lambda: Karras(rho=0.0), "Karras.rho"),
+        (lambda: Chosen(chosen=(5, 5)), r"Chosen.chosen must fall within 999..0, got \(5, 5\)"),
+        (lambda: Chosen(chosen=(1000, 5)), "Chosen.chosen"),
+        (lambda: Chosen(chosen=()), "Chosen.chosen"),
+        (lambda: Chosen(chosen=(9, 5)).check(3), "steps must be as many as chosen, 2, got 3"),
     ],
 )
 def test_mistakes_are_refused_by_name(make, message):

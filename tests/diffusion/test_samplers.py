@@ -8,7 +8,7 @@ import pytest
 from oracle import Gaussian, Mixture
 
 from cascade.diffusion import samplers
-from cascade.diffusion.denoise import Threshold, WithVariance, changed, guide, thresholded
+from cascade.diffusion.denoise import Detailed, Estimate, Threshold, changed, guide, thresholded
 from cascade.diffusion.process import Cosine, Schedule, corrupt
 from cascade.diffusion.samplers import (
     DDIM,
@@ -367,7 +367,12 @@ def test_learned_variance_is_each_coordinates_own():
     """A gamma of 0, .3 and 1 in thirds of the coordinates gives each the variance of Ancestral."""
     gammas = [0.0, 0.3, 1.0]
     columns = jnp.repeat(jnp.array(gammas), 100)
-    denoiser = WithVariance(lambda x, l: (point(x, l), jnp.broadcast_to(columns, x.shape)))
+
+    def estimate(x_t, logsnr):
+        x0_hat = point(x_t, logsnr)
+        return Estimate(x0_hat, x0_hat, jnp.broadcast_to(columns, x_t.shape))
+
+    denoiser = Detailed(estimate)
     # Its x0_hat is changed on the way, as guidance and thresholds do; the variance is not.
     denoiser = changed(denoiser, lambda x0, x_t, l: guide(x0, point(x_t, l), 3.0))
     denoiser = thresholded(denoiser, Threshold(kind="static"))
@@ -381,9 +386,9 @@ def test_learned_variance_is_each_coordinates_own():
 
 def test_a_denoiser_with_variance_is_any_samplers_denoiser():
     plain, x = Gaussian(scale=0.5), normal(0, (2, 3))
-    extra = WithVariance(lambda x, l: (plain(x, l), x))
+    extra = Detailed(lambda x, l: Estimate(*[plain(x, l)] * 2, x))
     np.testing.assert_array_equal(draw(extra, x, 4, DDIM()), draw(plain, x, 4, DDIM()))
-    with pytest.raises(ValueError, match="needs a denoiser WithVariance"):
+    with pytest.raises(ValueError, match="needs a variance; the denoiser has none"):
         one_step(Ancestral(gamma="learned"), plain, x, -1.0, 0.3)
 
 

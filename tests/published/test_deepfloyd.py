@@ -22,13 +22,14 @@ from cascade.commands import convert
 from cascade.devices.sharding import MeshConfig, make_mesh, shardings
 from cascade.diffusion import samplers
 from cascade.diffusion.process import Discrete
-from cascade.errors import UserError
+from cascade.errors import OptionError, UserError
 from cascade.models import Network, Signals
 from cascade.models.t5 import T5Config
 from cascade.published.deepfloyd import reader as deepfloyd
 from cascade.published.deepfloyd.stage import stage_config
 from cascade.published.pipelines import pipelines
 from cascade.runner.cascade import Cascade
+from cascade.runner.overrides import override
 from cascade.stage import Stage, TextInput
 from cascade.storage import network as published
 from cascade.storage import weights
@@ -282,14 +283,18 @@ PICTURES = np.load(FIXTURES / "deepfloyd" / "pictures.npz")
 INPUTS = np.load(FIXTURES / "deepfloyd" / "inputs.npz")
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_stage_draws_what_the_pipeline_draws(number, tmp_path, monkeypatch):
-    """Closer to what the reference computes in float64 than its own float32 is."""
-    folder = write_pipeline(tmp_path, number)
+@pytest.mark.parametrize(
+    "number, scheduler, roundings", [(1, "DDPM", 1), (2, "DDPM", 1), (1, "DDIM", 2)]
+)
+def test_a_stage_draws_what_the_pipeline_draws(number, scheduler, roundings, tmp_path, monkeypatch):
+    """As close to what the reference computes in float64 as so many times its own float32 is."""
+    file = "scheduler/scheduler_config.json"
+    folder = write_pipeline(tmp_path, number, [(file, "_class_name", f"{scheduler}Scheduler")])
     stage = Stage(stage_config(folder))
     params = {"network": deepfloyd.read_unet(folder / "unet")[1]}
     settings, steps = stage.config.sampling, {1: 12, 2: 10}[number]
-    exact, theirs = PICTURES[f"stage{number}_exact"], PICTURES[f"stage{number}"]
+    name = f"stage{number}" + "_ddim" * (scheduler == "DDIM")
+    exact, theirs = PICTURES[f"{name}_exact"], PICTURES[name]
     drawn = [noise(k, (1, *exact.shape)) for k in range(steps + 2)]
     text, negative = (
         TextInput(jnp.asarray(INPUTS[k]), jnp.ones(INPUTS[k].shape[:2], bool))
@@ -326,7 +331,7 @@ def test_a_stage_draws_what_the_pipeline_draws(number, tmp_path, monkeypatch):
     for i in range(steps):
         x = step(params, x, logsnr[i], logsnr[i + 1], i == steps - 1, drawn[first + i])
     error, rounding = (np.abs(picture - exact).max() for picture in (x[0], theirs))
-    assert error < rounding < 1e-2 < 0.5 < np.abs(exact).max()
+    assert error < roundings * rounding < 1e-2 < 0.5 < np.abs(exact).max()
 
 
 def test_a_pipeline_is_sampled_as_it_is_and_converted_alike(tmp_path):
@@ -365,6 +370,14 @@ def test_two_pipelines_meet_and_hold_the_published_settings(tmp_path):
     assert np.asarray(one.schedule.entry(one.schedule.logsnr(times[:-1]))).tolist() == list(
         range(990, -1, -10)
     )
+
+
+def test_guidance_below_1_which_is_none_in_diffusers_is_refused(tmp_path):
+    (config,) = (p.config for p in pipelines([write_pipeline(tmp_path, 1)]))
+    for weight in (0, 0.5):
+        with pytest.raises(OptionError, match=rf"must be 1, .* in if8: .*; got {float(weight)}"):
+            override([config], guidance=weight)
+    assert override([config], guidance=1)[0].guided is False
 
 
 @pytest.mark.parametrize(

@@ -161,4 +161,4 @@ def test_published_pipelines_of_three_stages_are_sampled_converted_and_as_they_a
         words = ["--model", model, "--out", str(tmp_path / "c"), "--threshold", "dynamic"]
         cli.main(["sample", "a", *words])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith('error: --threshold dynamic: Sampling.threshold must be "none"')
+    assert error.startswith('error: --threshold dynamic: must be "none" in x4_64')

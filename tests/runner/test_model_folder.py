@@ -5,6 +5,7 @@ from model_folders import model_folder
 
 from cascade import testing
 from cascade.errors import UserError
+from cascade.runner.cascade import Cascade
 from cascade.runner.model_folder import open_model
 
 STAGE = testing.smallest_stage()
@@ -41,3 +42,17 @@ def test_how_texts_are_read_is_what_the_folder_says(tmp_path):
 def test_a_folder_that_says_what_cannot_be_is_refused(tmp_path, about, message):
     with pytest.raises(UserError, match=message):
         open_model(model_folder(tmp_path / "model", STAGE, **about))
+
+
+def test_a_folder_without_a_model_does_not_hide_one_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenes").mkdir()
+    assert [stage.resolution for stage in open_model("scenes").stages] == [64, 256, 1024]
+    model_folder(tmp_path / "scenes", testing.base_stage())
+    assert [stage.resolution for stage in open_model("scenes").stages] == [8]
+
+
+def test_a_type_that_a_model_does_not_compute_in_is_told(tmp_path):
+    folder = model_folder(tmp_path / "own", testing.base_stage(128))
+    with pytest.warns(UserWarning, match="bfloat16: is for public weights; .*own computes in"):
+        Cascade.load(folder, dtype="bfloat16")

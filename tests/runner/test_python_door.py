@@ -48,6 +48,13 @@ def kind(stage):
 # Options by stage.
 
 
+def test_samplers_of_diffusers_own_have_words_that_take_numbers_too(model):
+    got = settings(model, steps=2, sampler="ddim-predicted:0.5,heun-noise:0.2", threshold="static")
+    base, above = got["base8"]["sampler"], got["sr16"]["sampler"]
+    assert (base["eps"], base["eta"]) == ("predicted", 0.5)
+    assert (above["slope"], above["churn"]) == ("noise", 0.2)
+
+
 def test_options_by_stage_are_those_of_the_command_line(model):
     options = {"steps": 2, "guidance": [3.0, 1.0, 9.0], "rescale": (0.5, 0), "aug_level": 0.25}
     got = settings(model, **options, sampler="ddim:0.5,heun", threshold=["static", "none"])
@@ -137,6 +144,7 @@ def test_a_picture_that_does_not_fit_is_told(model, picture):
         ({"init": picture, "mask": [mask] * 3}, "mask: 3 pictures for 2 prompts"),
         ({"init": [picture, small], "mask": mask}, "the mask is 30x20 px, the picture 8x8 px"),
         ({"init": picture, "mask": mask // 255}, "the mask is 1 of 255 where it is brightest"),
+        ({"init": picture, "mask": mask * 0}, "the mask is 0 of 255 where it is brightest"),
         ({"init": picture, "strength": 2}, "strength=2: must be above 0, and at most 1"),
         ({"init": picture, "strength": 0.1}, "strength 0.1 of 3 steps takes none"),
         ({"init": picture, "strength": [1, 1]}, "strength=[1, 1]: 2 values for 3 stages"),
@@ -463,3 +471,14 @@ def test_a_watched_drawing_is_of_the_same_program(model, caplog):
     np.testing.assert_array_equal(plain, watched)
     assert compiled(split_rows=2, progress=lambda _: None)[0] == 1  # what devices share
     assert compiled(split_rows=2)[0] == 0
+
+
+def test_steps_may_be_entries_of_a_table(model):
+    told = settings(model, steps=[[999, 500, 10], 4])
+    assert told["base8"]["steps"] == 3 and told["base8"]["grid"]["chosen"] == [999, 500, 10]
+    assert told["sr16"]["steps"] == 4
+    assert told == settings(model, steps="999/500/10,4")
+    with pytest.raises(UserError, match="steps='10/999': chosen must fall within 999..0"):
+        settings(model, steps=[[10, 999], 4])
+    with pytest.raises(UserError, match="a list of table entries is whole numbers"):
+        settings(model, steps="999/x,4")

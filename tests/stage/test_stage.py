@@ -9,7 +9,7 @@ from flax import nnx
 
 from cascade import config, images, testing
 from cascade.diffusion import grids, process, samplers
-from cascade.diffusion.denoise import Constant, Oscillating, PerStep, Threshold, WithVariance
+from cascade.diffusion.denoise import Constant, Detailed, Oscillating, PerStep, Threshold
 from cascade.diffusion.loss import LearnedVariance, Loss
 from cascade.diffusion.samplers import DDIM, Ancestral
 from cascade.models import AutoencoderConfig, Network, NetworkConfig
@@ -288,7 +288,7 @@ def test_the_second_half_of_a_learned_variance_networks_channels_is_its_gamma():
     def run(x):
         static = Threshold(kind="static")
         denoiser = stage.denoiser(params, values, guidance=jnp.float32(7.0), threshold=static)
-        assert isinstance(denoiser, WithVariance)
+        assert isinstance(denoiser, Detailed)
         told = [
             stage.conditions["text"](params["conditions"]["text"], *v["text"])
             for v in (values, null(stage, values))
@@ -296,10 +296,12 @@ def test_the_second_half_of_a_learned_variance_networks_channels_is_its_gamma():
         both = [stage.network(params["network"], x, time_of(logsnr), signals) for signals in told]
         return denoiser.estimate(x, logsnr), both
 
-    (x0, gamma), (output, unguided) = run(x)
+    (x0, free, gamma), (output, unguided) = run(x)
     prediction = 7 * output[..., :3] - 6 * unguided[..., :3]
     expected = jnp.clip(process.to_x0(prediction, "v", x, logsnr), -1, 1)
     np.testing.assert_allclose(x0, expected, atol=1e-3)
+    np.testing.assert_allclose(free, process.to_x0(prediction, "v", x, logsnr), atol=1e-3)
+    assert np.abs(free).max() > 1.5  # the threshold did something
     np.testing.assert_allclose(gamma, (output[..., 3:] + 1) / 2, atol=1e-5)
     assert not np.allclose(output[..., 3:], unguided[..., 3:], atol=1e-2)
     assert "vb" in jax.eval_shape(stage.loss, params, batch_of(4), jax.random.key(0))[1]

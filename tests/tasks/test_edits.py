@@ -1,6 +1,7 @@
 """Pictures drawn anew, whole or in part. What diffusers makes of one is in fixtures/deepfloyd."""
 
 import dataclasses
+import inspect
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +21,10 @@ from cascade.diffusion.process import alpha_sigma
 from cascade.errors import UserError
 from cascade.models import AutoencoderConfig
 from cascade.published.pipelines import Pipelines
+from cascade.published.schedulers import Respaced
 from cascade.runner.cascade import Cascade
-from cascade.runner.edits import Edit, default_strength, edits
+from cascade.runner.edits import Edit, default_strength, edits, redrawn
+from cascade.runner.overrides import override
 from cascade.stage import Latents, Stage, TextInput, stage
 from cascade.tasks.editing import SampleOptions
 
@@ -83,6 +86,84 @@ def test_if_edits_as_its_pipelines_do(name, number, steps, strength, level, tmp_
     theirs, exact = RECORDED[name], RECORDED[f"{name}_exact"]
     error, rounding = (np.abs(x - exact).max() for x in (drawn[0], theirs))
     assert error < rounding < 1e-3 < 0.1 < np.abs(exact - picture[0]).max()
+
+
+# (stage, masked): the defaults of steps, guidance and aug_level, those of diffusers' pipelines.
+DEFAULTS = {
+    (1, None): (100, 7.0, 0.0),
+    (1, False): (80, 10.0, 0.0),
+    (1, True): (50, 7.0, 0.0),
+    (2, None): (50, 4.0, 0.251),
+    (2, False): (50, 4.0, 0.251),
+    (2, True): (100, 4.0, 0.001),
+}
+
+
+@pytest.mark.parametrize("number, masked", DEFAULTS)
+def test_ifs_defaults_are_those_of_its_pipelines(number, masked, tmp_path):
+    stages = Pipelines([write_pipeline(tmp_path, number)]).stages
+    (config,) = stages if masked is None else redrawn(stages, masked)
+    found = config.sampling
+    assert (found.steps, found.guidance, found.aug_level) == DEFAULTS[number, masked]
+    if find_spec("diffusers") is not None:
+        import diffusers
+
+        kind = {None: "", False: "Img2Img", True: "Inpainting"}[masked]
+        name = f"IF{kind}{'SuperResolution' * (number == 2)}Pipeline"
+        given = inspect.signature(getattr(diffusers, name).__call__).parameters
+        theirs = [given[k].default for k in ("num_inference_steps", "guidance_scale")]
+        level = (given["noise_level"].default + 1) / 1000 if number == 2 else 0.0
+        assert (*theirs, pytest.approx(level)) == DEFAULTS[number, masked]
+        if masked is not None:
+            assert given["strength"].default == default_strength(config, masked)
+
+
+def test_settings_that_are_the_models_own_stay_when_it_redraws(tmp_path):
+    (config,) = Pipelines([write_pipeline(tmp_path, 2)]).stages
+    own = dataclasses.replace(config.sampling, steps=30, aug_level=0.1)
+    (again,) = redrawn([dataclasses.replace(config, sampling=own)], True)
+    assert again.sampling == own
+    # A list of the table's entries has one number of steps.
+    listed = dataclasses.replace(config.sampling, steps=50, grid=Respaced(name="smart50"))
+    (again,) = redrawn([dataclasses.replace(config, sampling=listed)], True)
+    assert again.sampling == dataclasses.replace(listed, aug_level=0.001)
+    native = testing.stage_configs()
+    assert redrawn(native, True) == redrawn(native, False) == native
+
+
+def test_the_options_of_an_edit_choose_the_settings_that_others_are_laid_over(tmp_path):
+    stages = Pipelines([write_pipeline(tmp_path, 1)]).stages
+    file = tmp_path / "a.png"
+    Image.new("RGB", (9, 8)).save(file)
+    assert SampleOptions().stages(stages) is stages
+    redraws = SampleOptions(init_image=file).stages(stages)
+    (chosen,) = override(redraws, guidance=5)
+    assert (chosen.steps, chosen.guidance) == (80, 5.0)
+    (chosen,) = override(SampleOptions(init_image=file, mask=file).stages(stages))
+    assert (chosen.steps, chosen.guidance) == (50, 7.0)
+
+
+@pytest.mark.parametrize("door", ["Python", "the command"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_if_redraws_with_its_pipelines_defaults(masked, door, tmp_path):
+    """guidance in stage I, which has no mask of its own, and noise on what stage II enlarges."""
+    folders = [write_pipeline(tmp_path / str(number), number) for number in (1, 2)]
+    model = ",".join(map(str, folders))
+    white = np.full((8, 8), 255, np.uint8)
+    if door == "Python":
+        options = {"init": np.zeros((8, 8, 3), np.uint8), "mask": white if masked else None}
+        (picture,) = Cascade.load(model)("a b", steps=2, **options)
+        base, above = picture.metadata["stages"].values()
+    else:
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        Image.fromarray(white).save(tmp_path / "m.png")
+        words = ["--init-image", str(tmp_path / "a.png"), "--steps", "2", "--model", model]
+        words += ["--mask", str(tmp_path / "m.png")] * masked
+        cli.main(["sample", "a b", *words, "--out", str(tmp_path / "out")])
+        record = json.loads((tmp_path / "out" / "0000.json").read_text())
+        base, above = record["stages"].values()
+    assert base["guidance"] == (7.0 if masked else 10.0)
+    assert above["aug_level"] == (0.001 if masked else 0.251)
 
 
 def test_recorded_edits_are_what_the_pipelines_draw():

@@ -8,7 +8,6 @@ What the configs say decides what a stage is; watermarker and safety checker are
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,13 @@ from cascade.config import read_json
 from cascade.diffusion import loss
 from cascade.errors import UserError
 from cascade.published.deepfloyd import reader as deepfloyd
-from cascade.published.schedulers import read_scheduler
-from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
+from cascade.published.schedulers import read_schedule, read_scheduler
+from cascade.published.stage import (
+    DRAWING,
+    PublishedLowRes,
+    PublishedStageConfig,
+    PublishedText,
+)
 from cascade.ranges import MOST_PIXELS, shown
 from cascade.stage import Augmentation, Pixels, Sampling, StageConfig
 from cascade.storage import network as published
@@ -95,20 +99,17 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
     conditions: tuple[Any, ...] = (PublishedText(width=network.text_width),)
     try:
         sampling = Sampling(
-            steps=100,
             grid=scheduler.grid,
-            guidance=7.0,
             sampler=scheduler.sampler,
             threshold=scheduler.threshold,
+            **DRAWING[network.lowres],
         )
         if network.lowres:
-            noising = read_scheduler(folder / "image_noising_scheduler" / "scheduler_config.json")
-            augmentation = Augmentation(schedule=noising.schedule, after_upsampling=True)
+            noising = read_schedule(folder / "image_noising_scheduler" / "scheduler_config.json")
+            augmentation = Augmentation(schedule=noising, after_upsampling=True)
             low = lowres_resolution or side // 4
             lowres = PublishedLowRes(resolution=low, augmentation=augmentation)
             conditions = (lowres, *conditions)
-            # Noise level 250 is entry 250 of the table.
-            sampling = dataclasses.replace(sampling, steps=50, guidance=4.0, aug_level=0.251)
         return PublishedStageConfig(
             name=f"if{side}",
             space=Pixels(resolution=side),

@@ -16,7 +16,7 @@ from typing import Any
 
 from cascade.config import read_json
 from cascade.errors import UserError
-from cascade.published.schedulers import read_scheduler
+from cascade.published.schedulers import read_schedule, read_scheduler
 from cascade.published.stage import PublishedLowRes, PublishedStageConfig, PublishedText
 from cascade.published.x4_upscaler import reader as upscaler
 from cascade.stage import Augmentation, Latents, Sampling, StageConfig
@@ -99,7 +99,7 @@ def stage_config(folder: Path, lowres_resolution: int | None = None) -> StageCon
             f"{index}: max_noise_level must be in 0..{network.noise_levels - 1}, got {most!r}"
         )
     scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json")
-    noising = read_scheduler(folder / "low_res_scheduler" / "scheduler_config.json").schedule
+    noising = read_schedule(folder / "low_res_scheduler" / "scheduler_config.json")
 
     def level(entry: int) -> float:
         """Give the time, in 0..1, of that entry of the table."""
