@@ -50,29 +50,6 @@ def launch(folder: Path, script: str, *args: str, **more: str) -> subprocess.Com
     )
 
 
-@pytest.mark.parametrize(
-    "words,found",
-    [
-        (("mo",), "models"),
-        (("sample", "--ini"), "--init-image"),
-        (("train", "configs/tiny/base64.py", "--optimizer.l"), "--optimizer.learning-rate"),
-        (("data", "make", "--res"), "--resolution"),
-        (("sample", "word"), ""),
-    ],
-)
-def test_the_shell_completes_verbs_and_options(words, found):
-    script = f"""
-    source launch/completion.bash
-    cascade() {{ {sys.executable} -m cascade "$@"; }}
-    COMP_WORDS=(cascade "$@"); COMP_CWORD=$#
-    _cascade
-    echo "${{COMPREPLY[*]}}"
-    """
-    run = ["bash", "-c", script, "bash", *words]
-    done = subprocess.run(run, cwd=LAUNCH.parent, capture_output=True, text=True)
-    assert (done.stdout.strip(), done.stderr) == (found, "")
-
-
 def test_shell_passes_shellcheck():
     beside = Path(sys.executable).parent / "shellcheck"
     shellcheck = beside if beside.exists() else "shellcheck"

@@ -312,6 +312,16 @@ def test_the_browser_has_asked_no_other_address(browser, server):
     assert [url for url in asked if not url.startswith(inside)] == []
 
 
+def test_a_page_elsewhere_whose_name_leads_here_gets_no_answer(server):
+    for host, status in (("localhost:1", 200), ("elsewhere.example", 403), ("127.0.0.1.x.y", 403)):
+        request = urllib.request.Request(server[1], headers={"Host": host})
+        try:
+            with urllib.request.urlopen(request) as answer:
+                assert answer.status == status
+        except urllib.error.HTTPError as e:
+            assert e.code == status
+
+
 def test_an_upload_that_is_too_large_is_refused(server):
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.json"\r\n\r\n'
     body += b" " * (2**24 + 1) + b"\r\n--x--\r\n"

@@ -20,6 +20,7 @@ from PIL import Image
 
 from cascade import images
 from cascade.config import from_json
+from cascade.diffusion.grids import Chosen
 from cascade.errors import OptionError, UserError
 from cascade.published.schedulers import Respaced
 from cascade.runner import counts
@@ -215,7 +216,9 @@ def _settings(stage: StageConfig, said: Any) -> Sampling:
 
 
 def _steps(settings: Sampling) -> str:
-    """The word of a list of steps, or their number."""
+    """The word of a list of steps, its entries, or their number."""
+    if isinstance(settings.grid, Chosen):
+        return "/".join(map(str, settings.grid.chosen))
     return settings.grid.name if isinstance(settings.grid, Respaced) else str(settings.steps)
 
 

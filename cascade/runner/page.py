@@ -8,8 +8,10 @@ browsers are told to ask this address alone.
 from __future__ import annotations
 
 import atexit
+import ipaddress
 import logging
 import os
+import re
 import shutil
 import socket
 import sys
@@ -78,7 +80,7 @@ class Page:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server = uvicorn.Server(
             uvicorn.Config(
-                _only_from_here(app),
+                _only_from_here(app, _hosts(listener)),
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=1,
@@ -452,9 +454,16 @@ def _theme() -> Default:
     return Default(primary_hue="blue", font=system, font_mono=("ui-monospace", "monospace"))
 
 
-def _only_from_here(app: Any) -> Any:
+def _hosts(listener: socket.socket) -> set[str] | None:
+    """By which names browsers of this machine may call the page; None is any, if it is open to
+    other machines. A page elsewhere whose name is made to lead here has another one."""
+    address = ipaddress.ip_address(listener.getsockname()[0])
+    return {"127.0.0.1", "localhost", "[::1]", str(address)} if address.is_loopback else None
+
+
+def _only_from_here(app: Any, hosts: set[str] | None) -> Any:
     """The app, whose answers tell browsers to load nothing from elsewhere; it fetches nothing for
-    them either."""
+    them either, and answers to these names alone."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         async def sending(message: Any) -> None:
@@ -463,8 +472,11 @@ def _only_from_here(app: Any) -> Any:
                 message = {**message, "headers": [*message.get("headers", []), own]}
             await send(message)
 
-        if "/file=http" in scope.get("path", ""):
-            await fastapi.Response(status_code=404)(scope, receive, send)
+        said = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        stranger = hosts is not None and re.sub(r":\d+$", "", said) not in hosts
+        if scope["type"] == "http" and (stranger or "/file=http" in scope["path"]):
+            status = 403 if stranger else 404
+            await fastapi.Response(status_code=status)(scope, receive, send)
             return
         await app(scope, receive, sending)
 
