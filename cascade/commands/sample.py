@@ -22,7 +22,6 @@ from cascade.tasks import that_have
 
 if TYPE_CHECKING:
     from cascade.runner.picture import Picture
-    from cascade.runner.progress import Progress
 
 ByStage = Annotated[
     str | None,
@@ -181,6 +180,7 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
     from cascade.images import load_image
     from cascade.runner.cascade import Cascade, default_batch_size, numbers
     from cascade.runner.overrides import override
+    from cascade.runner.progress import Bar
 
     share = (jax.process_index(), jax.process_count())
     lowres = None if options.lowres is None else np.asarray(load_image(options.lowres))
@@ -230,7 +230,7 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
     count = sum(1 for _ in numbers(total, batch_size, share))
     side = 0
     steps = {stage.name: chosen.steps for stage, chosen in zip(stages, settings, strict=True)}
-    bar = _Bar(-(-count // batch_size), steps, shown=share[0] == 0 and not options.quiet)
+    bar = Bar(-(-count // batch_size), steps, shown=share[0] == 0 and not options.quiet)
     pictures = cascade.draw(
         prompts,
         seed=options.seed,
@@ -321,41 +321,6 @@ def _check_words(options: Options, prompts: int) -> None:
             f"--num {options.num} of {prompts} prompt{'s' * (prompts > 1)}: one command draws at "
             f"most {MOST_PICTURES} pictures; draw them in several, each with a --seed of its own"
         )
-
-
-class _Bar:
-    """While entered, a bar on stderr tells how many steps of all stages of all batches are done."""
-
-    def __init__(self, batches: int, steps: Mapping[str, int], shown: bool):
-        """steps: stage's name -> how many it is to take, as far as one can tell."""
-        self._batches, self._planned, self._shown = batches, dict(steps), shown
-        self._met: set[str] = set()
-
-    def __enter__(self) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=self._batches * sum(self._planned.values()),
-            unit="step",
-            desc="drawing",
-            dynamic_ncols=True,
-            disable=not self._shown,
-        )
-
-    def told(self, progress: Progress) -> None:
-        if progress.step:
-            self._bar.update(1)
-        new = progress.stage not in self._met
-        if new:  # a picture that is redrawn leaves steps out
-            more = progress.steps - self._planned[progress.stage]
-            self._bar.total += self._batches * more
-            self._met.add(progress.stage)
-        if progress.step <= 1:
-            self._bar.set_postfix_str(f"{progress.stage}, compiling" if new else progress.stage)
-
-    def __exit__(self, *error: Any) -> Literal[False]:
-        self._bar.close()
-        return False
 
 
 def _nearest(picture: Picture, side: int) -> int:

@@ -23,8 +23,8 @@ class Picture:
     """What it is to show."""
     seed: int
     """The seed of all its random numbers, in 0..2**32 - 1."""
-    images: dict[int, UInt8[np.ndarray, "s s 3"]]
-    """Side in pixels -> the picture of that size, smallest first."""
+    images: dict[int, UInt8[np.ndarray, "_ _ 3"]]
+    """Side in pixels, the longer one if they differ -> the picture of that size, smallest first."""
     metadata: dict[str, Any]
     """All that made it, as JSON values: prompt, seed, model, and the settings of each stage."""
     frames: dict[int, UInt8[np.ndarray, "n s s 3"]] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Picture:
     `Cascade.draw` was told of `frames`."""
 
     @property
-    def image(self) -> UInt8[np.ndarray, "s s 3"]:
+    def image(self) -> UInt8[np.ndarray, "_ _ 3"]:
         """The largest."""
         return self.images[max(self.images)]
 
@@ -86,7 +86,7 @@ class Picture:
             rows += (row + white)[:columns]
         return rows
 
-    def _of(self, side: int | None) -> UInt8[np.ndarray, "s s 3"]:
+    def _of(self, side: int | None) -> UInt8[np.ndarray, "_ _ 3"]:
         if side is None:
             return self.image
         if side not in self.images:

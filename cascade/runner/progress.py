@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Array, UInt8
+from tqdm import tqdm
 
 from cascade import images
 
@@ -36,3 +38,38 @@ class Progress:
         """What the pictures are thought to be by now, computed when it is asked for; after the last
         step what they are. None at step 0."""
         return None if self.thought is None else images.to_uint8(self.thought()[: self.pictures])
+
+
+class Bar:
+    """While entered, a bar on stderr tells how many steps of all stages of all batches are done."""
+
+    def __init__(self, batches: int, steps: Mapping[str, int], shown: bool):
+        """steps: stage's name -> how many it is to take, as far as one can tell."""
+        self._batches, self._planned, self._shown = batches, dict(steps), shown
+        self._met: set[str] = set()
+
+    def __enter__(self) -> Bar:
+        self._bar = tqdm(
+            total=self._batches * sum(self._planned.values()),
+            unit="step",
+            desc="drawing",
+            dynamic_ncols=True,
+            disable=not self._shown,
+        )
+        return self
+
+    def told(self, progress: Progress) -> None:
+        """What `Cascade.draw` calls with its progress."""
+        if progress.step:
+            self._bar.update(1)
+        new = progress.stage not in self._met
+        if new:  # a picture that is redrawn leaves steps out
+            more = progress.steps - self._planned[progress.stage]
+            self._bar.total += self._batches * more
+            self._met.add(progress.stage)
+        if progress.step <= 1:
+            self._bar.set_postfix_str(f"{progress.stage}, compiling" if new else progress.stage)
+
+    def __exit__(self, *error: Any) -> Literal[False]:
+        self._bar.close()
+        return False

@@ -489,7 +489,8 @@ class _StopSignal:
     """While entered, SIGTERM, and the first SIGINT, make `asked` true and do nothing else.
 
     So whoever takes a machine away may say so again while the last checkpoint is being written; a
-    second Ctrl-C acts as usual. Of several processes each must stop after the same step: JAX has
+    second Ctrl-C acts as usual. A thread says at once that it was heard: the compiler, while it is
+    at work, lets no handler run. Of several processes each must stop after the same step: JAX has
     its own handler of SIGTERM then, and agrees with the others on one.
     """
 
@@ -502,9 +503,18 @@ class _StopSignal:
         if alone and threading.current_thread() is threading.main_thread():
             for s in (signal.SIGTERM, signal.SIGINT):
                 self._old[s] = signal.signal(s, self._ask)
+            heard, self._rings = os.pipe()
+            os.set_blocking(self._rings, False)
+            self._old_fd = signal.set_wakeup_fd(self._rings, warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._say, args=(heard,), daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *error):
+        if self._old:
+            signal.set_wakeup_fd(self._old_fd)
+            os.close(self._rings)  # which ends the thread
+            self._thread.join()
         for s, old in self._old.items():
             signal.signal(s, old)
 
@@ -513,6 +523,20 @@ class _StopSignal:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
+
+    def _say(self, heard: int) -> None:
+        from tqdm import tqdm
+
+        said = False
+        while number := os.read(heard, 1):
+            if number[0] in self._old and not said:
+                said = True
+                tqdm.write(
+                    "stopping after this step (or compilation), with a checkpoint; "
+                    "Ctrl-C once more ends without one",
+                    file=sys.stderr,
+                )
+        os.close(heard)
 
     def _ask(self, number, frame):
         self._asked = True

@@ -18,6 +18,7 @@ usage: cascade VERB ...
 Text to image by cascaded pixel diffusion.
 
   sample   draw pictures from prompts
+  enlarge  enlarge a picture of any shape, tile by tile
   serve    draw pictures in the browser
   models   what ships, and what a model folder holds
   train    train a stage or a text encoder; the same command resumes

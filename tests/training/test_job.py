@@ -2,8 +2,13 @@
 
 import dataclasses
 import functools
+import io
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +186,36 @@ def test_a_run_that_was_stopped_ends_bit_identical(whole, tmp_path):
     assert fit(LINE, tmp_path) is True
     jax.tree.map(np.testing.assert_array_equal, restored(tmp_path), restored(whole))
     assert losses(tmp_path) == losses(whole) and finished(tmp_path) == finished(whole)
+
+
+def test_a_signal_is_answered_at_once_also_while_the_compiler_lets_no_handler_run(
+    tmp_path, monkeypatch
+):
+    wrote = []
+
+    class Noted(io.StringIO):
+        def write(self, text):
+            wrote.append((text, threading.current_thread() is threading.main_thread()))
+            return len(text)
+
+    class Signalled(Line):
+        def open(self, mesh, workdir):
+            running = super().open(mesh, workdir)
+            prepare = running.prepare
+
+            def prepare_and_ask(batch, step):
+                if step == 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return prepare(batch, step)
+
+            running.prepare = prepare_and_ask
+            return running
+
+    monkeypatch.setattr(sys, "stderr", Noted())
+    assert not fit(Signalled(images=64, batch_size=8), tmp_path)
+    by_main = [main for text, main in wrote if text.startswith("stopping after this step")]
+    assert by_main == [False]  # said once, by a thread, which needs no handler
+    assert restored(tmp_path)[0] == 2
 
 
 def test_a_run_stops_after_all_the_images_it_was_told(tmp_path):
