@@ -21,8 +21,8 @@ from pathlib import Path
 from cascade.errors import OptionError, UserError
 
 ORDER = (
-    *("sample", "serve", "models", "train", "export", "convert", "eval", "data", "plan"),
-    "bench",
+    *("sample", "enlarge", "serve", "models", "train", "export", "convert", "eval", "data"),
+    *("plan", "bench"),
 )
 """In which usage lists them; others follow by name."""
 
