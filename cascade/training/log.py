@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import re
 import sys
 import tempfile
 import time
@@ -228,10 +229,11 @@ class _WeightsAndBiases:
                 "the field out"
             ) from None
         path = workdir.absolute() if isinstance(workdir, pathlib.Path) else workdir
+        plain = re.sub(r"[^A-Za-z0-9_-]", "-", path.name)[:64]  # others it refuses in an id
         self._run = wandb.init(
             project=project,
-            id=f"{path.name}-{zlib.crc32(str(path).encode()):08x}",
-            name=path.name,
+            id=f"{plain}-{zlib.crc32(str(path).encode()):08x}",
+            name=path.name[:128],
             dir=str(folder),
             config=config,
             resume="allow",

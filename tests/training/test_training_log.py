@@ -1,5 +1,6 @@
 import json
 import pathlib
+import re
 import sys
 import types
 
@@ -187,6 +188,11 @@ def test_weights_and_biases_is_asked_only_when_named_and_continues_its_page(tmp_
         log.close()
     assert logged == [(1, 1.0), (2, 1.0)]
     assert started[0]["id"] == started[1]["id"] and started[0]["config"] == {"a": 1}
+    for name in ("lr 1e-4 #2?", "50% : a\\b", "ü" * 80):  # it refuses / \ # ? % : in an id
+        (tmp_path / name).mkdir()
+        log_in(tmp_path / name, wandb="project").close()
+        assert re.fullmatch(r"[A-Za-z0-9_-]{1,128}", started[-1]["id"])
+    assert len({options["id"] for options in started}) == 4
 
 
 def test_flags_are_added_for_the_backend_alone_and_never_over_the_users():
