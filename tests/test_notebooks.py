@@ -1,11 +1,12 @@
-"""The first notebook shows what it says it shows; test_end_to_end.py executes the other."""
+"""Notebooks show what they say they show; test_end_to_end.py executes the third."""
 
 from notebooks import executed, pictures
 from processes import ONE_DEVICE
 
-from cascade import Cascade
+from cascade import Cascade, images
 from cascade.commands.export import export
 from cascade.scenes.captions import caption_at
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.judge import judge
 
 
@@ -29,3 +30,18 @@ def test_the_first_notebook_trains_a_model_that_draws_the_prompt_far_above_chanc
 
     chance = (share(1) + share(2) + share(3)) / 3
     assert share(0) > 0.15 and share(0) > 1.5 * chance
+
+
+def test_the_notebook_of_ones_own_pictures_reads_a_folder_and_says_what_it_left_out(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    scenes = ScenesData(max_objects=1).open(64)
+    for i in range(20):
+        images.save_png(mine / f"{i}.png", scenes[i]["image"])
+        (mine / f"{i}.txt").write_text(f"mine: {scenes[i]['caption']}")
+    (mine / "7.png").write_bytes(b"no picture")
+    notebook = executed("own_pictures", "pictures, images_seen = 'mine', 32", tmp_path)
+    assert pictures(notebook) == 1 + 1 + 2 + 1  # a sheet, the curve, previews, what it draws
+    said = [o.text for c in notebook.cells for o in c.get("outputs", ()) if "text" in o]
+    assert any('"key": "7.png"' in text for text in said)
+    assert any("mine: " in text for text in said)
