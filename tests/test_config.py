@@ -336,6 +336,7 @@ EXAMPLES = {
         grids.EvenLogSNR(first=-3.0),
         grids.Karras(rho=5.0),
         grids.OnTable(spacing="leading", offset=1, ends_clean=False),
+        grids.Chosen(chosen=(999, 500, 0)),
         Respaced(name="smart50"),
     ],
     denoise.GuidancePlan: [

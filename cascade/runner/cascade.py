@@ -203,9 +203,9 @@ class Cascade:
         to 10,000, or a list of entries of a table of 1000 (diffusers' timesteps). guidance: weight
         of classifier-free guidance, 0 or more; 1 is none. guidance_plan: "constant", "interval" or
         "oscillating". rescale: how far guided predictions get back the contrast of unguided ones, 0
-        to 1. aug_level: noise on the smaller picture, 0 to 1, by super-resolution stage. sampler:
-        "ancestral", "ddim", "ddim-predicted", "dpm++", "dpm++sde", "heun" or "heun-noise". grid:
-        spacing of the steps, "uniform", "karras" and others. threshold: "none", "static" or
+        to 1. aug_level: noise on the smaller picture, 0 to 1, by super-resolution stage.
+        sampler: "ancestral", "ddim", "ddim-predicted", "dpm++", "dpm++sde", "heun" or "heun-noise".
+        grid: spacing of the steps, "uniform", "karras" and others. threshold: "none", "static" or
         "dynamic". None leaves a stage its own.
 
         From what: a PIL image, or a uint8 array [h, w, 3] of 0..255; one for all prompts, or a list

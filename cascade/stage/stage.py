@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from cascade.diffusion import denoise, loss, process, samplers
@@ -213,6 +214,8 @@ class Stage:
         )
         n = _steps(config, settings, steering, run.x)
         decode = functools.partial(config.space.decode, params.get("space"))
+        # Within a program that is being traced, the steps are a part of that, of a known number.
+        carry = _carried if isinstance(keys, Tracer) else _sample
         parts = [(0, n)] if each is None else [(i, i + 1) for i in range(n)]
         if each is not None:
             each(0, n, None)
@@ -220,7 +223,7 @@ class Stage:
             run = _placed(run, place)
             for first, last in parts:
                 before = run
-                run = _sample(config, settings, place, trained, *inputs, run, (first, last))
+                run = carry(config, settings, place, trained, *inputs, run, (first, last))
                 if each is not None and first > 0:  # one step is under way while that is told of
                     each(first, n, functools.partial(decode, before.x0_hat))
         if each is not None:
@@ -267,8 +270,7 @@ def _split_variance(output: Float[Array, "b h w c2"]) -> tuple[Array, Array]:
     return prediction, (variance + 1) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(
+def _carried(
     config, settings, place, params, given, negative, steering, keys, scalars, run, steps
 ) -> samplers.Run:
     """A run in the stage's space, carried on by these steps; the first step makes what it begins
@@ -302,6 +304,10 @@ def _sample(
     run = _placed(run._replace(x=jnp.where(steps[0] == 0, x, run.x)), place)
     plan = {"schedule": config.schedule, "times": times, "step": settings.sampler, "keys": k_steps}
     return _placed(samplers.walk(denoiser, run, steps, **plan, after_step=after_step), place)
+
+
+_sample = jax.jit(_carried, static_argnums=(0, 1, 2))
+"""The same, compiled for any of the steps."""
 
 
 def _placed(run: samplers.Run, place: Callable[[Array, str], Array] | None) -> samplers.Run:

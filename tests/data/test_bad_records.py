@@ -117,7 +117,7 @@ def test_every_mode_of_eight_bits_is_read_with_its_levels(mode):
     for level in (0, 255):
         given = Image.new("RGB", (8, 8), (level,) * 3).convert("LA" if mode == "PA" else mode)
         given = given.convert(mode)
-        kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+        kind = {"CMYK": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG")
         if mode == "PA":
             given, kind = given.convert("RGBA"), "WEBP"
         seen = np.asarray(read(encoded(given, kind)))

@@ -412,7 +412,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, tmp_path, capsys)
     assert made[0] == made[1]
     with pytest.raises(SystemExit):
         cli.main(["train", str(file), "--workdir", str(tmp_path), "--until", "banana"])
-    assert "--until must be a number of images, got banana" in capsys.readouterr().err
+    assert "--until must be a number of images, 1 or more, got banana" in capsys.readouterr().err
 
 
 @pytest.fixture
