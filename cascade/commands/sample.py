@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sys
 import warnings
@@ -77,6 +78,11 @@ class Options:
     """Pictures of each prompt; one command draws at most 1,000,000 in all."""
     until: Until = None
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
+    size: Annotated[
+        str | None, tyro.conf.arg(metavar="HxW", help_behavior_hint="(default: its square)")
+    ] = None
+    """Height and width in pixels of the first stage's pictures, as in 64x96, where its network
+    allows; the others enlarge them alike. What it has learned is the square."""
     lowres: File = None
     """A picture to start from: super-resolution stages alone draw. Unless it has 64 or 256 px, its
     central square is resized, with a warning."""
@@ -236,6 +242,7 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         seed=options.seed,
         num=options.num,
         until=options.until,
+        size=_size(options.size),
         lowres=lowres,
         negative=options.negative,
         settings=settings,
@@ -270,6 +277,15 @@ def use_compilation_cache() -> None:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "cascade" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _size(word: str | None) -> tuple[int, int] | None:
+    if word is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", word)
+    if found is None:
+        raise UserError(f"--size {word}: must be a height and a width in pixels, such as 64x96")
+    return int(found[1]), int(found[2])
 
 
 def _prompts(options: Options) -> list[str]:

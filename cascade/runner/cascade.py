@@ -159,6 +159,7 @@ class Cascade:
         seed: int = 0,
         num: int = 1,
         until: int | None = None,
+        size: tuple[int, int] | None = None,
         negative: str | Sequence[str] | None = None,
         embeddings: TextEmbedding | None = None,
         noise: Float[np.ndarray, "n _ _ _"] | None = None,
@@ -192,11 +193,13 @@ class Cascade:
 
         What is drawn. prompts: one, or a list. seed: of each prompt's first picture, 0 or more; the
         next ones count up, below 2**32. num: pictures of each prompt. until: the side in pixels of
-        the last stage that draws; None is all stages. negative: a text that guidance moves away
-        from, or a list with one for each prompt. embeddings: what the stages are told in place of
-        the text encoder's embeddings, a row for each prompt, which then is a name. noise: float32
-        N(0, 1), [prompts * num, s, s, 3], that the first stage that draws begins from, in place of
-        the seeds'. The same prompt, seed and settings make the same picture among any others.
+        the last stage that draws; None is all stages. size: (height, width) in pixels of the first
+        stage's pictures, if they are not to be its square, which it has learned; the others enlarge
+        them alike. negative: a text that guidance moves away from, or a list with one for each
+        prompt. embeddings: what the stages are told in place of the text encoder's embeddings, a
+        row for each prompt, which then is a name. noise: float32 N(0, 1), [prompts * num, s, s, 3],
+        that the first stage that draws begins from, in place of the seeds'. The same prompt, seed
+        and settings make the same picture among any others.
 
         How, by stage: one value for all stages, or a list with one for each, smallest first, as for
         the options of `cascade sample` of these names, whose words they take. steps: of sampling, 1
@@ -263,13 +266,16 @@ class Cascade:
         away = inputs.negative(negative, len(prompts))
         if embeddings is not None:
             inputs.check_embeddings(embeddings, len(prompts), configs)
+        sizes = inputs.sizes(size, configs, begun=lowres is not None or init is not None)
         if noise is not None:
-            inputs.check_noise(noise, len(prompts) * num, configs[0])
+            inputs.check_noise(noise, len(prompts) * num, configs[0], sizes[0])
         metadata: dict[str, Any] = {
             "from_lowres": small is not None,
             "from_embeddings": embeddings is not None,
             "from_noise": noise is not None,
         }
+        if size is not None:
+            metadata["size"] = list(size)
         steered = inputs.alike([None] * len(stages) if steering is None else steering)
         if init is not None:
             if steering is not None:
@@ -287,8 +293,10 @@ class Cascade:
                 if value is not None:
                     raise UserError(f"{option}: goes with init, the picture that it is for")
         runs = [
-            drawing.PreparedStage(*placed, chosen)
-            for placed, chosen in zip(_split(stages, split_rows), settings, strict=True)
+            drawing.PreparedStage(*placed, chosen, sides)
+            for placed, chosen, sides in zip(
+                _split(stages, split_rows), settings, sizes, strict=True
+            )
         ]
         batch_size = batch_size or default_batch_size()
         told = drawing.ToldInParts(

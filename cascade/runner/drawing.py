@@ -32,6 +32,8 @@ class PreparedStage:
     """Where its pictures go; None is one device."""
     settings: Sampling
     """How it samples."""
+    sides: tuple[int, int] | None = None
+    """Height and width of its pictures; None is its resolution's square."""
 
 
 def draw_batch(runs, told, seeds, low, steering, noise, *, frames, progress, count):
@@ -75,6 +77,7 @@ def draw_batch(runs, told, seeds, low, steering, noise, *, frames, progress, cou
             settings=run.settings,
             negative=away,
             steering=steered,
+            sides=run.sides,
             place=run.place,
             noise=noise,
             each=each if frames or progress else None,

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from cascade import images
-from cascade.errors import UserError
+from cascade import images, ranges
+from cascade.errors import OptionError, UserError
 from cascade.runner import counts
 from cascade.runner.edits import check_mask, edits
 from cascade.runner.overrides import ByStage, numbers_by_stage
@@ -75,9 +75,45 @@ def check_embeddings(given: TextEmbedding, prompts: int, stages: Sequence[StageC
                 raise UserError(str(e)) from None
 
 
-def check_noise(given: Float[np.ndarray, "n _ _ _"], pictures: int, stage: StageConfig) -> None:
-    """Raise UserError unless it is noise for so many pictures of the stage."""
-    shape = (pictures, *stage.space.shape())
+def sizes(
+    given: tuple[int, int] | None, stages: Sequence[StageConfig], *, begun: bool
+) -> list[tuple[int, int] | None]:
+    """Height and width of the pictures of each stage, None for the square of its resolution.
+
+    given: those of the first stage. begun: whether it begins from a picture, whose square is taken.
+    Raises OptionError where that is no size, or a network cannot draw it.
+    """
+    if given is None:
+        return [None] * len(stages)
+    word = "x".join(map(str, given))
+    if begun:
+        raise OptionError("size", word, "goes with prompts alone; of pictures the square is drawn")
+    if len(given) != 2 or not all(ranges.is_whole(side) and side >= 1 for side in given):
+        raise OptionError("size", word, "must be a height and a width in pixels, such as 64x96")
+    found: list[tuple[int, int] | None] = []
+    for stage in stages:
+        factor = stage.resolution // stages[0].resolution
+        h, w = given[0] * factor, given[1] * factor
+        if h * w > images.MOST_PIXELS:
+            raise OptionError(
+                "size", word, f"stage {stage.name} would draw more than {images.MOST_PIXELS} pixels"
+            )
+        try:
+            stage.network.check_sides(*stage.space.shape((h, w))[:2])
+        except ValueError as e:
+            raise OptionError("size", word, f"stage {stage.name} of {h}x{w} px: {e}") from None
+        found.append((h, w))
+    return found
+
+
+def check_noise(
+    given: Float[np.ndarray, "n _ _ _"],
+    pictures: int,
+    stage: StageConfig,
+    sides: tuple[int, int] | None,
+) -> None:
+    """Raise UserError unless it is noise for so many pictures of the stage, of those sides."""
+    shape = (pictures, *stage.space.shape(sides))
     if given.shape != shape:
         raise UserError(
             f"noise: stage {stage.name} begins {pictures} picture{'s' * (pictures != 1)} from "

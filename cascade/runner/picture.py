@@ -27,7 +27,7 @@ class Picture:
     """Side in pixels, the longer one if they differ -> the picture of that size, smallest first."""
     metadata: dict[str, Any]
     """All that made it, as JSON values: prompt, seed, model, and the settings of each stage."""
-    frames: dict[int, UInt8[np.ndarray, "n s s 3"]] = field(default_factory=dict)
+    frames: dict[int, UInt8[np.ndarray, "n _ _ 3"]] = field(default_factory=dict)
     """Side in pixels -> what the stage thought the picture was, from noise to the end; empty unless
     `Cascade.draw` was told of `frames`."""
 
@@ -73,7 +73,7 @@ class Picture:
                 loop=0,
             )
 
-    def _rows(self, most: int, columns: int | None = None) -> list[UInt8[np.ndarray, "s s 3"]]:
+    def _rows(self, most: int, columns: int | None = None) -> list[UInt8[np.ndarray, "_ _ 3"]]:
         """The frames of all stages, of one size, at most so large. columns: so many of a stage,
         white ones after those it has; None is all of them."""
         if not self.frames:
@@ -81,7 +81,8 @@ class Picture:
         side, rows = min(most, max(self.frames)), []
         for own, frames in self.frames.items():
             how = Image.Resampling.NEAREST if own < side else Image.Resampling.LANCZOS
-            row = [np.asarray(Image.fromarray(f).resize((side, side), how)) for f in frames]
+            h, w = (round(length * side / own) for length in frames.shape[1:3])
+            row = [np.asarray(Image.fromarray(f).resize((w, h), how)) for f in frames]
             white = [np.full_like(row[0], 255)] * ((columns or 0) - len(row))
             rows += (row + white)[:columns]
         return rows

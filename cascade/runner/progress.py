@@ -34,7 +34,7 @@ class Progress:
     """Gives what the pictures are thought to be, [b, s, s, 3] in [-1, 1]; None at step 0."""
 
     @property
-    def images(self) -> UInt8[np.ndarray, "b s s 3"] | None:
+    def images(self) -> UInt8[np.ndarray, "b _ _ 3"] | None:
         """What the pictures are thought to be by now, computed when it is asked for; after the last
         step what they are. None at step 0."""
         return None if self.thought is None else images.to_uint8(self.thought()[: self.pictures])

@@ -482,3 +482,31 @@ def test_steps_may_be_entries_of_a_table(model):
         settings(model, steps=[[10, 999], 4])
     with pytest.raises(UserError, match="a list of table entries is whole numbers"):
         settings(model, steps="999/x,4")
+
+
+# Pictures that are not square.
+
+
+def test_pictures_have_the_size_that_was_asked_for_at_every_stage(model):
+    (wide,) = model("red", size=(8, 16), frames=2, batch_size=2)
+    shapes = {side: picture.shape for side, picture in wide.images.items()}
+    assert shapes == {8: (8, 16, 3), 16: (16, 32, 3), 32: (32, 64, 3)}
+    assert wide.frames[16].shape == (2, 16, 32, 3) and wide.metadata["size"] == [8, 16]
+    (square,) = model("red", size=(8, 8), batch_size=2)
+    np.testing.assert_array_equal(square.image, model("red", batch_size=2)[0].image)
+    assert wide.strip().size == (8 * 64 + 7 * 2, 3 * 32 + 2 * 2)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"size": (8, 9)}, "size='8x9': stage base8 of 8x9 px: image sides must be multiples of 2"),
+        ({"size": (0, 8)}, "size='0x8': must be a height and a width"),
+        ({"size": (8, 2**20)}, "stage sr32 would draw more than"),
+        ({"size": (8, 16), "init": np.zeros((9, 9, 3), np.uint8)}, "goes with prompts alone"),
+        ({"size": (8, 16), "lowres": np.zeros((8, 8, 3), np.uint8)}, "goes with prompts alone"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_with_the_rule(model, options, message):
+    with pytest.raises(OptionError, match=message):
+        model("red", **options)
