@@ -110,7 +110,7 @@ def corners(cascade: Cascade, h: int, w: int) -> list[tuple[int, int]]:
 
 
 def _sides(config: StageConfig) -> tuple[int, int]:
-    """Of a tile, in pixels, and how many times larger it is drawn."""
+    """The side of a tile in pixels, and how many times larger it is drawn."""
     tile = config.lowres_resolution or config.resolution
     return tile, config.resolution // tile
 
