@@ -83,7 +83,8 @@ class SuperResolutionOptions(_TextOptions):
 
     On stdout are, for each stage and next to bicubic enlargement, PSNR against the render,
     sharpness (the share of the render's gradient energy) and FD-proxy (a Fréchet distance on
-    features of a random network; it is not FID).
+    features of a random network; it is not FID). "truth" is the FD-proxy of renders of other scenes
+    to these: chance alone makes so much, and no model can be expected to be nearer.
     """
 
     pictures: int = 100
