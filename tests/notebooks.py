@@ -10,16 +10,14 @@ from processes import ONE_DEVICE
 COLAB = Path(__file__).parent.parent / "launch" / "colab"
 
 
-def executed(
-    name: str, parameters: str, folder: Path, flags: str = ONE_DEVICE
-) -> nbformat.NotebookNode:
+def executed(name: str, parameters: str, folder: Path) -> nbformat.NotebookNode:
     """The notebook with its outputs, run in `folder` with these parameters; errors raise."""
     notebook = nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
     cell.source += "\n" + parameters
     resources = {"metadata": {"path": str(folder)}}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("XLA_FLAGS", flags)
+        patched.setenv("XLA_FLAGS", ONE_DEVICE)
         return NotebookClient(notebook, timeout=900, resources=resources).execute()
 
 

@@ -1,7 +1,6 @@
 """Notebooks show what they say they show; test_end_to_end.py executes the third."""
 
 from notebooks import executed, pictures
-from processes import ONE_DEVICE
 
 from cascade import Cascade, images
 from cascade.commands.export import export
@@ -12,9 +11,7 @@ from cascade.scenes.judge import judge
 
 def test_the_first_notebook_trains_a_model_that_draws_the_prompt_far_above_chance(tmp_path):
     """Chance is what the same pictures show of other prompts, the next three of each."""
-    # The other tests' flags make programs that are fast to compile and slow to run.
-    flags = ONE_DEVICE.replace("level=0", "level=1").replace("emitters=false", "emitters=true")
-    notebook = executed("first_picture", "tiny_images, num, until = 4_000, 1, 64", tmp_path, flags)
+    notebook = executed("first_picture", "tiny_images, num, until = 4_000, 1, 64", tmp_path)
     assert pictures(notebook) >= 9
     export([tmp_path / "runs/tiny"], tmp_path / "model")
     said = [caption_at(0, i, "seen", max_objects=1)[1] for i in range(64)]
