@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
-        sys.exit(0)
+        sys.exit(141)  # as of programs that SIGPIPE ends
     except OSError as e:
         if e.errno not in _OF_THE_MACHINE:
             raise

@@ -442,6 +442,7 @@ def _one_line(text: str) -> str:
     number = re.search(r"parsing (--\S+):.*?invalid literal for int\(\).*?: ('[^']*')", message)
     if number:
         message = f"{number[1]} must be a whole number, got {number[2]}"
-    message = message.replace(").", ")")
+    message = re.sub(r"Error parsing [A-Z]\w+: ", "", message).replace(").", ")")
+    message = message.replace(", 'None'", "")
     close = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", text, re.DOTALL)
     return message + (f" (did you mean {close[1]}?)" if close else "; see --help")

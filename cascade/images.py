@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,8 +121,7 @@ def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
     h, w = image.shape[:2]
     size = max(10, h // 16)
     font = ImageFont.load_default(size)
-    letters = max(int(w / (font.getlength("abcdefghij") / 10)), 8)
-    wrapped = textwrap.wrap(caption[:2000], letters) or [""]
+    wrapped = _wrapped(caption[:2000], font, w - 4)
     lines = wrapped if len(wrapped) <= MOST_LINES else [*wrapped[: MOST_LINES - 1], "..."]
     line_height = round(1.2 * size)
     canvas = Image.new("RGB", (w, h + line_height * len(lines) + 4), "white")
@@ -132,6 +130,22 @@ def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
     for number, line in enumerate(lines):
         draw.text((2, h + 2 + line_height * number), line, fill="black", font=font)
     return np.asarray(canvas)
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """The text in lines of at most so many pixels; a word that is longer is broken."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line] or [""]
 
 
 def save_png(
@@ -229,8 +243,10 @@ def load_image(path: str | os.PathLike[str], *, ground: str = "white") -> Image.
     try:
         with file.open("rb") as opened:
             return decoded(opened, ground=ground)
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None
+    except IsADirectoryError:
+        raise UserError(f"picture {path}: is a folder; give the path of a PNG or JPEG") from None
     except (Unreadable, OSError) as e:
         raise UserError(f"picture {path}: cannot be read as an image ({e})") from None
 

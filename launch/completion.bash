@@ -12,6 +12,11 @@ _cascade() {
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
         asked=$(cascade --help 2>/dev/null | sed -n 's/^  \([a-z]\+\) .*/\1/p')
+    elif ((COMP_CWORD == 2)) && [[ ${COMP_WORDS[1]} =~ ^(data|eval|convert|bench)$ && $word != -* ]]; then
+        asked=$(
+            cascade "${COMP_WORDS[1]}" --help 2>/dev/null |
+                grep -oE "^  [a-z]+  |cascade ${COMP_WORDS[1]} [a-z]+" | awk '{ print $NF }' | sort -u
+        )
     elif [[ $word == -* ]]; then
         local verb=${COMP_WORDS[1]} config=
         case $verb in

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
         (("train", "configs/tiny/base64.py", "--optimizer.l"), "--optimizer.learning-rate"),
         (("data", "make", "--res"), "--resolution"),
         (("sample", "word"), ""),
+        (("data", "ma"), "make"),
+        (("eval", "sw"), "sweep"),
     ],
 )
 def test_the_shell_completes_verbs_and_options(words, found):

@@ -14,6 +14,7 @@ import tyro
 from cascade import config
 from cascade.commands.sample import ByStage, use_compilation_cache
 from cascade.errors import UserError
+from cascade.runner import output
 from cascade.storage import paths
 
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     out = paths.path(options.out)
     if out.suffix.lower() != ".png" or out.exists():
         raise UserError(f"--out {out}: must be a new file whose name ends in .png")
+    output.folder_of(options.out.parent)
     if not options.prompt.strip():
         raise UserError("the prompt is empty; write what the picture shows")
     use_compilation_cache()
@@ -85,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
             batch_size=batch_size,
             progress=bar.told,
         )
+    paths.make_folder(out.parent)
     drawn.save(out)
     h, w = drawn.image.shape[:2]
     told = {"file": str(out), "width": w, "height": h, "tiles": tiles}

@@ -125,8 +125,8 @@ class Options:
         Literal["gif", "strip"] | None,
         tyro.conf.arg(metavar="{gif,strip}", help_behavior_hint="(default: none)"),
     ] = None
-    """Show how each picture comes about, from noise on: gif writes OUT/0000.gif, which moves, strip
-    OUT/0000_path.png, a row for each stage."""
+    """Show how each picture comes about, by the model's guesses at it from the first step on: gif
+    writes OUT/0000.gif, which moves, strip OUT/0000_path.png, a row for each stage."""
     quiet: bool = False
     """Say nothing on stderr but errors: no progress, no warnings."""
     compilation_cache: bool = True

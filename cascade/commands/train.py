@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import sys
@@ -46,18 +47,24 @@ def main(argv: Sequence[str]) -> None:
         print(USAGE)
         return
     xla_flags.apply(xla_flags.expected_backend(), os.environ)
-    with distributed.processes():  # so that a wrong word in one of them ends the others too
-        folder, ended, left = _train(argv)
+    interrupted: list[int] = []
+    # Last of all at the end: threads of libraries that are at work then abort the process.
+    atexit.register(lambda: interrupted and os._exit(interrupted[0]))
+    try:
+        with distributed.processes():  # so that a wrong word in one of them ends the others too
+            folder, ended, more = _train(argv)
+    except KeyboardInterrupt:
+        interrupted.append(130)
+        raise
     if not ended:
         print(f"stopped: {folder}; the same command goes on", file=sys.stderr)
         sys.exit(STOPPED)
-    more = f", {left} images before its end; the same command goes on" if left else ""
-    print(f"done{more}: {folder}", file=sys.stderr)
+    print(f"done: {folder}{more}", file=sys.stderr)
 
 
-def _train(argv: list[str]) -> tuple[Path, bool, int]:
-    """The run's folder, whether it came to the end that was asked for, and how many images that is
-    before its own."""
+def _train(argv: list[str]) -> tuple[Path, bool, str]:
+    """The run's folder, whether it came to the end that was asked for, and what to say of that end
+    if it is not the run's own."""
     path, rest = argv[0], argv[1:]
     if path.startswith("-"):
         raise UserError(
@@ -69,8 +76,10 @@ def _train(argv: list[str]) -> tuple[Path, bool, int]:
     from cascade.training.loop import fit
 
     folder, images = _workdir(workdir), _images(until)
-    left = 0 if images is None else max(0, job.images - images)
-    return folder, fit(job, folder, until=images), left
+    ended, more = fit(job, folder, until=images), ""
+    if images is not None and images < job.images:
+        more = f", up to --until {images} of {job.images} images; without --until it goes on"
+    return folder, ended, more
 
 
 def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,6 +238,11 @@ class Cascade:
         counts.check(
             seed=seed, num=num, batch_size=batch_size, split_rows=split_rows, frames=frames
         )
+        if progress is not None and not callable(progress):
+            raise TypeError(
+                f"progress: must be a function, which is called with a Progress, got {progress!r}; "
+                "progress=print shows what it is given"
+            )
         prompts = inputs.texts(prompts)
         small = inputs.lowres(lowres, len(prompts), functools.partial(self.fitted, until=until))
         stages = self.select(until=until, lowres=None if small is None else len(small[0]))
@@ -382,7 +388,7 @@ class Cascade:
         """A picture as a super-resolution stage takes it.
 
         One of another size than any of them takes is cropped to its central square and resized to
-        the largest size that is not larger, or the smallest there is, with a warning. Raises
+        the nearest size that one takes, with a warning. Raises
         UserError where no stage up to `until` enlarges.
         """
         starts = [s.config.lowres_resolution for s, _ in self.stages if s.config.lowres_resolution]
@@ -396,7 +402,7 @@ class Cascade:
             )
         if h == w and h in starts:
             return picture
-        side = max((start for start in starts if start <= min(h, w)), default=starts[0])
+        side = min(starts, key=lambda start: abs(math.log(min(h, w) / start)))
         warnings.warn(
             f"lowres: of the picture of {w}x{h} px the central square is taken, as {side}x{side} "
             f"px; this model starts from {' or '.join(f'{s}x{s}' for s in starts)}",

@@ -25,6 +25,8 @@ def check(
             raise OptionError(option, value, f"must be {low} or more")
     if batch_size is not None and batch_size > MOST_TOGETHER:
         raise OptionError("batch_size", batch_size, f"must be at most {MOST_TOGETHER}")
+    if num > 2**32:
+        raise OptionError("num", num, "must be at most 2^32, the number of seeds")
     if seed + num > 2**32:
         raise OptionError(
             "seed",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
@@ -46,7 +47,7 @@ def negative(given: str | Sequence[str] | None, prompts: int) -> list[str] | Non
     """
     if given is None or given == "":
         return None
-    listed = [given] if isinstance(given, str) else list(given)
+    listed: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for text in listed:
         if not isinstance(text, str):
             raise TypeError(f"negative: must be a text or a list of texts, got {text!r:.80}")
@@ -62,6 +63,11 @@ def negative(given: str | Sequence[str] | None, prompts: int) -> list[str] | Non
 
 def check_embeddings(given: TextEmbedding, prompts: int, stages: Sequence[StageConfig]) -> None:
     """Raise UserError unless they are a row for each prompt, as wide as the stages take them."""
+    if not isinstance(given, TextEmbedding):
+        raise TypeError(
+            f"embeddings: must be a TextEmbedding, as model.encoder(prompts) gives, got "
+            f"{type(given).__name__}"
+        )
     if len(given.values) != prompts:
         raise UserError(
             f"embeddings: {len(given.values)} rows for {prompts} prompt{'s' * (prompts != 1)}; "
@@ -113,6 +119,11 @@ def check_noise(
     sides: tuple[int, int] | None,
 ) -> None:
     """Raise UserError unless it is noise for so many pictures of the stage, of those sides."""
+    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, jnp.floating):
+        kind = getattr(given, "dtype", type(given).__name__)
+        raise TypeError(f"noise: must be an array of floats, N(0, 1), got {kind}")
+    if not np.isfinite(np.asarray(given, np.float32)).all():
+        raise UserError("noise: must be finite, and has values that are not")
     shape = (pictures, *stage.space.shape(sides))
     if given.shape != shape:
         raise UserError(

@@ -33,6 +33,13 @@ def folder_of(name: Path) -> paths.Path:
     parent = next(p for p in [out, *out.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--out {out}: cannot be written there")
+    made = [p for p in (out, *out.absolute().parents) if not p.exists()]
+    try:  # some folders, such as /proc, say that they can and cannot
+        out.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            folder.rmdir()
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be written there ({e.strerror})") from None
     return out
 
 

@@ -148,7 +148,10 @@ def _steps(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
         entries = word.split("/")
         if not all(entry.isdecimal() for entry in entries):
             raise ValueError("a list of table entries is whole numbers, such as 999/750/500/250/0")
-        chosen = grids.Chosen(chosen=tuple(map(int, entries)))
+        try:
+            chosen = grids.Chosen(chosen=tuple(map(int, entries)))
+        except ValueError:
+            raise ValueError("the entries must fall, within 999 to 0") from None
         return {"steps": len(entries), "grid": chosen}
     if not word.isdecimal():
         raise ValueError(f"must be a whole number, or one of {', '.join(SECTIONS)}")

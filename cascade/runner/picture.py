@@ -48,19 +48,22 @@ class Picture:
         """
         if not os.fspath(path).lower().endswith(".png"):
             raise UserError(f"path {path}: pictures are saved as PNG; end the name with .png")
+        _check_folder(path)
         files.save_png(path, self._of(side), {"prompt": self.prompt, "seed": str(self.seed)})
 
     def strip(self) -> Image.Image:
-        """How it came about: its `frames`, a row for each stage, noise on the left."""
+        """How it came about: its `frames`, a row for each stage, the first guess on the left."""
         return Image.fromarray(files.grid(self._rows(128, 8), columns=8))
 
     def save_strip(self, path: str | os.PathLike[str]) -> None:
         """Write `strip` as a PNG, as `save` does."""
+        _check_folder(path)
         files.save_png(path, np.asarray(self.strip()), {"prompt": self.prompt})
 
     def save_gif(self, path: str | os.PathLike[str]) -> None:
         """Write how it came about as an animation of at most 256 px: its `frames`, stage after
         stage, then the picture for 2 seconds."""
+        _check_folder(path)
         shown = [Image.fromarray(frame) for frame in self._rows(256)]
         times = [80] * (len(shown) - 1) + [2000]
         with paths.writing(paths.path(path)) as file:
@@ -104,3 +107,10 @@ class Picture:
 
     def __repr__(self) -> str:
         return f"Picture({self.prompt!r}, seed={self.seed}, {self._sides} px)"
+
+
+def _check_folder(path: str | os.PathLike[str]) -> None:
+    """UserError for a file whose folder is not there."""
+    file = paths.path(path)
+    if not paths.is_remote(file) and not file.parent.is_dir():
+        raise UserError(f"path {path}: there is no folder {file.parent}; make it first")

@@ -92,7 +92,7 @@ class TrainingLog:
         if wandb:
             self._writers.append(_WeightsAndBiases(wandb, workdir, folder, config))
         self._chip = chip_of(jax.devices()[0].device_kind)
-        if self._chip is None and step_flops:
+        if self._chip is None and step_flops and jax.default_backend() != "cpu":
             kind = jax.devices()[0].device_kind
             print(f"{kind}: its peak is not in the table, so no MFU is given", file=sys.stderr)
 

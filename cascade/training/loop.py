@@ -121,7 +121,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
     stop = _StopSignal()
     skipped = Skipped(workdir, step * job.batch_size)
     bar = tqdm(
-        total=job.images,
+        total=min(job.images, last * job.batch_size),
         initial=min(step * job.batch_size, job.images),
         unit="img",
         desc=job.name,
@@ -130,8 +130,10 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
         disable=jax.process_index() != 0,
     )
     with bar, stop, profile, contextlib.closing(checkpoints):
-        ends = step >= last
+        ends = begun = step >= last
         while not ends:
+            if not begun:
+                bar.set_postfix_str("compiling")
             before = time.perf_counter()
             batch = next(data)
             waited = time.perf_counter() - before
@@ -156,6 +158,11 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
                     f"{workdir}: another training has taken this folder over, as this one gave no "
                     "sign of life for a while; it goes on there"
                 )
+            if not begun:  # the speed is that of the steps
+                jax.block_until_ready(metrics)
+                bar.set_postfix_str("")
+                bar.unpause()
+                begun = True
             bar.update(min(job.batch_size, job.images - (step - 1) * job.batch_size))
             log.add(metrics, waited)
             ends = step >= last or log.diverged

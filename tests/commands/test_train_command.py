@@ -59,7 +59,14 @@ def test_help_of_a_config_that_lacks_an_argument_says_what_it_is_and_needs(tmp_p
     assert told.startswith("Mine: twice the size.\n") and f"{file} needs --init:" in told
 
 
-@pytest.mark.parametrize("words,more", [(("--until", "8"), ", 24 images before its end"), ((), "")])
+@pytest.mark.parametrize(
+    "words,more",
+    [
+        (("--until", "8"), ", up to --until 8 of 32 images; without --until it goes on"),
+        (("--until", "32"), ""),
+        ((), ""),
+    ],
+)
 def test_a_run_says_whether_it_came_to_its_own_end(words, more, monkeypatch, tmp_path, capsys):
     file = tmp_path / "line.py"
     file.write_text(
@@ -69,4 +76,4 @@ def test_a_run_says_whether_it_came_to_its_own_end(words, more, monkeypatch, tmp
     monkeypatch.setattr("cascade.training.loop.fit", lambda *a, **k: True)
     train.main([str(file), "--workdir", str(tmp_path / "w"), *words])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"done{more}") and line.endswith(str(tmp_path / "w"))
+    assert line == f"done: {tmp_path / 'w'}{more}"

@@ -61,3 +61,9 @@ def test_a_picture_is_printed_without_its_arrays(picture):
     assert repr([picture]) == "[Picture('red circle', seed=3, 8, 16 and 32 px)]"
     alone = testing.cascade()("red", until=8)[0]
     assert repr(alone) == "Picture('red', seed=0, 8 px)"
+
+
+def test_a_folder_that_is_not_there_is_told(picture, tmp_path):
+    for save in (picture.save, picture.save_strip, picture.save_gif):
+        with pytest.raises(UserError, match="there is no folder .*none; make it first"):
+            save(tmp_path / "none" / "a.png")

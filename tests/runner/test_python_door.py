@@ -180,6 +180,11 @@ for prompts, options, message in (
     ("a", {"init": 3}, "got a value of type int"),
     ("a", {"init": np.zeros((2, 8, 8, 3), np.uint8)}, "give a list of its pictures, list(x)"),
     ("a", {"negative": [3]}, "negative: must be a text or a list of texts, got 3"),
+    ("a", {"negative": 5}, "negative: must be a text or a list of texts, got 5"),
+    ("a", {"progress": True}, "progress: must be a function, which is called with a Progress"),
+    ("a", {"noise": "x"}, "noise: must be an array of floats, N(0, 1), got str"),
+    ("a", {"noise": np.zeros((1, 8, 8, 3), np.uint8)}, "noise: .*uint8"),
+    ("a", {"embeddings": floats}, "embeddings: must be a TextEmbedding, as model.encoder(prompts)"),
     (["a", 1], {}, "prompts: must be a text or a list of texts, got 1"),
     (None, {}, "prompts: must be a text or a list of texts, got None"),
 ):
@@ -425,6 +430,8 @@ def test_noise_stands_for_that_of_the_seeds(model):
     np.testing.assert_array_equal(turned[0].images[8], theirs[1].images[8])
     with pytest.raises(UserError, match=r"begins 1 picture from noise of shape \[1, 8, 8, 3\]"):
         model("red", noise=noise)
+    with pytest.raises(UserError, match="noise: must be finite"):
+        model("red", noise=noise[:1] * np.float32(np.nan))
 
 
 # Progress.
@@ -463,7 +470,7 @@ def test_a_watched_drawing_is_of_the_same_program(model, caplog):
         caplog.clear()
         with jax.log_compiles():
             drawn = model("red", **options, **more)[0].image
-        begun = [m for m in caplog.messages if m.startswith("Compiling jit(_sample)")]
+        begun = [m for m in caplog.messages if m.startswith("Compiling jit(_carried)")]
         return len(begun), drawn
 
     (first, plain), (again, watched) = compiled(), compiled(progress=lambda _: None)
@@ -478,7 +485,7 @@ def test_steps_may_be_entries_of_a_table(model):
     assert told["base8"]["steps"] == 3 and told["base8"]["grid"]["chosen"] == [999, 500, 10]
     assert told["sr16"]["steps"] == 4
     assert told == settings(model, steps="999/500/10,4")
-    with pytest.raises(UserError, match="steps='10/999': chosen must fall within 999..0"):
+    with pytest.raises(UserError, match="steps='10/999': the entries must fall, within 999 to 0"):
         settings(model, steps=[[10, 999], 4])
     with pytest.raises(UserError, match="a list of table entries is whole numbers"):
         settings(model, steps="999/x,4")

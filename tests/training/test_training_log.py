@@ -145,11 +145,14 @@ def test_utilization_is_flops_a_second_over_the_peak_of_the_devices(tmp_path, mo
     assert row["mfu"] == pytest.approx(0.5) and row["memory_gib"] == 3.0
 
 
-def test_a_device_of_unknown_peak_says_so(tmp_path, capsys):
+def test_a_device_of_unknown_peak_says_so(tmp_path, capsys, monkeypatch):
     log = log_in(tmp_path, step_flops=1e9)
     log.add(metrics(1.0), waited=0.0)
     row = log.write(1)
     assert row["tflops_per_device"] > 0 and "mfu" not in row
+    assert capsys.readouterr().err == ""  # nobody asks for a CPU's
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    log_in(tmp_path, step_flops=1e9).close()
     assert "cpu: its peak is not in the table" in capsys.readouterr().err
 
 
