@@ -31,7 +31,7 @@ class MakeOptions:
     DIR must be new or empty; gs:// and s3:// names are understood. Prints what was written as JSON.
     """
 
-    dir: Annotated[Path, tyro.conf.Positional]
+    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """The folder to write."""
     count: int = 1000
     """Number of examples."""
@@ -48,7 +48,7 @@ class MakeOptions:
 class InspectOptions:
     """Draw a contact sheet of a dataset with its captions, and print its statistics as JSON."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The dataset: `scenes` (rendered now), a folder of pictures with captions, or a folder of a
     TFDS dataset."""
     out: Path

@@ -25,7 +25,9 @@ class Options:
     """
 
     models: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="MODEL ...", help_behavior_hint=""),
     ] = ()
     """As `cascade sample --model` takes them: folders, or names of public models."""
 

@@ -48,7 +48,9 @@ class Options:
     """
 
     prompts_: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="prompt", metavar="PROMPT ...")
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(name="prompt", metavar="PROMPT ...", help_behavior_hint=""),
     ] = ()
     """What to draw; quote each prompt."""
     prompts: File = None
