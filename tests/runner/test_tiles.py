@@ -109,6 +109,11 @@ def test_the_command_writes_a_png_and_says_what_it_is(monkeypatch, tmp_path, cap
     assert "12/12" in told.err and "40 x 23 -> 80 x 46 px" in told.err
     with Image.open(tmp_path / "big.png") as image:
         assert image.size == (80, 46) and image.text["prompt"] == "red circle"
+    seeded = [*words[:-1], str(tmp_path / "other.png"), "--steps", "2", "--seed", "7"]
+    cli.main([*seeded, "--quiet"])
+    assert capsys.readouterr().err == ""
+    with Image.open(tmp_path / "other.png") as image:
+        assert image.text["seed"] == "7"
     for more, message in (([], "must be a new file"), (["--out", "x.jpg"], "ends in .png")):
         with pytest.raises(SystemExit):
             cli.main([*words, *more])
