@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -89,3 +91,24 @@ def test_files_that_are_no_pictures_are_refused(tmp_path):
         images.load_image(tmp_path / "a.png")
     with pytest.raises(UserError, match="no such file"):
         images.load_image(tmp_path / "b.png")
+
+
+def test_a_scan_is_counted_once_wherever_the_parts_of_a_file_are_read():
+    for before in (2**20 - 2, 2**20 - 1, 2**20):
+        assert images._scans(io.BytesIO(b"\x00" * before + b"\xff\xda\xff\xd9")) == 1
+
+
+def test_captions_are_cut_and_lie_right_below_their_pictures(monkeypatch):
+    pictures = [np.full((64, 64, 3), level, np.uint8) for level in (10, 20, 30)]
+    cells = images.captioned(pictures, ["a", "word " * 10, "word " * 500])
+    assert len({cell.shape for cell in cells}) == 1
+    for cell, picture in zip(cells, pictures, strict=True):
+        np.testing.assert_array_equal(cell[:64, :64], picture)
+    inked = [np.flatnonzero((cell[64:] < 128).any((1, 2))) for cell in cells]
+    assert inked[0][0] < 16 and inked[0][-1] < inked[1][-1] < inked[2][-1]
+    most = (inked[0][-1] + 8) * images.MOST_LINES
+    assert len(cells[2]) - 64 < most and (cells[0][64 + 16 :] == 255).all()
+    words = "caterpillar " * images.MOST_LINES  # of which none shares a line
+    (as_it_is,) = images.captioned(pictures[:1], [words])
+    monkeypatch.setattr(images, "MOST_LINES", images.MOST_LINES + 1)
+    np.testing.assert_array_equal(as_it_is, images.captioned(pictures[:1], [words])[0])

@@ -230,6 +230,26 @@ def test_a_folder_with_pictures_is_continued(fake, tmp_path):
     assert (tmp_path / "0008_8.png").exists() and not (tmp_path / "0001_8.png").exists()
 
 
+def test_the_next_picture_has_a_number_that_no_file_has(tmp_path):
+    assert output.next_number(tmp_path / "absent") == 0
+    files = ("grid.png", 0), ("0003_8.png", 4), ("0004.gif", 5), ("0005_path.png", 6)
+    for name, following in (
+        *files,
+        ("0006.json", 7),
+        ("12345.json", 12346),
+        ("a99999.json", 12346),
+    ):
+        (tmp_path / name).touch()
+        assert output.next_number(tmp_path) == following
+
+
+def test_the_sheet_is_of_the_pictures_of_its_own_command(fake, tmp_path):
+    sample("red circle", "--until", "8", "--out", str(tmp_path))
+    sample("blue square", "--num", "2", "--until", "8", "--out", str(tmp_path))
+    own = [np.asarray(Image.open(tmp_path / f"000{i}_8.png")) for i in (1, 2)]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), images.grid(own))
+
+
 def test_a_seed_drawn_at_random_is_told_and_draws_the_same_again(fake, tmp_path, capsys):
     words = ("red circle", "--until", "8", "--num", "2", "--out", str(tmp_path))
     sample(*words, "--random-seed")
@@ -296,6 +316,20 @@ def test_lowres_starts_from_a_picture(fake, tmp_path):
     again, first = (np.asarray(Image.open(tmp_path / f"000{i}_32.png")) for i in (1, 0))
     assert np.array_equal(again, first)
     assert not (tmp_path / "0001_8.png").exists()
+
+
+def test_a_picture_of_any_shape_is_fitted_before_stages_are_chosen_for_it(fake, tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match="30x20"):
+        sample("red", "--lowres", str(tmp_path / "a.png"), "--out", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "0000_32.png").exists()
+
+
+def test_a_random_seed_leaves_room_for_all_its_pictures(fake, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("secrets.randbelow", lambda below: below - 1)
+    sample("a", "--num", "2", "--until", "8", "--out", str(tmp_path), "--random-seed")
+    seeds = [json.loads(line)["seed"] for line in capsys.readouterr().out.splitlines()]
+    assert seeds == [2**32 - 2, 2**32 - 1]
 
 
 def test_a_long_prompt_is_cut_with_a_warning(fake, tmp_path):

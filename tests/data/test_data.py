@@ -25,7 +25,8 @@ from cascade.data import (
     batches,
     known_words,
 )
-from cascade.data.inspection import inspect
+from cascade.data.inspection import _spread, dataset_in, inspect
+from cascade.data.source import BadRecord
 from cascade.data.transforms import block_means
 from cascade.errors import UserError
 from cascade.scenes.captions import VOCABULARY, Facts, caption_at
@@ -359,6 +360,22 @@ def test_pictures_of_a_tfds_dataset_are_opened_as_those_of_a_folder(dataset):
     assert (source[0]["image"] == 255).all()
 
 
+def test_what_is_damaged_in_a_tfds_dataset_is_a_bad_record_of_its_kind(dataset):
+    source = TFDSData(name="scenes", data_dir=str(dataset), split="unseen").open(4)
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    damaged = {
+        "unreadable record": [],
+        "unreadable picture": [{"image": file.getvalue()[:-20], "caption": b"a"}],
+        "unreadable caption": [{"image": file.getvalue(), "caption": b"\xff"}],
+    }
+    for reason, records in damaged.items():
+        source.records = records
+        with pytest.raises(BadRecord, match="TFDS dataset scenes in .* record 0") as told:
+            source[0]
+        assert (told.value.key, told.value.reason) == ("record 0", reason)
+
+
 def test_tfds_itself_knows_the_scenes(dataset):
     import tensorflow_datasets as tfds
 
@@ -400,6 +417,15 @@ def test_inspect_draws_a_sheet_and_counts(tmp_path, capsys):
         assert drawn.width == 2 * 16 + 8 and drawn.height > 16
     with pytest.raises(UserError, match="exists already"):
         inspect(data, sheet)
+    with pytest.raises(UserError, match="no folder .*absent; make it first"):
+        inspect(data, tmp_path / "absent" / "sheet.png")
+    for numbers in ({"count": 0}, {"resolution": 0}):
+        with pytest.raises(UserError, match="count and resolution must be positive, got"):
+            inspect(data, tmp_path / "other.png", **numbers)
+
+
+def test_what_is_looked_at_is_spread_over_the_dataset():
+    assert _spread(10, 5) == [0, 2, 4, 6, 8] and _spread(3, 5) == [0, 1, 2]
 
 
 def test_the_data_commands_find_out_what_a_source_is(tmp_path, capsys, dataset):
@@ -419,6 +445,22 @@ def test_the_data_commands_find_out_what_a_source_is(tmp_path, capsys, dataset):
         assert json.loads(capsys.readouterr().out)["source"]["type"].split(".")[-1] == kind
     with pytest.raises(UserError, match="inspec"):
         commands.main(["inspec"])
+
+
+def test_a_folder_that_is_given_holds_one_tfds_dataset_and_not_its_version_alone(tmp_path):
+    def prepared(name):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "dataset_info.json").write_text("{}")
+
+    prepared("birds/small/1.0.0")
+    assert dataset_in(str(tmp_path)) == TFDSData(name="birds/small", data_dir=str(tmp_path))
+    with pytest.raises(UserError, match="found 1.0.0/dataset_info.json"):
+        dataset_in(str(tmp_path / "birds" / "small"))
+    prepared("birds/small/1.0.1")
+    assert dataset_in(str(tmp_path)).name == "birds/small"
+    prepared("fish/1.0.0")
+    with pytest.raises(UserError, match="holds one dataset .*found birds/.*, fish/1.0.0"):
+        dataset_in(str(tmp_path))
 
 
 def test_known_words_are_those_of_closed_vocabularies_only():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cascade import cli, images
 from cascade.commands import data as data_command
-from cascade.data import FolderData
+from cascade.data import FolderData, tfds
 from cascade.data.inspection import dataset_in
 from cascade.errors import UserError
 
@@ -59,10 +59,13 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
         images.load_image(file)
 
 
+@pytest.mark.parametrize("kind", [{}, {"format": "MPO", "save_all": True}])
 def test_a_picture_that_is_drawn_over_and_over_is_refused_before_it_is_decoded(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, kind
 ):
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.jpg", progressive=True)
+    image = Image.new("RGB", (16, 16))
+    more = {"append_images": [image.copy()]} if kind else {}
+    image.save(tmp_path / "a.jpg", progressive=True, **kind, **more)
     scans = (tmp_path / "a.jpg").read_bytes().count(b"\xff\xda")
     monkeypatch.setattr(images, "MOST_SCANS", scans)
     assert scans > 1 and images.load_image(tmp_path / "a.jpg").size == (16, 16)
@@ -183,3 +186,31 @@ def test_a_dataset_of_tfds_runs_no_code_of_its_own(tmp_path, capsys, monkeypatch
     said = refused(capsys, "data", "inspect", "ds", "--out", "sheet.png")
     assert "names the class payload_of_a_stranger.Text" in said
     assert not (tmp_path / "RAN").exists() and "payload_of_a_stranger" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *({key: "a_stranger.Text"} for key in ("proto_cls", "protoCls")),
+        [{"type": "a_stranger.Text"}],
+        {"type": "tensorflow_datasets_of_a_stranger.Text"},
+    ],
+)
+def test_a_class_is_found_wherever_a_dataset_of_tfds_names_it(tmp_path, named):
+    features = {"content": named, "type": "tensorflow_datasets.core.features.Text"}
+    (tmp_path / "1.0.0").mkdir()
+    (tmp_path / "1.0.0" / "features.json").write_text(json.dumps(features))
+    with pytest.raises(UserError, match="it: features.json names the class .*a_stranger.Text"):
+        tfds._check_features(tmp_path, "it")
+
+
+def test_a_dataset_of_tfds_is_no_link_to_what_is_elsewhere(tmp_path):
+    folder = tmp_path / "ds" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "a").write_text("")
+    (folder / "b").symlink_to(folder / "a")
+    tfds._check_features(tmp_path / "ds", "it")
+    (tmp_path / "secret").write_text("")
+    (folder / "c").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="it: c is a link that leads outside"):
+        tfds._check_features(tmp_path / "ds", "it")

@@ -68,6 +68,12 @@ def test_guidance_weights_follow_their_plan(plan, expected):
     np.testing.assert_allclose(plan(jnp.float32(7), grid - 0.05, grid), expected)
 
 
+def test_an_interval_has_its_upper_end_and_not_its_lower():
+    clean = jnp.zeros(1)  # sigma / alpha is 1
+    for low, high, weight in ((1.0, 2.0, 1.0), (0.5, 1.0, 3.0)):
+        assert Interval(low=low, high=high)(3.0, clean, clean)[0] == weight
+
+
 def test_rescaling_gives_back_the_conditionals_contrast():
     cond, uncond = normal(0, (3, 8, 8, 3)), normal(1, (3, 8, 8, 3)) + 0.2
     mixed = guide(cond, uncond, 7.0)

@@ -17,6 +17,7 @@ from cascade.diffusion.samplers import (
     DPMSolverPP2MSDE,
     Heun,
     Leg,
+    Step,
     begun,
     initial_noise,
     invert_ddim,
@@ -435,6 +436,22 @@ def test_noise_of_different_steps_and_images_is_independent():
         assert abs(np.corrcoef(image[:d], image[d:])[0, 1]) < 0.06
 
 
+def test_a_step_has_the_keys_that_pictures_of_its_seed_were_always_drawn_with():
+    def noise(image_keys):
+        return jax.vmap(lambda key: jax.random.normal(key, (3,)))(image_keys)
+
+    class Noise(Step):
+        def __call__(self, denoiser, x_t, leg, memory):
+            return noise(leg.keys), noise(leg.keys), memory
+
+    (key,), run = keys(1), begun(normal(0, (1, 3)), Noise())
+    options = {"schedule": COSINE, "times": time_grid(3), "step": Noise(), "keys": keys(1)}
+    for i in range(3):
+        own, after = jax.random.split(jax.random.fold_in(key, i + 1))
+        found = walk(CORNERS, run, (i, i + 1), **options, after_step=lambda x, _, k: x - noise(k))
+        np.testing.assert_allclose(found.x, noise(own[None]) - noise(after[None]), atol=1e-6)
+
+
 def test_initial_noise_is_standard_normal_and_each_images_own():
     image_keys = keys(50)
     x = np.asarray(initial_noise(image_keys, (8, 8, 3)))
@@ -563,6 +580,9 @@ def test_mistakes_are_refused_by_name():
         time_grid(0)
     with pytest.raises(ValueError, match="start"):
         time_grid(4, 1.5)
+    run, options = begun(normal(0, (2, 3)), DDIM()), {"schedule": COSINE, "step": DDIM()}
+    with pytest.raises(ValueError, match=r"keys must be one for each image, \[2\] .* shape \(3,\)"):
+        walk(CORNERS, run, (0, 2), times=time_grid(2), keys=keys(3), **options)
     with pytest.raises(ValueError, match="gamma"):
         Ancestral(gamma=1.5)
     with pytest.raises(ValueError, match="eta"):

@@ -16,6 +16,7 @@ from fixtures import make_diffusers as reference
 from cascade.diffusion import grids, samplers
 from cascade.diffusion.denoise import Detailed, Estimate, Threshold, thresholded
 from cascade.diffusion.process import Discrete, alpha_sigma, to_x0
+from cascade.errors import UserError
 from cascade.published.schedulers import Respaced, read_schedule, read_scheduler
 
 
@@ -218,3 +219,11 @@ def test_the_recording_is_what_diffusers_gives(recorded):
     assert set(live) == set(recorded)
     for name, values in live.items():
         np.testing.assert_allclose(values, recorded[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("field", ["rescale_betas_zero_snr", "set_alpha_to_one"])
+def test_a_field_that_would_draw_otherwise_is_refused_by_name(tmp_path, field):
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", field: 1}))
+    with pytest.raises(UserError, match=rf"scheduler_config.json: {field} must be"):
+        read_scheduler(file)

@@ -12,6 +12,7 @@ from cascade.errors import UserError
 from cascade.runner import cascade as runner
 from cascade.runner import output
 from cascade.runner.cascade import numbers
+from cascade.runner.drawing import ToldInParts
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,18 @@ def test_pictures_are_the_same_however_many_prompts_are_embedded_together(
     for one, other in zip(parts, whole, strict=True):
         # Another number of rows is another program, which may round a last bit otherwise.
         assert np.abs(one.image.astype(int) - other.image).max() <= 1
+
+
+def test_a_batch_is_told_of_its_own_prompts_also_where_it_lies_in_two_parts():
+    def told(part):
+        rows = np.arange(10)[part]
+        return [({"text": (rows,)}, {"text": (rows,), "none": (np.array([7]),)})]
+
+    parts = ToldInParts(told, at_once=3)
+    for rows in ([1, 2], [2, 3], [2, 2, 3], [3, 5], [5, 6], [8, 9]):  # of 0-2, 3-5, 6-8 and 9
+        ((given, away),) = parts(rows)
+        assert given["text"][0].tolist() == away["text"][0].tolist() == rows
+        assert away["none"][0].tolist() == [7] * len(rows)
 
 
 def test_a_process_embeds_only_the_prompts_of_its_share(cascade, monkeypatch):

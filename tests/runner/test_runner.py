@@ -163,6 +163,15 @@ def test_weights_that_are_not_finite_draw_no_picture(cascade):
         Cascade([(base, damaged)], cascade.encoder)("red circle", seed=3)
 
 
+def test_a_picture_of_infinite_values_is_no_picture(cascade, monkeypatch):
+    def infinite(self, params, given, keys, **options):
+        return jnp.full((len(keys), 8, 8, 3), jnp.inf)
+
+    monkeypatch.setattr(Stage, "sample", infinite)
+    with pytest.raises(UserError, match="stage base8 drew values that are not finite"):
+        cascade("red circle", until=8)
+
+
 def test_stages_must_meet():
     full = testing.cascade()
     with pytest.raises(UserError, match="sr32 enlarges 16 px, but base8 before it draws 8 px"):

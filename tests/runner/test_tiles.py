@@ -11,6 +11,7 @@ from cascade import cli, testing
 from cascade.errors import UserError
 from cascade.runner.cascade import Cascade
 from cascade.runner.tiles import enlarge, starts
+from cascade.stage import Pixels
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,21 @@ def test_it_has_the_shape_of_the_picture_and_no_seam(model, picture, monkeypatch
     assert not np.array_equal(windows[0], windows[1])
 
 
+def test_it_is_drawn_by_the_model_that_it_says_it_is(model, picture):
+    """With the words and encoders that the model has, of which the last stage has its own."""
+    name, encoders = model.stages[-1][0].config.name, {}
+    encoders[name] = model.encoder
+    options = {"name": "mine", "digest": "5e1", "known_words": ("red",), "own_encoders": encoders}
+    own, small = Cascade(model.stages, None, **options), picture[:16, :16]
+    with pytest.warns(UserWarning, match="zebra"):
+        drawn = enlarge(own, "zebra", small)
+    np.testing.assert_array_equal(drawn.image, enlarge(model, "zebra", small).image)
+    told = drawn.metadata
+    assert (told["model"], told["model_sha256"], told["from_noise"]) == ("mine", "5e1", False)
+    with pytest.raises(UserError, match="seed=-1: must be 0 or more"):
+        enlarge(own, "red", small, seed=-1)
+
+
 def test_pictures_that_do_not_fit_are_refused(model, picture, monkeypatch):
     with pytest.raises(UserError, match="has 40x15 px: it must have at least 16 on both sides"):
         enlarge(model, "red", picture[:15])
@@ -74,6 +90,10 @@ def test_pictures_that_do_not_fit_are_refused(model, picture, monkeypatch):
         enlarge(Cascade(model.stages[:1], model.encoder), "red", picture)
     monkeypatch.setattr("cascade.images.MOST_PIXELS", 46 * 80 - 1)
     with pytest.raises(UserError, match="2 times as large on both sides it would have more than"):
+        enlarge(model, "red", picture)
+    monkeypatch.undo()
+    monkeypatch.setattr(Pixels, "shape", lambda self, sides=None: (24, 24, 3))
+    with pytest.raises(UserError, match="what sr32 diffuses is not cut in tiles"):
         enlarge(model, "red", picture)
 
 
@@ -89,6 +109,11 @@ def test_the_command_writes_a_png_and_says_what_it_is(monkeypatch, tmp_path, cap
     assert "12/12" in told.err and "40 x 23 -> 80 x 46 px" in told.err
     with Image.open(tmp_path / "big.png") as image:
         assert image.size == (80, 46) and image.text["prompt"] == "red circle"
+    seeded = [*words[:-1], str(tmp_path / "other.png"), "--steps", "2", "--seed", "7"]
+    cli.main([*seeded, "--quiet"])
+    assert capsys.readouterr().err == ""
+    with Image.open(tmp_path / "other.png") as image:
+        assert image.text["seed"] == "7"
     for more, message in (([], "must be a new file"), (["--out", "x.jpg"], "ends in .png")):
         with pytest.raises(SystemExit):
             cli.main([*words, *more])

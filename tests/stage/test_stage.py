@@ -530,6 +530,12 @@ def test_a_stage_is_given_exactly_what_it_is_told(given, missing):
         stage.sample({}, given, keys(0), settings=stage.config.sampling)
 
 
+def test_noise_of_another_shape_is_refused():
+    stage, noise = Stage(testing.smallest_stage(text_width=0)), np.zeros((1, 4, 4, 3), np.float32)
+    with pytest.raises(ValueError, match=r"must have the shape \[1, 8, 8, 3\], got \[1, 4, 4, 3\]"):
+        stage.sample({}, {}, keys(0), settings=stage.config.sampling, noise=noise)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pointwise(NetworkConfig):
     """The least network: a matrix for each pixel and its channels, a vector for time and text."""

@@ -91,6 +91,27 @@ def test_the_levels_and_keys_that_a_steering_gets_are_those_of_the_run():
     assert len(np.unique(noise)) == noise.size == 18
 
 
+def test_a_watcher_is_told_of_the_steps_there_are_with_estimates_and_at_last_the_picture():
+    def kept(picture, x, logsnr, keys):
+        return jnp.where(jnp.arange(8)[:, None, None] < 4, picture, x)
+
+    for steps in (2, 4):
+        told, keys = [], jax.vmap(jax.random.key)(jnp.array([1, 2]))
+
+        def each(i, n, thought, told=told):
+            told.append((i, n, None if thought is None else np.asarray(thought())))
+
+        steered = {"settings": CONFIG.sampling, "steering": Elsewhere(PICTURES, steps, kept)}
+        drawn = STAGE.sample(PARAMS, {}, keys, **steered, each=each)
+        assert [(i, n) for i, n, _ in told] == [(i, steps) for i in range(steps + 1)]
+        assert told[0][2] is None
+        for _, _, thought in told[1:-1]:
+            assert np.abs(thought).max() <= 1  # as the denoiser left it, without the noise of x
+            assert np.abs(thought[:, :4] - PICTURES[:, :4]).max() > 1e-3
+        np.testing.assert_array_equal(told[-1][2], drawn)
+        np.testing.assert_allclose(drawn, draw(Elsewhere(PICTURES, steps, kept)), atol=1e-6)
+
+
 def test_what_a_steering_refuses_is_refused_before_anything_is_drawn():
     with pytest.raises(ValueError, match="Elsewhere.steps must be at most 4, got 5"):
         draw(Elsewhere(PICTURES, 5))

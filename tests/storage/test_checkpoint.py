@@ -1,7 +1,9 @@
+import errno
 import os
 import random
 import resource
 import shutil
+import time
 import warnings
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cascade.devices import distributed
 from cascade.devices.sharding import MeshConfig, make_mesh
 from cascade.errors import UserError
+from cascade.storage import checkpoint, checksums
 from cascade.storage.checkpoint import Checkpoints
 
 
@@ -103,6 +106,35 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_and_its_file_is_nam
     assert Checkpoints(tmp_path / "run").read_config() == {"step": 2}
 
 
+def test_a_checkpoint_with_a_file_that_the_system_cannot_read_is_passed_over(tmp_path, monkeypatch):
+    saved(tmp_path)
+    digest = checksums._digest
+
+    def fails(file):
+        if "/checkpoints/2/ema/" in str(file):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(file)
+
+    monkeypatch.setattr(checksums, "_digest", fails)
+    with pytest.warns(UserWarning, match="Input/output error"):
+        assert Checkpoints(tmp_path).restore_ema()[0] == 1
+
+
+def test_every_checkpoint_has_its_checksums_however_long_the_one_before_takes(
+    tmp_path, monkeypatch
+):
+    seal = Checkpoints._seal
+
+    def late(self):
+        time.sleep(0.2)
+        seal(self)
+
+    monkeypatch.setattr(Checkpoints, "_seal", late)
+    saved(tmp_path)
+    for step in ("1", "2"):
+        assert (tmp_path / "checkpoints" / step / "SHA256SUMS").is_file()
+
+
 def test_a_missing_file_of_a_checkpoint_is_named(tmp_path):
     saved(tmp_path)
     lost = next((tmp_path / "checkpoints" / "2" / "ema").rglob("d/*"))
@@ -155,6 +187,7 @@ def test_what_a_killed_save_has_left_is_removed_by_the_run_that_goes_on(tmp_path
 def test_a_run_that_passed_over_a_damaged_checkpoint_saves_that_step_again(tmp_path):
     tree = saved(tmp_path)
     damage(tmp_path / "checkpoints" / "2")
+    sums = (tmp_path / "checkpoints" / "2" / "SHA256SUMS").read_bytes()
     checkpoints = Checkpoints(tmp_path)
     checkpoints.restore(train=abstract(tree), ema=abstract(tree))
     again = {"w": jnp.full((8, 8), 5.0), "n": jnp.int32(2)}
@@ -162,7 +195,8 @@ def test_a_run_that_passed_over_a_damaged_checkpoint_saves_that_step_again(tmp_p
     checkpoints.close()
     step, ema, _ = Checkpoints(tmp_path).restore_ema()
     assert step == 2 and float(ema["w"][0, 0]) == 5.0
-    assert (tmp_path / "checkpoints" / "2.damaged1").is_dir()
+    aside = tmp_path / "checkpoints" / "2.damaged1" / "SHA256SUMS"
+    assert aside.read_bytes() == sums  # it is not made to look whole
 
 
 def halves(step):
@@ -232,6 +266,15 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path):
     checkpoints.save(2, train=noise, ema=noise, config={}, data={})
     checkpoints.close()
     assert Checkpoints(tmp_path).steps() == [1, 2]
+
+
+def test_what_the_system_said_is_found_behind_what_was_raised_for_it():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    later, caused = ValueError("while it was cleared up"), ValueError("not written")
+    later.__context__, caused.__cause__ = full, full
+    told = [RuntimeError(f"a file: {text} at a line") for text in ("[OS error 28: No", "")]
+    said = [checkpoint._of_the_system(e) for e in (full, later, caused, *told)]
+    assert said == [full.strerror] * 4 + [None]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -53,6 +55,23 @@ def test_what_a_killed_one_held_is_taken_over_at_once(tmp_path):
     assert not (tmp_path / lock.NAME).exists()
 
 
+def test_a_process_that_has_ended_is_no_more_though_its_parent_has_not_asked_how():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie, and stays one
+    assert lock._process_begun(child.pid) is None and lock._process_begun(os.getpid())
+    child.wait()
+
+
+def test_a_later_process_with_the_number_of_the_holder_holds_nothing(tmp_path):
+    own = {"machine": lock._machine(), "process": os.getpid()}
+    elsewhere(tmp_path, **own, process_begun="before")
+    with Lock(tmp_path):
+        assert json.loads((tmp_path / lock.NAME).read_text())["owner"] != "ann"
+    elsewhere(tmp_path, **own, process_begun=lock._process_begun(os.getpid()))
+    with pytest.raises(UserError, match="ann on far"):
+        Lock(tmp_path).__enter__()
+
+
 def test_one_process_does_not_hold_a_folder_twice(tmp_path):
     with Lock(tmp_path), pytest.raises(UserError, match="a training holds this folder"):
         Lock(tmp_path).__enter__()
@@ -71,6 +90,43 @@ def test_another_machine_that_gives_no_sign_is_taken_over_after_the_stated_time(
     began = time.monotonic()
     with Lock(tmp_path, stale=1.0):
         assert time.monotonic() - began > 1
+
+
+def test_a_folder_that_another_machine_gives_up_while_it_is_watched_is_free(tmp_path):
+    elsewhere(tmp_path)
+    threading.Timer(0.2, (tmp_path / lock.NAME).unlink).start()
+    with Lock(tmp_path, beat=0.1, stale=20.0):
+        assert json.loads((tmp_path / lock.NAME).read_text())["owner"] != "ann"
+
+
+def renewed(mine, before=None):
+    """What the file says once it is there and says something else."""
+    end = time.monotonic() + 20
+    while (now := mine._read()) in (None, before):
+        assert time.monotonic() < end, "it was not renewed"
+        time.sleep(0.005)
+    return now
+
+
+def test_a_holder_writes_something_else_at_every_beat_also_after_it_could_not(
+    tmp_path, monkeypatch
+):
+    write, refused = Lock._write, threading.Event()
+
+    def refused_once(self):
+        if not refused.is_set():
+            refused.set()
+            raise OSError("no space left")
+        write(self)
+
+    with Lock(tmp_path, beat=0.01) as mine:
+        first = renewed(mine)
+        renewed(mine, first)
+        monkeypatch.setattr(Lock, "_write", refused_once)
+        assert refused.wait(20)
+        renewed(mine, mine._read())
+        (tmp_path / lock.NAME).unlink()  # as where it cannot be read at one time
+        assert renewed(mine)["token"] == first["token"] and not mine.lost
 
 
 def test_a_holder_that_was_taken_over_knows_it_and_leaves_the_file_of_the_next(tmp_path):
@@ -108,3 +164,40 @@ def test_of_several_that_take_it_over_at_once_one_holds_it(tmp_path):
         thread.join()
     assert len(got) == 1 and len(refused) == 5
     got[0].__exit__()
+
+
+def test_of_two_that_found_it_given_up_at_once_the_later_writer_holds_it(tmp_path, monkeypatch):
+    elsewhere(tmp_path)
+    both, holds = threading.Barrier(2), Lock._holds
+
+    def found(self, there):
+        if there["owner"] != "ann":
+            return holds(self, there)
+        both.wait(60)
+        return False
+
+    monkeypatch.setattr(Lock, "_holds", found)
+    ends = []
+
+    def take():
+        try:
+            ends.append(Lock(tmp_path).__enter__())
+        except UserError:
+            ends.append(None)
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (one,) = [end for end in ends if end is not None]
+    assert one._read()["token"] == one._own["token"]
+    one.__exit__()
+
+
+def test_where_a_file_cannot_refuse_a_second_writer_the_last_one_holds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("cascade.storage.paths.is_remote", lambda path: True)
+    monkeypatch.setattr(Lock, "_holds", lambda self, there: True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: elsewhere(tmp_path))
+    with pytest.raises(UserError, match="ann on far"):
+        Lock(tmp_path).__enter__()

@@ -70,5 +70,14 @@ def test_each_way_in_which_a_disk_fails_is_told_in_a_line(code, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+def test_another_error_of_the_system_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("cascade.storage.paths.write_json", fails)
+    with pytest.raises(PermissionError):
+        fit(JOB, tmp_path / "run")
+
+
 if __name__ == "__main__":
     print(json.dumps(said_at(Path(sys.argv[1]))))

@@ -218,6 +218,53 @@ def test_a_signal_is_answered_at_once_also_while_the_compiler_lets_no_handler_ru
     assert restored(tmp_path)[0] == 2
 
 
+def test_a_signal_is_told_of_once_and_others_not_at_all(capsys):
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with loop._StopSignal() as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            assert not stop.asked(1)
+        assert capsys.readouterr().err == ""
+        with loop._StopSignal() as stop:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.asked(1)
+        assert capsys.readouterr().err.count("stopping after this step") == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_second_ctrl_c_acts_as_usual_and_so_do_all_signals_afterwards():
+    usual, acted = (signal.SIGTERM, signal.SIGINT), []
+    old = [signal.signal(number, lambda number, frame: acted.append(number)) for number in usual]
+    try:
+        with loop._StopSignal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.asked(1) and acted == []
+            signal.raise_signal(signal.SIGINT)
+            assert acted == [signal.SIGINT]
+        for number in usual:
+            signal.raise_signal(number)
+        assert acted == [signal.SIGINT, *usual]
+    finally:
+        for number, before in zip(usual, old, strict=True):
+            signal.signal(number, before)
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_signals_of_a_program_that_trains_in_a_thread_are_left_alone():
+    asked = []
+
+    def train():
+        with loop._StopSignal() as stop:
+            asked.append(stop.asked(1))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert asked == [False]
+
+
 def test_a_run_stops_after_all_the_images_it_was_told(tmp_path):
     assert fit(dataclasses.replace(LINE, preview_every_images=0), tmp_path, until=20) is True
     assert rows(tmp_path)[-1]["images"] == 24  # in steps of 8
@@ -396,7 +443,8 @@ def test_a_training_whose_folder_was_taken_over_ends(tmp_path, monkeypatch):
         fit(LINE, tmp_path)
 
 
-def test_a_training_whose_folder_was_removed_ends_and_says_so(tmp_path):
+@pytest.mark.parametrize("every, cleared", [(1000, ""), (24, ""), (1000, "config.json")])
+def test_a_training_whose_folder_was_removed_ends_and_says_so(tmp_path, every, cleared):
     class Cleared(Line):
         def open(self, mesh, workdir):
             running = super().open(mesh, workdir)
@@ -404,14 +452,27 @@ def test_a_training_whose_folder_was_removed_ends_and_says_so(tmp_path):
 
             def prepare_and_clear(batch, step):
                 if step == 2:
-                    shutil.rmtree(workdir)
+                    (workdir / "config.json").unlink()
+                    if not cleared:
+                        shutil.rmtree(workdir)
                 return prepare(batch, step)
 
             running.prepare = prepare_and_clear
             return running
 
+    job = Cleared(images=32, batch_size=8, log_every_images=1000, save_every_images=every)
     with pytest.raises(UserError, match="was removed, or its config.json, while it was trained"):
-        fit(Cleared(images=32, batch_size=8, log_every_images=1000), tmp_path / "run")
+        fit(job, tmp_path / "run")
+    assert not list(tmp_path.glob("run/checkpoints/[34]"))  # nothing is put where all was removed
+
+
+def test_a_refused_training_clears_nothing_that_the_first_is_writing(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    begun = tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp"
+    begun.mkdir()
+    with Lock(tmp_path / "run"), pytest.raises(UserError, match="a training holds this folder"):
+        fit(dataclasses.replace(LINE, images=128), tmp_path / "run")
+    assert begun.is_dir()
 
 
 def test_a_run_that_goes_on_says_what_the_command_has_changed(tmp_path, capsys):

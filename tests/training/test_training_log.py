@@ -56,6 +56,16 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(tmp_path, monkeypatch):
     assert drawn == [3, 4]
 
 
+def test_waiting_for_data_is_counted_in_one_row_and_all_writers_are_closed(tmp_path):
+    log, closed = log_in(tmp_path), []
+    for step, waited in ((1, 0.5), (2, 0.25)):
+        log.add(metrics(1.0), waited=waited)
+        assert log.write(step)["data_wait_seconds"] == waited
+    log._writers.append(types.SimpleNamespace(close=lambda: closed.append(True)))
+    log.close()
+    assert closed == [True]
+
+
 def test_a_changed_command_is_marked_in_the_row_and_in_the_plot(tmp_path):
     for name, told in (("plain", ""), ("changed", "optimizer.learning_rate: 0.1 there, 1 here")):
         (tmp_path / name).mkdir()
