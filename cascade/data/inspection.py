@@ -69,8 +69,9 @@ def dataset_in(source: str, split: str = "train") -> Data:
     infos = sorted(found for pattern in patterns for found in folder.glob(pattern))
     if not infos:
         return FolderData(path=source)
-    names = sorted({info.parent.parent.relative_to(folder).as_posix() for info in infos})
-    if len(names) > 1 or names[0] == ".":
+    inside = any(info.parent == folder for info in infos)  # this is the folder of a version
+    names = [] if inside else [i.parent.parent.relative_to(folder).as_posix() for i in infos]
+    if inside or len(set(names)) > 1 or names[0] == ".":
         raise UserError(
             f"{folder}: give the folder that holds one dataset as NAME/VERSION/dataset_info.json, "
             f"found {', '.join(str(info.relative_to(folder)) for info in infos)}"

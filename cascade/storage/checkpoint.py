@@ -8,6 +8,7 @@ any mesh. `STEP/SHA256SUMS`, written before a checkpoint appears, has the checks
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import logging
@@ -158,6 +159,11 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     self._remove_begun()
                 time.sleep(0.05)
+            if reason == os.strerror(errno.ENOENT):
+                raise UserError(
+                    f"{self.directory}: was removed while a checkpoint was written; what was in it "
+                    "is lost: name a folder that nobody clears"
+                ) from e
             kept = [p.name for p in self.directory.iterdir() if p.name.isdigit()]
             raise UserError(
                 f"{self.directory}: a checkpoint could not be written ({reason}); complete ones "

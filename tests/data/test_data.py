@@ -456,6 +456,8 @@ def test_a_folder_that_is_given_holds_one_tfds_dataset_and_not_its_version_alone
     assert dataset_in(str(tmp_path)) == TFDSData(name="birds/small", data_dir=str(tmp_path))
     with pytest.raises(UserError, match="found 1.0.0/dataset_info.json"):
         dataset_in(str(tmp_path / "birds" / "small"))
+    with pytest.raises(UserError, match="give the folder that holds .*found dataset_info.json"):
+        dataset_in(str(tmp_path / "birds" / "small" / "1.0.0"))
     prepared("birds/small/1.0.1")
     assert dataset_in(str(tmp_path)).name == "birds/small"
     prepared("fish/1.0.0")

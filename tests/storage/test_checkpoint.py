@@ -244,6 +244,19 @@ def test_a_half_written_checkpoint_is_not_one(tmp_path):
     assert checkpoints.restore(train=abstract(tree), ema=abstract(tree))[0] == 1
 
 
+def test_a_folder_that_is_removed_while_a_checkpoint_is_written_is_told(tmp_path, monkeypatch):
+    saved(tmp_path, steps=(1,))
+    checkpoints = Checkpoints(tmp_path)
+
+    def removed():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path))
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", removed)
+    monkeypatch.setattr("cascade.storage.checkpoint._leave_after_all", lambda: None)
+    with pytest.raises(UserError, match="was removed while a checkpoint was written"):
+        checkpoints.close()
+
+
 # The second write that TensorStore was doing ends after Orbax has closed the loop of both.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path):
