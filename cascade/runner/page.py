@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -87,17 +88,25 @@ class Page:
                 ws="none",
             )
         )
+        heard, handle = [], server.handle_exit
+
+        def noted(sig: int, frame: Any) -> None:
+            heard.append(sig)
+            handle(sig, frame)
+
+        server.handle_exit = noted
         try:
             server.run(sockets=[listener])
         finally:
-            self._end()
-
-    def _end(self) -> None:
-        if not end_all(SECONDS_TO_END):
-            # One compiles for so long. Python ends its thread by what C++ takes for an exception
-            # and aborts at, so this process ends before it comes to that.
-            interrupted = isinstance(sys.exception(), KeyboardInterrupt)
-            atexit.register(os._exit, 130 if interrupted else 143)
+            interrupted = signal.SIGINT in heard
+            if not end_all(SECONDS_TO_END):
+                # One compiles for so long. Python ends its thread by what C++ takes for an
+                # exception and aborts at, so this process ends before it comes to that.
+                atexit.register(os._exit, 130 if interrupted else 143)
+        # The server raises the signal again, which asyncio loses if nothing more is to be done.
+        if interrupted:
+            raise KeyboardInterrupt
+        sys.exit(143)
 
     def _laid_out(self) -> gr.Blocks:
         model, empty = self._model, forms.empty(self._model)
