@@ -359,15 +359,18 @@ def _may_be_imported(module: str) -> bool:
 
 
 def _reflowing() -> Any:
-    """tyro's own rules, but that a path may not be empty, which Python takes for `.`, and that a
-    field's help is reflowed: tyro keeps a docstring's newlines."""
+    """tyro's own rules, but that a path may not be empty, which Python takes for `.`, that help is
+    reflowed (tyro keeps a docstring's newlines), and that None and () read well in it."""
+    import tyro
     from tyro.constructors import (
         ConstructorRegistry,
         PrimitiveConstructorSpec,
+        PrimitiveTypeInfo,
         StructConstructorSpec,
     )
 
     registry, asking = ConstructorRegistry(), False
+    none = tyro.conf.arg(help_behavior_hint="(default: none)")
 
     def flowed(help: Any) -> str | None:
         text: Any = help() if callable(help) else help
@@ -385,6 +388,21 @@ def _reflowing() -> Any:
             str_from_instance=lambda value: [str(value)],
         )
 
+    @registry.primitive_rule
+    def optional_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        nonlocal asking
+        if asking or type(None) not in typing.get_args(info.type):
+            return None
+        asking = True
+        try:
+            spec = registry.get_primitive_spec(info)
+        finally:
+            asking = False
+        if not isinstance(spec, PrimitiveConstructorSpec) or not isinstance(spec.metavar, str):
+            return None
+        metavar = re.sub(r"^\{None\}\|(.*)$", r"\1|None", spec.metavar)
+        return dataclasses.replace(spec, metavar=metavar)
+
     @registry.struct_rule
     def rule(info: Any) -> StructConstructorSpec | None:
         nonlocal asking
@@ -398,7 +416,11 @@ def _reflowing() -> Any:
         if not isinstance(spec, StructConstructorSpec):
             return None
         fields = [
-            dataclasses.replace(f, helptext=functools.partial(flowed, f.helptext))
+            dataclasses.replace(
+                f,
+                helptext=functools.partial(flowed, f.helptext),
+                type=typing.Annotated[f.type, none] if f.default == () else f.type,
+            )
             for f in spec.fields
         ]
         return dataclasses.replace(spec, fields=tuple(fields))
@@ -434,6 +456,13 @@ def _line(error: BaseException, path: str) -> int | None:
 def _one_line(text: str) -> str:
     """tyro's boxed message as one line: what was wrong, and the nearest option if it names one."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    if "Missing from" in text:
+        absent, _, unknown = text.partition("Unrecognized options:")
+        named = re.compile(r"^[│|] {5}((?:--)?[A-Za-z]\S*(?: [A-Z]+)?)\s*[│|]$", re.MULTILINE)
+        if words := named.findall(absent):
+            more = [word for word in named.findall(unknown) if word.startswith("--")]
+            message = f"{_and(words)} {'is' if len(words) == 1 else 'are'} missing"
+            return message + (f", and {_and(more)} unknown" if more else "") + "; see --help"
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not re.match(r"^([╭╰━┌└]|-+$|For full help)", line)]
     sections = " ".join("\0" if re.match(r"^─+$", line) else line for line in lines).split("\0")
@@ -444,5 +473,23 @@ def _one_line(text: str) -> str:
         message = f"{number[1]} must be a whole number, got {number[2]}"
     message = re.sub(r"Error parsing [A-Z]\w+: ", "", message).replace(").", ")")
     message = message.replace(", 'None'", "")
-    close = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", text, re.DOTALL)
+    choice = re.search(r"invalid choice (.*) for argument '(--\S+)'. .* one of \((.*)\)", message)
+    if choice:
+        known = _and(re.findall(r"'([^']*)'", choice[3]), "or")
+        message = f"{choice[2]} must be {known}, got {choice[1]}"
+    bare = re.search(r"Missing value for argument '(\S+)'", message)
+    if bare:
+        message = f"{bare[1]} needs a value"
+    unknown, _, words = message.partition("Unrecognized options: ")
+    if not unknown and words:
+        options = re.findall(r"(?:^|, )(--?[A-Za-z][^\s,]*)", words)
+        if options:
+            message = f"unknown option{'s' * (len(options) > 1)} {_and(options)}"
+        else:
+            message = f"one word too many: {words}"
+    close = re.search(r"(?:Perhaps you meant|similar to --\S+):.*?(--[\w.-]+)", text, re.DOTALL)
     return message + (f" (did you mean {close[1]}?)" if close else "; see --help")
+
+
+def _and(words: Sequence[str], between: str = "and") -> str:
+    return f" {between} ".join(p for p in (", ".join(words[:-1]), words[-1]) if p)

@@ -84,7 +84,7 @@ def test_the_sampler_draws_gaussian_data_as_euler_in_the_limit_of_many_steps():
 def test_the_source_fills_batches():
     encoder = testing.FakeEncoder()
     data = example("A source").PlainColours()
-    found = batches(data, resolution=8, batch_size=3, seed=0, tokenizer=encoder.tokenize)
+    found = batches(data.open(8), batch_size=3, seed=0, tokenizer=encoder.tokenize)
     batch = next(found)
     found.close()
     assert batch["image"].shape == (3, 8, 8, 3)

@@ -1,11 +1,15 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import pytest
+import tyro
 
 from cascade import cli, config, testing
 from cascade.data import degradation, folder, source, tfds
@@ -68,6 +72,20 @@ class Root:
             raise ValueError("Root.leaves must not be empty")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FROM")]
+    """What."""
+    out: Path
+    """Where to."""
+    kind: Literal["a", "b"] = "a"
+    """How."""
+    times: int | None = None
+    """How often."""
+    widths: tuple[float, ...] = ()
+    """How wide."""
+
+
 ROOT = Root(leaves=(Leaf(width=3), Leaf(width=4, wide=True)), part=Other(scale=2.0))
 
 LEAF = f"{__name__}.Leaf"
@@ -113,6 +131,36 @@ def test_a_mistyped_option_names_the_nearest_in_one_line():
     with pytest.raises(UserError) as e:
         config.parse(Root, ["--leaves.1.widht", "9"], default=ROOT, prog="x")
     assert "widht" in str(e.value) and "--leaves" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ([], "x: FROM and --out PATH are missing; see --help"),
+        (["a"], "x: --out PATH is missing; see --help"),
+        (["a", "--out"], "x: --out needs a value; see --help"),
+        (["a", "b", "--out", "o"], "x: one word too many: b; see --help"),
+        (["a", "--out", "o", "--nope", "3"], "x: unknown option --nope; see --help"),
+        (
+            ["a", "--ot", "o", "--nope", "3"],
+            "x: --out PATH is missing, and --ot and --nope unknown; see --help",
+        ),
+        (["a", "--out", "o", "--kind", "c"], "x: --kind must be a or b, got 'c'; see --help"),
+    ],
+)
+def test_words_that_are_missing_or_too_many_are_told_in_a_sentence(words, message):
+    with pytest.raises(UserError) as e:
+        config.parse(Copy, words, prog="x")
+    assert str(e.value) == message
+
+
+def test_help_tells_of_none_and_of_empty_lists_as_people_do(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(Copy, ["--help"], prog="x")
+    told = capsys.readouterr().out
+    assert "--times INT|None" in told and re.search(
+        r"--widths .*\s+How wide. \(default: none\)", told
+    )
 
 
 def test_a_value_of_the_wrong_type_is_one_line():

@@ -70,7 +70,16 @@ class CompileOptions:
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
        cascade bench train --config FILE [--FIELD VALUE ...] [--steps N] [--tokens N]
        cascade bench compile --config FILE [--FIELD VALUE ...] [--tokens N]
-       cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]"""
+       cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]
+
+Measure this machine; the figures are JSON on stdout.
+
+  sample   whole runs of `cascade sample`: the first, which compiles, and the second
+  train    the train step of a config: images a second, share of the chip's peak
+  compile  the compiler on a config's loss and gradient
+  unet     one UNet forward, ours against diffusers' in PyTorch where it is installed
+
+`cascade bench VERB --help` tells of each word."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,6 +16,14 @@ from cascade.errors import UserError
 USAGE = (
     "cascade convert deepfloyd --stage1 DIR [--stage2 DIR] [--stage3 DIR] [--text-encoder DIR] OUT"
 )
+MORE = """
+Convert DeepFloyd IF from diffusers' pipelines to a model folder, which `cascade sample --model`
+and configs read, and which needs less memory at loading.
+
+`cascade convert deepfloyd --help` tells of each word.
+"""
+
+_source = tyro.conf.arg(metavar="DIR", help_behavior_hint="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +37,13 @@ class DeepFloydOptions:
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to write."""
-    stage1: str | None = None
+    stage1: Annotated[str | None, _source] = None
     """A folder, or a name such as DeepFloyd/IF-I-XL-v1.0: text to 64 px."""
-    stage2: str | None = None
+    stage2: Annotated[str | None, _source] = None
     """A folder, or a name such as DeepFloyd/IF-II-L-v1.0: 64 to 256 px."""
-    stage3: str | None = None
+    stage3: Annotated[str | None, _source] = None
     """A folder, or stabilityai/stable-diffusion-x4-upscaler: 256 to 1024 px."""
-    text_encoder: str | None = None
+    text_encoder: Annotated[str | None, _source] = None
     """A folder, or a name on the Hugging Face hub, with T5 v1.1's encoder and spiece.model; the
     default is that of stage I."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -45,7 +53,7 @@ class DeepFloydOptions:
 def main(argv: Sequence[str]) -> None:
     """Run `cascade convert` with the words after it. Raises UserError for a person's mistake."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {USAGE}")
+        print(f"usage: {USAGE}\n{MORE}", end="")
         return
     if argv[0] != "deepfloyd":
         raise UserError(f"cascade convert {argv[0]}: only `cascade convert deepfloyd` exists")

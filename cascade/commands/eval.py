@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cascade import config
+from cascade.bar import bar
 from cascade.commands.sample import ByStage, Until
 from cascade.errors import UserError
 
@@ -348,10 +349,8 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], Any]]:
     """While entered, a bar on stderr tells pictures done, pictures a second and time left."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="picture", desc="evaluating", dynamic_ncols=True) as bar:
-        yield bar.update
+    with bar(total=total, unit="picture", desc="evaluating") as shown:
+        yield shown.update
 
 
 def _check(options: _Options, flag: str, count: int, least: int = 1, seeds: int = 1) -> None:

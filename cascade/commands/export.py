@@ -32,7 +32,9 @@ class Options:
     """
 
     folders: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR [WORKDIR ...] DIR")
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="WORKDIR [WORKDIR ...] DIR", help_behavior_hint="(required)"),
     ]
     """Folders of `cascade train` runs, one a stage, then the folder to write. gs:// and s3:// names
     are understood."""
@@ -46,10 +48,14 @@ class Options:
     ] = None
     """Type of the trained stages' activations when they draw: one trained on a GPU in bfloat16 is
     fast on a CPU in float32."""
-    rest: str | None = None
+    rest: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME|DIR", help_behavior_hint="(default: none)")
+    ] = None
     """A model, as `cascade sample --model` names it, whose other stages are copied beside the
     trained ones: the model that training began from, or one like it."""
-    ema: float | None = None
+    ema: Annotated[
+        float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: the usual)")
+    ] = None
     """Width of a power-function average of the weights, as a share of the run in (0, 0.2886], that
     replaces the usual average; it is made of the snapshots of runs with ema_profiles."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from cascade.data.degradation import Degradation
-from cascade.data.source import Data
+from cascade.data.source import Source
 from cascade.data.transforms import BAD_RECORDS, LoadExample, check_resolutions
 from cascade.errors import UserError
 
@@ -29,9 +29,8 @@ _ENOUGH_TO_JUDGE = 1000
 
 
 def batches(
-    config: Data,
+    source: Source,
     *,
-    resolution: int,
     lowres_resolution: int | None = None,
     crop: int | None = None,
     degradation: Degradation | None = None,
@@ -46,10 +45,11 @@ def batches(
 
     A batch holds `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `token_mask` bool [b, l]; for
     super-resolution (lowres_resolution given) also `lowres` uint8 [b, s/factor, s/factor, 3], the
-    means over blocks of `image`. Here b is the number of rows, and s is `crop` or `resolution`.
+    means over blocks of `image`. Here b is the number of rows, and s is `crop` or the source's
+    resolution.
     What else the dataset's examples hold is stacked under its own name.
 
-    resolution, lowres_resolution: sides of the whole pictures in pixels.
+    lowres_resolution: side of the whole low-resolution picture in pixels.
     crop: side in pixels of a random square of the picture, whose corner is a multiple of the
         factor, so that lowres is a crop of the whole picture's; None takes whole pictures.
     degradation: makes a degraded lowres in place of the means, drawn anew for every example.
@@ -63,10 +63,10 @@ def batches(
     most_bad: the share of examples that may be left out at the start, and that may be unreadable
         once a thousand were asked for. Another one, drawn at random, stands in for each of these.
 
-    Raises ValueError for options that make no sense, and UserError for a dataset that is missing,
-    makes no sense or is empty.
+    Raises ValueError for options that make no sense, and UserError for a dataset that is empty or
+    has too many examples that cannot be used.
     """
-    check_resolutions(resolution, lowres_resolution, crop, degradation)
+    check_resolutions(source.resolution, lowres_resolution, crop, degradation)
     if batch_size < 1 or workers < 0:
         raise ValueError(
             f"batch_size must be positive and workers not negative, got {batch_size}, {workers}"
@@ -76,9 +76,8 @@ def batches(
         raise ValueError(f"rows must lie in 0..{batch_size - 1} and be some, got {rows}")
     import grain
 
-    source = config.open(resolution)
     if not 1 <= len(source):
-        raise UserError(f"{config}: holds no examples")
+        raise UserError("the dataset holds no examples; name a folder or a split that has some")
     if (out := len(source.left_out)) > most_bad * (out + len(source)):
         raise UserError(
             f"{out} of {out + len(source)} examples cannot be used, which is more than the share "

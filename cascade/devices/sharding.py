@@ -199,7 +199,9 @@ def rows_mesh(count: int, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.local_devices() if devices is None else devices
     if not 1 <= count <= len(devices):
-        raise OptionError("split_rows", count, f"must lie in 1..{len(devices)}, the devices here")
+        raise OptionError(
+            "split_rows", count, f"must be 1, or up to the number of devices here, {len(devices)}"
+        )
     return Mesh(np.array(devices[:count]), ("rows",), axis_types=(AxisType.Auto,))
 
 

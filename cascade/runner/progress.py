@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Array, UInt8
-from tqdm import tqdm
 
 from cascade import images
+from cascade.bar import bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,10 @@ class Bar:
         self._met: set[str] = set()
 
     def __enter__(self) -> Bar:
-        self._bar = tqdm(
+        self._bar = bar(
             total=self._batches * sum(self._planned.values()),
             unit="step",
             desc="drawing",
-            dynamic_ncols=True,
             disable=not self._shown,
         )
         return self

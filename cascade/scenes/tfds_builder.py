@@ -17,8 +17,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm import tqdm
 
+from cascade.bar import bar
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render
 from cascade.scenes.spec import Split
@@ -66,7 +66,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split, n) for split, n in self._counts.items()}
 
     def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index in tqdm(range(count), desc=f"scenes, {split}", unit="img", dynamic_ncols=True):
+        for index in bar(iterable=range(count), desc=f"scenes, {split}", unit="img"):
             scene, caption = caption_at(self._seed, index, split)
             png = io.BytesIO()
             Image.fromarray(render(scene, self._resolution)).save(png, format="PNG")

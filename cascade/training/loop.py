@@ -36,6 +36,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from cascade.bar import bar
 from cascade.config import from_json, read_json, to_json
 from cascade.devices import distributed, sharding
 from cascade.errors import UserError
@@ -73,8 +74,6 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
 
 
 def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
-    from tqdm import tqdm
-
     workdir = folder.path
     check_name(workdir)
     if job.minutes is not None and jax.process_count() > 1:
@@ -120,20 +119,19 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
     profile = _Profile(workdir / "profile", job.profile_steps)
     stop = _StopSignal()
     skipped = Skipped(workdir, step * job.batch_size)
-    bar = tqdm(
+    shown = bar(
         total=min(job.images, last * job.batch_size),
         initial=min(step * job.batch_size, job.images),
         unit="img",
         desc=job.name,
         smoothing=0.05,
-        dynamic_ncols=True,
         disable=jax.process_index() != 0,
     )
-    with bar, stop, profile, contextlib.closing(checkpoints):
+    with shown, stop, profile, contextlib.closing(checkpoints):
         ends = begun = step >= last
         while not ends:
             if not begun:
-                bar.set_postfix_str("compiling")
+                shown.set_postfix_str("compiling")
             before = time.perf_counter()
             batch = next(data)
             waited = time.perf_counter() - before
@@ -142,7 +140,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             ends_at = ()
             if clock is not None:
                 last = clock.last(step)
-                bar.total = last * job.batch_size
+                shown.total = last * job.batch_size
                 ends_at = (np.int32(last),)
             if log is None:
                 given = (state, batch, *ends_at)
@@ -160,16 +158,16 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
                 )
             if not begun:  # the speed is that of the steps
                 jax.block_until_ready(metrics)
-                bar.set_postfix_str("")
-                bar.unpause()
+                shown.set_postfix_str("")
+                shown.unpause()
                 begun = True
-            bar.update(min(job.batch_size, job.images - (step - 1) * job.batch_size))
+            shown.update(min(job.batch_size, job.images - (step - 1) * job.batch_size))
             log.add(metrics, waited)
             ends = step >= last or log.diverged
             if ends or _due(step, job.log_every_images, job):
                 folder.check_there()
                 loss = log.write(step, skipped.counts)["loss"]
-                bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
+                shown.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
             if ends or _due(step, job.save_every_images, job):
                 folder.check_there()

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from cascade import images
-from cascade.data import Batches, Data, Degradation, batches
+from cascade.data import Batches, Data, Degradation, Source, batches
 from cascade.data.pipeline import TokenizeFn
 from cascade.data.transforms import check_resolutions
 from cascade.devices import sharding
@@ -194,20 +194,22 @@ class RunningStage(Running):
 
     def __init__(self, job: StageTraining, mesh: Mesh):
         self._job, self._mesh = job, mesh
+        source = job.data.open(job.stage.resolution)  # before an encoder of many GB
         self._encoder = encoder = None if job.stage.text is None else _text_encoder(job, mesh)
         tokenizer = None if encoder is None else encoder.tokenizer
-        self.batches = self.read(tokenizer, sharding.process_rows(mesh, job.batch_size))
+        self.batches = self.read(source, tokenizer, sharding.process_rows(mesh, job.batch_size))
         if encoder is not None:
             placed = sharding.batch_sharding(mesh)
             self._embed = jax.jit(make_embedder(job, encoder), out_shardings=placed)
 
-    def read(self, tokenizer: TokenizeFn | None, rows: Int[np.ndarray, " rows"]) -> Batches:
+    def read(
+        self, source: Source, tokenizer: TokenizeFn | None, rows: Int[np.ndarray, " rows"]
+    ) -> Batches:
         """The job's data, captions by the tokenizer. rows: of each batch, those of this process."""
-        job, stage = self._job, self._job.stage
+        job = self._job
         return batches(
-            job.data,
-            resolution=stage.resolution,
-            lowres_resolution=stage.lowres_resolution,
+            source,
+            lowres_resolution=job.stage.lowres_resolution,
             crop=job.crop,
             degradation=job.degradation,
             batch_size=job.batch_size,

@@ -397,7 +397,10 @@ def test_the_words_reach_what_loads_and_what_draws(tmp_path, monkeypatch, capsys
         (["--aug-level", "2"], "--aug-level 2: must be in [0, 1], got 2.0"),
         (["--rescale", "x"], "--rescale x: must be a number, such as 0.5, got 'x'"),
         (["--sampler", "ddim:3"], "--sampler ddim:3: eta must be in [0, 1], got 3.0"),
-        (["--split-rows", "9"], "--split-rows 9: must lie in 1..8, the devices here"),
+        (
+            ["--split-rows", "9"],
+            "--split-rows 9: must be 1, or up to the number of devices here, 8",
+        ),
         (["--split-rows", "3"], "--split-rows 3: must divide the 16 rows of sr16's pictures"),
         (["--until", "64"], "--until 64: this model draws 8, 16, 32 px"),
         (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),

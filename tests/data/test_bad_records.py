@@ -50,7 +50,7 @@ def folder_of(path, bad=(), count=8):
 
 def loaded(data, **options):
     options = {"resolution": 8, "batch_size": 4, "seed": 1, "tokenizer": None, **options}
-    return batches(data, **options)
+    return batches(data.open(options.pop("resolution")), **options)
 
 
 def levels(taken):

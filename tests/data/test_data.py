@@ -48,8 +48,8 @@ class Letters:
 
 def make_batches(config=None, **options):
     config = config or ScenesData(size=20)
-    defaults = {"resolution": 8, "batch_size": 4, "seed": 1, "tokenizer": Letters()}
-    return batches(config, **(defaults | options))
+    options = {"resolution": 8, "batch_size": 4, "seed": 1, "tokenizer": Letters(), **options}
+    return batches(config.open(options.pop("resolution")), **options)
 
 
 def take(iterator, count):

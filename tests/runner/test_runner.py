@@ -100,7 +100,7 @@ def test_starting_from_a_picture_goes_on_as_the_cascade_would(cascade, red, side
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"split_rows": 9}, "split_rows=9: must lie in 1..8"),
+        ({"split_rows": 9}, "split_rows=9: must be 1, or up to the number of devices here, 8"),
         ({"split_rows": 3}, "split_rows=3: must divide the 16 rows of sr16"),
         ({"until": 64}, "until=64: this model draws 8, 16, 32 px"),
         ({"seed": -1}, "seed=-1: must be 0 or more"),

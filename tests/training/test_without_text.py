@@ -104,7 +104,7 @@ def run(tmp_path_factory):
 
 
 def test_what_else_an_example_holds_is_in_the_batch():
-    found = batches(ShadesData(), resolution=8, batch_size=4, seed=0, tokenizer=None)
+    found = batches(ShadesData().open(8), batch_size=4, seed=0, tokenizer=None)
     batch = next(found)
     found.close()
     assert set(batch) == {"image", "light"}

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from cascade.errors import UserError
 
@@ -34,8 +35,10 @@ class UNetOptions:
     size: Literal["S", "M", "IF-I-M", "SR-S"] = "S"
     """S (9 M parameters), M (83 M) and IF-I-M as published (372 M) at 64 px; SR-S is a small
     stage II (33 M) at 256 px."""
-    cores: int | None = None
-    """CPU cores of this process that either side may use; default is all of them."""
+    cores: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all)")
+    ] = None
+    """CPU cores of this process that either side may use."""
     repeats: int = 9
     """Timed passes of either side, by turns; the medians are compared."""
 
@@ -198,7 +201,9 @@ def _hold(cores: int | None) -> int:
     own = sorted(os.sched_getaffinity(0))
     if cores is not None:
         if not 1 <= cores <= len(own):
-            raise UserError(f"--cores must be in 1..{len(own)}, the cores here; got {cores}")
+            raise UserError(
+                f"--cores must be 1, or up to the number of cores here, {len(own)}, got {cores}"
+            )
         own = own[:cores]
         os.sched_setaffinity(0, own)
     return len(own)
