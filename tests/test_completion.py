@@ -19,9 +19,12 @@ ROOT = Path(__file__).parent.parent
         (("sample", "word"), ""),
         (("data", "ma"), "make"),
         (("eval", "sw"), "sweep"),
+        (("sample", "word", "--dtype", "b"), "bfloat16"),
+        (("train", "configs/tiny/base64.py", "--stage.prediction", ""), "eps x0 v"),
+        (("sample", "--out", "RE"), ""),
     ],
 )
-def test_the_shell_completes_verbs_and_options(words, found):
+def test_the_shell_completes_verbs_options_and_choices(words, found):
     script = f"""
     source launch/completion.bash
     cascade() {{ {sys.executable} -m cascade "$@"; }}

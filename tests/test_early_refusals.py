@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from cascade import config, testing
+from cascade.data import FolderData
 from cascade.errors import UserError
 from cascade.published import earlier_versions
 from cascade.runner.cascade import check_chain
@@ -64,3 +65,13 @@ def test_what_trains_nothing_is_refused_before_the_folder_is_made(tmp_path):
     with pytest.raises(UserError, match="'netwrok/' is found in no parameter's path"):
         fit(job, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_dataset_is_told_before_the_text_encoder_is_looked_for(tmp_path):
+    job = dataclasses.replace(
+        config.load("configs/tiny/base64.py"),
+        data=FolderData(path=str(tmp_path / "none")),
+        text_encoder=str(tmp_path / "no_encoder"),
+    )
+    with pytest.raises(UserError, match="data folder .*none"):
+        fit(job, tmp_path / "run")

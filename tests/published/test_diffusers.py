@@ -227,3 +227,13 @@ def test_a_field_that_would_draw_otherwise_is_refused_by_name(tmp_path, field):
     file.write_text(json.dumps({"_class_name": "DDIMScheduler", field: 1}))
     with pytest.raises(UserError, match=rf"scheduler_config.json: {field} must be"):
         read_scheduler(file)
+
+
+def test_an_offset_is_of_leading_steps_alone(tmp_path):
+    offsets = {}
+    for spacing in ("leading", "trailing"):
+        file = tmp_path / "scheduler_config.json"
+        fields = {"timestep_spacing": spacing, "steps_offset": 3}
+        file.write_text(json.dumps({"_class_name": "DDPMScheduler", **fields}))
+        offsets[spacing] = read_scheduler(file).grid.offset
+    assert offsets == {"leading": 3, "trailing": 0}
