@@ -27,7 +27,9 @@ class SampleOptions:
     """What editing adds to `cascade sample`."""
 
     init_image: File = None
-    """Redraw this picture (its central square; any size), as much as --strength says."""
+    """Redraw this picture (its central square; any size), as much as --strength says. Beside
+    --lowres only the super-resolution stages redraw it, from that picture in place of its own
+    small version."""
     mask: File = None
     """Which part of --init-image, in a picture of its size: white is drawn anew, black and
     what is transparent stays."""
