@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Annotated, Any
 import tyro
 
 from cascade import config
-from cascade.data import Data
-from cascade.data.inspection import dataset_in, inspect
+from cascade.data import Data, uri
+from cascade.data.inspection import inspect
 from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.make import make
@@ -49,12 +50,12 @@ class InspectOptions:
     """Draw a contact sheet of a dataset with its captions, and print its statistics as JSON."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The dataset: `scenes` (rendered now), a folder of pictures with captions, or a folder of a
-    TFDS dataset."""
+    """The dataset: KIND:PLACE, where KIND is folder, table, tar, parquet, hf, tfds (NAME@DIR) or
+    scenes (rendered now); or a folder of pictures with captions, or of a TFDS dataset."""
     out: Path
     """The PNG to write, which must not exist yet."""
     split: str = "train"
-    """The split of the scenes or of the TFDS dataset."""
+    """The split of the scenes, or of a dataset that has splits."""
     seed: int = 0
     """Which endless list of scenes, 0 or more."""
     count: int = 20
@@ -75,18 +76,25 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(report))
     elif argv[0] == "inspect":
         options = config.parse(InspectOptions, argv[1:], prog="cascade data inspect")
-        data = _found(options.source, options.split, options.seed)
+        data = dataset(options.source, options.split, options.seed)
         report = inspect(data, options.out, count=options.count, resolution=options.resolution)
         print(json.dumps(report))
     else:
         raise UserError(f"cascade data {argv[0]}: no such command; there are make and inspect")
 
 
-def _found(source: str, split: str, seed: int) -> Data:
-    """The dataset that a SOURCE on the command line names."""
+def dataset(source: str, split: str = "train", seed: int = 0) -> Data:
+    """The dataset that a word on the command line names.
+
+    split: of scenes, and of datasets that have splits. seed: which endless list of scenes. Raises
+    UserError as `uri.parse` does, and for scenes of no such split.
+    """
     if source == "scenes" and not Path(source).is_dir():
-        return _scenes(split, seed)
-    return dataset_in(source, split)
+        source = "scenes:"
+    data: Any = uri.parse(source, {"scenes": lambda place: _scenes(place or split, seed)})
+    if hasattr(data, "split") and not isinstance(data, ScenesData):
+        return dataclasses.replace(data, split=split)
+    return data
 
 
 def _scenes(split: Any, seed: int) -> ScenesData:

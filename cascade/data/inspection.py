@@ -57,10 +57,10 @@ def inspect(data: Data, out: Path, *, count: int = 20, resolution: int = 128) ->
     }
 
 
-def dataset_in(source: str, split: str = "train") -> Data:
+def dataset_in(source: str) -> Data:
     """The configuration that reads a folder: TFDSData if it holds a TFDS dataset, else FolderData.
 
-    split: which split of a TFDS dataset is meant. Raises UserError where the folder holds several
+    Raises UserError where the folder holds several
     TFDS datasets, or lies inside one.
     """
     folder = paths.path(source)
@@ -76,7 +76,7 @@ def dataset_in(source: str, split: str = "train") -> Data:
             f"{folder}: give the folder that holds one dataset as NAME/VERSION/dataset_info.json, "
             f"found {', '.join(str(info.relative_to(folder)) for info in infos)}"
         )
-    return TFDSData(name=names[0], data_dir=source, split=split)
+    return TFDSData(name=names[0], data_dir=source)
 
 
 def _read(source: Source, count: int) -> tuple[list[Example], list[BadRecord]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import UInt8
@@ -23,6 +24,8 @@ class Example(TypedDict):
     """The picture, a square."""
     caption: str
     """What it shows, as the dataset has it."""
+    captions: NotRequired[Sequence[str]]
+    """All that say what it shows, where there are several; `caption` is the first."""
 
 
 class BadRecord(UserError):
@@ -38,6 +41,10 @@ class BadRecord(UserError):
         self.key, self.reason = key, reason
 
 
+FILTERED = "filtered: "
+"""How the reason of a record begins that a person's filters take out."""
+
+
 class Source:
     """Random access to the examples of a dataset, all at one resolution.
 
@@ -48,6 +55,11 @@ class Source:
     """Side of the pictures in pixels."""
     left_out: Sequence[BadRecord] = ()
     """What looked like an example when the source was opened, and is none of those counted."""
+    filtered: Mapping[str, int] = MappingProxyType({})
+    """How many examples a person's filters took out when the source was opened, by reason."""
+    parts: Sequence[tuple[int, float]] = ()
+    """A mixture says here how many examples each of its sources has, one after the other, and in
+    what proportion to the others they are drawn; other sources have no parts."""
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -57,9 +69,21 @@ class Source:
         """Example `index` in 0..len - 1. Raises BadRecord if it cannot be read."""
         raise NotImplementedError
 
-    def window(self, index: int, y: int, x: int, size: int) -> Example:
-        """The example with only the part [y : y + size, x : x + size] of its picture, in pixels."""
-        example = self[index]
+    def drawn(self, index: int, rng: np.random.Generator) -> Example:
+        """Example `index` as it is trained on: what is random of it is drawn from `rng`.
+
+        Nothing is, unless a subclass says so. Raises BadRecord as above.
+        """
+        return self[index]
+
+    def window(
+        self, index: int, y: int, x: int, size: int, rng: np.random.Generator | None = None
+    ) -> Example:
+        """The example with only the part [y : y + size, x : x + size] of its picture, in pixels.
+
+        rng: if given, the example is as `drawn` has it.
+        """
+        example = self[index] if rng is None else self.drawn(index, rng)
         return {**example, "image": example["image"][y : y + size, x : x + size]}
 
 

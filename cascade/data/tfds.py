@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
 from typing import Any
 
-from cascade import images
 from cascade.config import read_json
-from cascade.data.source import BadRecord, Data, Example, Source
+from cascade.data.pictures import Found, PictureData, PictureSource
+from cascade.data.source import BadRecord, Source
 from cascade.errors import UserError
 from cascade.storage import paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TFDSData(Data):
+class TFDSData(PictureData):
     """A prepared TensorFlow Datasets dataset in ArrayRecord files, read without TensorFlow.
 
     Pictures are cropped to their central square.
@@ -38,15 +37,15 @@ class TFDSData(Data):
         return _TFDSSource(self, resolution)
 
 
-class _TFDSSource(Source):
+class _TFDSSource(PictureSource):
     def __init__(self, config: TFDSData, resolution: int):
-        self.config, self.resolution = config, resolution
+        super().__init__(config, resolution)
         self.records = _records(config)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Example:
+    def found(self, index: int) -> Found:
         where, key = f"{_where(self.config)}: record {index}", f"record {index}"
         try:
             record = self.records[index]
@@ -54,14 +53,10 @@ class _TFDSSource(Source):
             why = f"{where} cannot be read ({_line(e)})"
             raise BadRecord(why, key, "unreadable record") from None
         try:
-            picture = images.decoded(io.BytesIO(record[self.config.image]))
-        except images.Unreadable as e:
-            raise BadRecord(f"{where} has no picture ({e})", key, "unreadable picture") from None
-        try:
             caption = record[self.config.caption].decode()
         except UnicodeDecodeError:
             raise BadRecord(f"{where}: caption is not UTF-8", key, "unreadable caption") from None
-        return {"image": images.square(picture, self.resolution), "caption": caption}
+        return Found(key, where, record[self.config.image], (caption,))
 
 
 def _where(config: TFDSData) -> str:

@@ -136,6 +136,26 @@ def local_copy(folder: Path) -> pathlib.Path:
     return copy
 
 
+def local_file(file: Path) -> pathlib.Path:
+    """Give the file, or a local copy of it, which is removed when the process ends."""
+    if isinstance(file, pathlib.Path):
+        return file
+    copy = pathlib.Path(tempfile.mkdtemp(prefix="cascade-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    file.copy(copy / file.name)
+    return copy / file.name
+
+
+def read_part(file: Path, start: int, size: int) -> bytes:
+    """Read `size` bytes from byte `start`, here or by one ranged request; fewer at the end."""
+    opened: Any
+    with file.open("rb") as opened:
+        if is_remote(file) and hasattr(opened, "fs"):  # whose read() fetches megabytes ahead
+            return opened.fs.cat_file(opened.path, start, start + size)
+        opened.seek(start)
+        return opened.read(size)
+
+
 def copy_folder(source: pathlib.Path, target: Path) -> None:
     """Copy all files under a local folder into `target`, over files of the same names.
 
