@@ -13,7 +13,7 @@ from cascade.errors import UserError
 from cascade.storage import paths
 
 MOST_GROUP = 2**31
-"""Bytes that the columns asked for of a row group may have, for it is read whole."""
+"""Bytes that a row group may have, for it is read whole."""
 MOST_KEPT = 2**28
 """Bytes of row groups that each process keeps from one example to the next."""
 
@@ -44,7 +44,12 @@ class Rows:
                 )
             self.columns = names
             self._wanted = [name for name in dict.fromkeys(columns) if name in names]
-            for group, (rows, size) in enumerate(opened.groups(self._wanted)):
+            for group, (rows, size) in enumerate(opened.groups()):
+                if not 0 <= rows <= opened.most:
+                    raise UserError(
+                        f"{file}: says that it has {rows} rows in {opened.most} bytes; it is "
+                        "damaged, write it again"
+                    )
                 if size > MOST_GROUP:
                     raise UserError(
                         f"{file}: row group {group} has {size} bytes, and at most {MOST_GROUP} "
@@ -113,21 +118,19 @@ class _Parquet:
         import pyarrow.parquet
 
         path = paths.path(file)
+        found: Any = path.stat()
+        self.most = found.length if paths.is_remote(path) else found.st_size
+        """How many rows it can have: each has a picture, or the name of one."""
         source: Any = path.open("rb") if paths.is_remote(path) else file
         self._file = pyarrow.parquet.ParquetFile(source)
         self.names = self._file.schema_arrow.names
 
-    def groups(self, columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+    def groups(self) -> Iterator[tuple[int, int]]:
         """The rows and bytes of each group."""
+        # Not of each column: pyarrow ends the process where a column's statistics are damaged.
         for number in range(self._file.num_row_groups):
             group = self._file.metadata.row_group(number)
-            parts = (group.column(i) for i in range(group.num_columns))
-            sizes = [
-                part.total_uncompressed_size
-                for part in parts
-                if part.path_in_schema.partition(".")[0] in columns
-            ]
-            yield group.num_rows, sum(sizes)
+            yield group.num_rows, group.total_byte_size
 
     def read(self, group: int, columns: Sequence[str]) -> Any:
         table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
@@ -144,9 +147,9 @@ class _Arrow:
             self._table = pyarrow.ipc.open_stream(mapped).read_all()
         except pyarrow.ArrowInvalid:
             self._table = pyarrow.ipc.open_file(mapped).read_all()
-        self.names = self._table.column_names
+        self.names, self.most = self._table.column_names, mapped.size()
 
-    def groups(self, columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+    def groups(self) -> Iterator[tuple[int, int]]:
         yield self._table.num_rows, 0
 
     def read(self, group: int, columns: Sequence[str]) -> Any:
