@@ -1,4 +1,4 @@
-"""Make or inspect a dataset."""
+"""Make, inspect or convert a dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import tyro
 
 from cascade import config
-from cascade.data import Data, uri
+from cascade.data import Data, Filters, uri
+from cascade.data.conversion import Format, convert
 from cascade.data.inspection import inspect
 from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
@@ -21,8 +22,9 @@ from cascade.scenes.spec import Split
 
 USAGE = """usage: cascade data make DIR ...      render scenes into DIR as a TFDS dataset
        cascade data inspect SOURCE ...  draw a contact sheet of a dataset and print its statistics
+       cascade data convert SRC DST ... write a dataset as tar shards or as ArrayRecord
 
-`cascade data make --help` and `cascade data inspect --help` show what each takes."""
+`cascade data VERB --help` shows what each takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,32 @@ class InspectOptions:
     """Side of a picture on the sheet in pixels."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Write a dataset as tar shards, or as a TFDS dataset in ArrayRecord files.
+
+    DST must be new or empty, and appears whole or not at all; gs:// and s3:// names are understood.
+    What cannot be read is left out and listed in DST/skipped.jsonl. Prints what was written as
+    JSON.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """The dataset: KIND:PLACE, as for `cascade data inspect`."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """The folder to write."""
+    format: Format = "tar"
+    """Tar shards, which WebDataset reads too, or array_record, the TFDS dataset "pictures"."""
+    resolution: int | None = None
+    """Side in pixels that central squares are resized to, as PNG; None keeps each picture's file as
+    it is."""
+    per_shard: int = 10_000
+    """Examples in a tar shard."""
+    split: str = "train"
+    """The split of the scenes, or of a dataset that has splits."""
+    filters: Filters = dataclasses.field(default_factory=Filters)
+    """Which of the pictures are taken."""
+
+
 def main(argv: Sequence[str]) -> None:
     """Run `cascade data` with the words after it. Raises UserError for a person's mistake."""
     argv = list(argv)
@@ -79,8 +107,21 @@ def main(argv: Sequence[str]) -> None:
         data = dataset(options.source, options.split, options.seed)
         report = inspect(data, options.out, count=options.count, resolution=options.resolution)
         print(json.dumps(report))
+    elif argv[0] == "convert":
+        options = config.parse(ConvertOptions, argv[1:], prog="cascade data convert")
+        data = _filtered(dataset(options.source, options.split), options.filters)
+        report = convert(
+            data,
+            options.out,
+            format=options.format,
+            resolution=options.resolution,
+            per_shard=options.per_shard,
+        )
+        print(json.dumps(report))
     else:
-        raise UserError(f"cascade data {argv[0]}: no such command; there are make and inspect")
+        raise UserError(
+            f"cascade data {argv[0]}: no such command; there are make, inspect and convert"
+        )
 
 
 def dataset(source: str, split: str = "train", seed: int = 0) -> Data:
@@ -92,9 +133,18 @@ def dataset(source: str, split: str = "train", seed: int = 0) -> Data:
     if source == "scenes" and not Path(source).is_dir():
         source = "scenes:"
     data: Any = uri.parse(source, {"scenes": lambda place: _scenes(place or split, seed)})
-    if hasattr(data, "split") and not isinstance(data, ScenesData):
+    if hasattr(data, "split") and not isinstance(data, ScenesData) and data.split == "train":
         return dataclasses.replace(data, split=split)
     return data
+
+
+def _filtered(data: Any, filters: Filters) -> Data:
+    """The dataset with those filters."""
+    if filters == Filters():
+        return data
+    if not hasattr(data, "filters"):
+        raise UserError(f"--filters: a {type(data).__name__} has no picture files to filter")
+    return dataclasses.replace(data, filters=filters)
 
 
 def _scenes(split: Any, seed: int) -> ScenesData:

@@ -83,12 +83,20 @@ class PictureSource(Source):
         """Example `index`, with the caption, the square and the flip drawn from `rng`."""
         return self._example(index, rng)
 
-    def _example(self, index: int, rng: np.random.Generator | None) -> Example:
+    def whole(self, index: int) -> tuple[Found, Any]:
+        """Example `index` with the captions that filters leave, and its picture, decoded.
+
+        Raises BadRecord if it cannot be read, or filters take it out.
+        """
         found, filters = self.found(index), self.config.filters
         captions, reason = filters.passing(found.captions)
         if not captions or (reason := filters.reason_of_values(found.values)):
             raise _without(found, reason)
-        picture = self._decoded(found)
+        return found._replace(captions=captions), self._decoded(found)
+
+    def _example(self, index: int, rng: np.random.Generator | None) -> Example:
+        found, picture = self.whole(index)
+        captions = found.captions
         caption, at, flipped = captions[0], 0.5, False
         if rng is not None:
             if len(captions) > 1:
@@ -120,6 +128,22 @@ class PictureSource(Source):
             ) from None
         except UserError as e:
             raise BadRecord(str(e), found.key, "unreadable picture") from None
+
+
+def encoded(found: Found) -> bytes:
+    """The picture of an example as its file has it. Raises BadRecord if that cannot be read."""
+    if isinstance(found.picture, bytes):
+        return found.picture
+    try:
+        with images.opened(found.picture) as file:
+            content = file.read(MOST_PICTURE + 1)
+    except UserError as e:
+        raise BadRecord(str(e), found.key, "unreadable picture") from None
+    if len(content) > MOST_PICTURE:
+        raise BadRecord(
+            f"{found.where}: has more than {MOST_PICTURE} bytes", found.key, "picture too large"
+        )
+    return content
 
 
 def summary(records: Sequence[BadRecord]) -> str:

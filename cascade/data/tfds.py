@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
+
+import numpy as np
 
 from cascade.config import read_json
 from cascade.data.pictures import Found, PictureData, PictureSource
@@ -56,7 +59,17 @@ class _TFDSSource(PictureSource):
             caption = record[self.config.caption].decode()
         except UnicodeDecodeError:
             raise BadRecord(f"{where}: caption is not UTF-8", key, "unreadable caption") from None
-        return Found(key, where, record[self.config.image], (caption,))
+        return Found(key, where, record[self.config.image], (caption,), _columns(record))
+
+
+def _columns(record: Any) -> dict[str, Any]:
+    """What else a record says of its picture: numbers, and what `cascade data convert` has kept."""
+    found = {k: v.item() for k, v in record.items() if isinstance(v, np.generic)}
+    try:
+        kept = json.loads(record.get("columns", b"{}"))
+    except (ValueError, TypeError, RecursionError):
+        kept = {}
+    return found | (kept if isinstance(kept, dict) else {})
 
 
 def _where(config: TFDSData) -> str:

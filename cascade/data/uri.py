@@ -1,9 +1,12 @@
-"""How a dataset is named in a word on the command line: KIND:PLACE."""
+"""How a dataset is named in a word on the command line: KIND:PLACE?FIELD=VALUE&FIELD=VALUE."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import typing
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from cascade.data.folder import FolderData
 from cascade.data.hf import HFData
@@ -18,8 +21,10 @@ from cascade.errors import UserError
 def parse(uri: str, more: Mapping[str, Callable[[str], Data]] = {}) -> Data:
     """The configuration that KIND:PLACE means, or a folder without a kind.
 
+    After a question mark there may be fields of the configuration that are text, as in
+    "table:list.csv?file_column=file_name&caption_column=text".
     more: kinds beside KINDS, each with what makes a configuration of a place. Raises UserError for
-    an unknown kind and for a place that makes no sense.
+    an unknown kind or field, and for a place that makes no sense.
     """
     known = {**KINDS, **more}
     found = re.match(r"([A-Za-z_]\w*):(.*)", uri, re.DOTALL)
@@ -31,7 +36,28 @@ def parse(uri: str, more: Mapping[str, Callable[[str], Data]] = {}) -> Data:
             f"{uri}: {kind!r} is no kind of dataset; write one of "
             f"{', '.join(f'{name}:' for name in known)} before the path"
         )
-    return known[kind](place)
+    fields = _FIELDS.search(place)
+    if fields is None:
+        return known[kind](place)
+    pairs = [pair.split("=", 1) for pair in fields[1].split("&")]
+    given = {name: value for name, value in pairs}
+    return _with(known[kind](place[: fields.start()]), given, uri)
+
+
+def _with(data: Any, fields: dict[str, str], uri: str) -> Data:
+    """The configuration with those of its fields that are text."""
+    hints = typing.get_type_hints(type(data))
+    texts = [f.name for f in dataclasses.fields(data) if hints[f.name] in (str, str | None)]
+    for name in fields:
+        if name not in texts:
+            raise UserError(
+                f"{uri}: {type(data).__name__} has no field {name!r} of text; it has "
+                f"{', '.join(texts)}"
+            )
+    return dataclasses.replace(data, **fields)
+
+
+_FIELDS = re.compile(r"\?(\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
 
 
 def _tfds(place: str) -> Data:

@@ -171,6 +171,21 @@ def copy_folder(source: pathlib.Path, target: Path) -> None:
         _copy(source / file, target / file.as_posix())
 
 
+@contextlib.contextmanager
+def telling_of_full_disks(out: str | os.PathLike[str]) -> Iterator[None]:
+    """UserError for a disk that is full, of which writers of records tell in words alone."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        said = [os.strerror(code) for code in FULL if os.strerror(code) in str(e)]
+        if not said:
+            raise
+        raise UserError(
+            f"{os.fspath(out)}: cannot be written to ({said[0]}); make room, then run the same "
+            "command again"
+        ) from None
+
+
 class WholeFolder:
     """A context manager: its block fills a hidden folder, which becomes `path` if nothing raises.
 

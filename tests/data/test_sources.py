@@ -266,6 +266,8 @@ def test_a_word_names_a_dataset_of_every_kind():
         "parquet:p": HFData(path="p"),
         "hf:p": HFData(path="p"),
         "tfds:birds/small@d": TFDSData(name="birds/small", data_dir="d"),
+        "hf:p?split=test&caption_column=a b": HFData(path="p", split="test", caption_column="a b"),
+        "tar:p?x/{0..9}.tar?index=i": TarData(path="p?x/{0..9}.tar", index="i"),
         "scenes:": ScenesData(),
         "scenes": ScenesData(),
         "scenes:long": ScenesData(split="long"),
@@ -274,6 +276,8 @@ def test_a_word_names_a_dataset_of_every_kind():
     assert command.dataset("hf:p", "test") == HFData(path="p", split="test")
     with pytest.raises(UserError, match="'zip' is no kind .* folder:, table:, tar:, .* scenes:"):
         command.dataset("zip:p")
+    with pytest.raises(UserError, match="HFData has no field 'flip' .*; it has path, split, image"):
+        command.dataset("hf:p?flip=1")
     with pytest.raises(UserError, match="write tfds:NAME@DIR"):
         uri.parse("tfds:birds")
 
