@@ -49,7 +49,11 @@ class MakeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Draw a contact sheet of a dataset with its captions, and print its statistics as JSON."""
+    """Draw a contact sheet of a dataset with its captions, and print its statistics as JSON.
+
+    Beside OUT comes OUT_histograms.png. Sides, aspects, captions, what cannot be read, pictures
+    that are there twice or nearly so, and captions without one are counted.
+    """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The dataset: KIND:PLACE, where KIND is folder, table, tar, parquet, hf, tfds (NAME@DIR) or
@@ -64,6 +68,14 @@ class InspectOptions:
     """Number of pictures on the sheet."""
     resolution: int = 128
     """Side of a picture on the sheet in pixels."""
+    sample: int = 500
+    """Examples, spread over the dataset, that the statistics are of."""
+    text_encoder: str | None = None
+    """A text encoder, as for training, whose tokens captions are counted in."""
+    tokens: int = 128
+    """Captions of more tokens are cut."""
+    filters: Filters = dataclasses.field(default_factory=Filters)
+    """Which of the pictures are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +116,16 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(report))
     elif argv[0] == "inspect":
         options = config.parse(InspectOptions, argv[1:], prog="cascade data inspect")
-        data = dataset(options.source, options.split, options.seed)
-        report = inspect(data, options.out, count=options.count, resolution=options.resolution)
+        named = dataset(options.source, options.split, options.seed)
+        report = inspect(
+            _filtered(named, options.filters),
+            options.out,
+            count=options.count,
+            resolution=options.resolution,
+            sample=options.sample,
+            text_encoder=options.text_encoder,
+            tokens=options.tokens,
+        )
         print(json.dumps(report))
     elif argv[0] == "convert":
         options = config.parse(ConvertOptions, argv[1:], prog="cascade data convert")

@@ -436,7 +436,9 @@ def test_inspect_draws_a_sheet_and_counts(tmp_path, capsys):
     with pytest.raises(UserError, match="no folder .*absent; make it first"):
         inspect(data, tmp_path / "absent" / "sheet.png")
     for numbers in ({"count": 0}, {"resolution": 0}):
-        with pytest.raises(UserError, match="count and resolution must be positive, got"):
+        with pytest.raises(
+            UserError, match="count, resolution, sample and tokens must be positive"
+        ):
             inspect(data, tmp_path / "other.png", **numbers)
 
 
