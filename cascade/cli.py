@@ -1,7 +1,8 @@
 """The console command: `cascade <verb>`.
 
 A verb is a file of commands/, or of tasks/, with a function `main(argv)`; it is imported when it
-is asked for, so that `cascade --help` needs no JAX. A person's mistake (UserError) is one line and
+is asked for, so that `cascade --help` needs no JAX. A task's main may return the words of another
+command, which then does what it was asked for. A person's mistake (UserError) is one line and
 exit status 2.
 """
 
@@ -62,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         modules, words = take_all(argv[1:], "--trust")
         for module in modules:
             trust(module)
-        importlib.import_module(known[argv[0]][0]).main(words)
+        instead = importlib.import_module(known[argv[0]][0]).main(words)
+        if instead is not None:  # a task's verb for what another does
+            importlib.import_module(known[instead[0]][0]).main(instead[1:])
     except UserError as e:
         message = e.on_command_line if isinstance(e, OptionError) else str(e)
         print(f"error: {_line(message)}", file=sys.stderr)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cascade import config
-from cascade.bar import bar
 from cascade.commands.sample import ByStage, Until
+from cascade.devices.terminal import bar
 from cascade.errors import UserError
 
 if TYPE_CHECKING:

@@ -303,6 +303,25 @@ def corrupt(
     return alpha * x0 + sigma * eps
 
 
+def noised_on(
+    x: Float[Array, " b *d"],
+    eps: Float[Array, " b *d"],
+    logsnr: Float[Array, " b"],
+    onto: Float[Array, " b"],
+) -> Float[Array, " b *d"]:
+    """x at a log-SNR -> x at a smaller one, by the forward process from the one to the other.
+
+        x_t = (alpha_t / alpha_s) x_s + sigma_t sqrt(1 - exp(logsnr_t - logsnr_s)) eps
+
+    eps ~ N(0, 1) is drawn by the caller. Kingma et al. 2021 ("Variational Diffusion Models"),
+    eq. 3.
+    """
+    alpha_s, _ = alpha_sigma(expand(logsnr, x))
+    alpha_t, sigma_t = alpha_sigma(expand(onto, x))
+    added = jnp.sqrt(-jnp.expm1(expand(onto - logsnr, x)))
+    return (alpha_t / alpha_s) * x + sigma_t * added * eps
+
+
 def to_x0(
     prediction: Float[Array, " b *d"],
     kind: Prediction,

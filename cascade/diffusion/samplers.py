@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from cascade import ranges
 from cascade.diffusion.denoise import Denoiser, estimate_of
-from cascade.diffusion.process import Schedule, alpha_sigma, eps_from_x0, expand
+from cascade.diffusion.process import Schedule, alpha_sigma, eps_from_x0, expand, noised_on
 
 AfterStep = Callable[
     [Float[Array, " b *d"], Float[Array, " b"], Key[Array, " b"]], Float[Array, " b *d"]
@@ -51,22 +51,26 @@ def sample(
     step: Step,
     keys: Key[Array, " b"],
     after_step: AfterStep | None = None,
+    rises: bool = False,
 ) -> Float[Array, " b *d"]:
     """Carry x from times[0] to times[-1] in n steps; returns the x0_hat of the last one, or x at
     times[-1] if that is above 0.
 
     x: `initial_noise` for times[0] = 1, or an image corrupted to the log-SNR of times[0] to start
         from (SDEdit, Meng et al. 2022).
-    times: decreasing, [n + 1], ending at 0, or above it to keep that much noise; see `time_grid`.
+    times: [n + 1], ending at 0, or above it to keep that much noise; see `time_grid`. Decreasing,
+        unless `rises`.
     keys: one for each image, from jax.random.key; deterministic steps leave them alone.
     after_step: changes x after every step, the last included (log-SNR is then that of times[-1]).
+    rises: times may also rise; x is then noised on to the later time by the forward process, and
+        the denoiser is not asked (`again`).
 
     One loop: tracing cost does not grow with n. The caller compiles it, denoiser and all, with
     jax.jit.
     """
     run = {"schedule": schedule, "times": times, "step": step, "keys": keys}
     every = (0, times.shape[0] - 1)
-    return walk(denoiser, begun(x, step), every, **run, after_step=after_step).x
+    return walk(denoiser, begun(x, step), every, **run, after_step=after_step, rises=rises).x
 
 
 class Run(NamedTuple):
@@ -96,6 +100,7 @@ def walk(
     step: Step,
     keys: Key[Array, " b"],
     after_step: AfterStep | None = None,
+    rises: bool = False,
 ) -> Run:
     """Carry a run on by some of the steps of `sample`, which takes them all.
 
@@ -107,12 +112,11 @@ def walk(
             f"sample: keys must be one for each image, [{len(run.x)}] from jax.random.key (not "
             f"PRNGKey); got shape {keys.shape}"
         )
-    n = times.shape[0] - 1
-    logsnr, ends_clean = _grid(schedule, times, run.x), times[-1] <= 0
+    logsnr = _grid(schedule, times, run.x)
 
     def body(i, run):
         k_step, k_after = _split(_fold_in(keys, i + 1))  # 0 is the initial noise
-        last = (i == n - 1) & ends_clean
+        last = times[i + 1] <= 0
         leg = Leg(logsnr[i], logsnr[i + 1], last, k_step)
         x_s, x0_hat, memory = step(denoiser, run.x, leg, run.memory)
         x_s = jnp.where(last, x0_hat, x_s)
@@ -120,7 +124,38 @@ def walk(
             x_s = after_step(x_s, leg.logsnr_s, k_after)
         return Run(x_s, x0_hat, memory)
 
-    return jax.lax.fori_loop(*steps, body, run)
+    def noised(i, run):
+        drawn = _normal(_fold_in(keys, i + 1), run.x.shape[1:])
+        x = noised_on(run.x, drawn, logsnr[i], logsnr[i + 1])
+        return Run(x, run.x0_hat, step.memory(x))
+
+    def body_or_noised(i, run):
+        return jax.lax.cond(times[i + 1] > times[i], noised, body, i, run)
+
+    return jax.lax.fori_loop(*steps, body_or_noised if rises else body, run)
+
+
+def again(
+    times: Float[Array, " times"], repeats: int, length: int | None = None
+) -> Float[Array, " more"]:
+    """The grid with each `length` of its steps walked `repeats` times, for `sample(rises=True)`.
+
+    After those steps x is noised back to where they began, and takes them again. length: None is
+    the whole grid, which is how SDEdit repeats (Meng et al. 2022, alg. 1, K); a few steps at a time
+    are RePaint's jumps (Lugmayr et al. 2022, alg. 1, with its jumps of more than a step: length is
+    their j, repeats their r). With n steps, n `repeats` are taken, and some rises between them.
+    """
+    n = times.shape[0] - 1
+    length = n if length is None else length
+    if repeats < 1 or not 1 <= length <= n:
+        raise ValueError(
+            f"again: repeats must be at least 1 and length in 1..{n}, got {repeats} and {length}"
+        )
+    order = [0]
+    for first in range(0, n, length):
+        part = range(first, min(first + length, n) + 1)
+        order += [*part[1:], *(repeats - 1) * list(part)]
+    return times[jnp.array(order)]
 
 
 def time_grid(steps: int, start: float = 1.0) -> Float[Array, " times"]:

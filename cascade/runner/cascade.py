@@ -218,7 +218,8 @@ class Cascade:
         picture to draw anew, of any size, its central square. mask: of init's size, white (or True,
         in an array [h, w]) where that is drawn anew, black or transparent where it stays. By
         stage, strength: the share of the steps that is taken from init on, above 0 to 1; None is .7
-        in the base stage (1 with a mask), .8 in the others.
+        in the base stage (1 with a mask), .8 in the others. "0.5:3" takes them three times, as
+        SDEdit repeats; "1:10:2" two at a time, ten times each, as RePaint, with a mask.
 
         frames: so many guesses of each stage at the picture, from noise to the end, are kept in
         `Picture.frames`; at most as many as there are steps.

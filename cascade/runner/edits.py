@@ -6,6 +6,12 @@ picture is put back after every step, as noisy as x is by then (Song et al. 2021
 Generative Modeling through SDEs", App. I.2).
 
     cascade("a blue square", init=picture, mask=white_is_new, strength=0.8)
+
+Both can take their steps more than once. SDEdit's repeats noise the finished picture again, and
+each time it comes nearer to what the model draws by itself (its alg. 1, K). RePaint (Lugmayr et al.
+2022) goes back after every few steps, so that what is drawn in the mask comes to fit what stays.
+
+    cascade("a blue square", init=picture, mask=white_is_new, strength="1:10:2")
 """
 
 from __future__ import annotations
@@ -25,13 +31,17 @@ from PIL import Image
 from cascade import images
 from cascade.diffusion import process, samplers
 from cascade.errors import OptionError, UserError
+from cascade.runner.overrides import number
 from cascade.stage import Sampling, StageConfig, Start, Steering
+
+MOST_REPEATS = 100
+"""So often the steps of an `Edit` are taken, at most."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("picture", "repaint"),
-    meta_fields=("strength", "clean"),
+    meta_fields=("strength", "repeats", "jump", "clean"),
 )
 @dataclass(frozen=True, kw_only=True)
 class Edit(Steering):
@@ -46,6 +56,10 @@ class Edit(Steering):
     strength: float = 1.0
     """Share of the steps that are taken, in (0, 1]. They are the last ones, and the picture is
     noised to where they begin."""
+    repeats: int = 1
+    """How often these steps are taken, 1 to 100."""
+    jump: int | None = None
+    """So many steps at a time; None is all of them."""
     clean: bool = False
     """Whether what stays is left clean, from the start to the end, as DeepFloyd IF's pipelines do;
     other networks have never met a picture whose parts are unequally noisy."""
@@ -53,12 +67,24 @@ class Edit(Steering):
     def __post_init__(self):
         if not 0 < self.strength <= 1:
             raise ValueError(f"Edit.strength must be in (0, 1], got {self.strength}")
+        if not 1 <= self.repeats <= MOST_REPEATS:
+            raise ValueError(f"Edit.repeats must be 1 to {MOST_REPEATS}, got {self.repeats}")
+        if self.clean and self.repeats > 1 and self.jump is not None:
+            raise ValueError(
+                "the steps of a network that is given clean what stays are repeated as a whole "
+                f"alone, got {self.jump} at a time"
+            )
 
     def check(self, steps: int) -> None:
         if int(steps * self.strength) < 1:
             raise ValueError(
                 f"strength {self.strength} of {steps} steps takes none: it must be at least "
                 f"1/{steps}"
+            )
+        if self.jump is not None and not 1 <= self.jump <= int(steps * self.strength):
+            raise ValueError(
+                f"steps are repeated at least 1 at a time, and at most the "
+                f"{int(steps * self.strength)} that are taken, got {self.jump}"
             )
 
     def start(self, noise, schedule, times):
@@ -71,7 +97,7 @@ class Edit(Steering):
 
         x = process.corrupt(picture, noise, at(times[0]))
         if repaint is None:
-            return Start(x, times)
+            return Start(x, *self._repeated(times, None))
 
         def after_step(x_s, logsnr_s, keys):
             known = picture
@@ -83,7 +109,12 @@ class Edit(Steering):
                 known = jnp.where(ends, picture, noised)
             return jnp.where(repaint, x_s, known)
 
-        return Start(jnp.where(repaint, x, picture) if self.clean else x, times, after_step)
+        x = jnp.where(repaint, x, picture) if self.clean else x
+        return Start(x, *self._repeated(times, after_step))
+
+    def _repeated(self, times, after_step):
+        """Of a Start what follows x."""
+        return samplers.again(times, self.repeats, self.jump), after_step, self.repeats > 1
 
 
 def redrawn(stages: Sequence[StageConfig], masked: bool) -> list[StageConfig]:
@@ -98,12 +129,13 @@ def edits(
     picture: UInt8[np.ndarray, "h w 3"],
     *,
     mask: UInt8[np.ndarray, "mh mw"] | None = None,
-    strength: Sequence[float] | None = None,
+    strength: Sequence[float | str] | None = None,
 ) -> list[Steering | None]:
     """What steers each stage that draws, for `Cascade.draw`.
 
     picture: its central square is drawn anew, at every stage's size. mask: of its size, 0 where it
-    stays and 255 where it is drawn anew. strength: one for each stage; None is `default_strength`.
+    stays and 255 where it is drawn anew. strength: one for each stage, a number, or in words
+    STRENGTH:REPEATS or STRENGTH:REPEATS:JUMP as `Edit` has them; None is `default_strength`.
     Raises UserError for what does not fit.
     """
     check_mask(picture, mask)
@@ -119,19 +151,18 @@ def edits(
                 f"stage {stage.name} draws in {type(stage.space).__name__} and begins from no "
                 "picture: stop at a smaller size (until)"
             )
-        if not 0 < share <= 1:
-            raise OptionError("strength", share, "must be above 0, and at most 1")
+        how = _walk(share)
         try:
-            edit = Edit(
+            made = Edit(
                 picture=images.to_float(_square(picture, side)),
                 repaint=None if mask is None else _square(mask, side)[..., :1] >= 128,
-                strength=share,
+                **how,
                 clean=not stage.noises_what_is_kept,
             )
-            edit.check(options.steps)
+            made.check(options.steps)
         except ValueError as e:
             raise UserError(f"stage {stage.name}: {e}") from None
-        found.append(edit)
+        found.append(made)
     return found
 
 
@@ -163,8 +194,36 @@ def edited(
         return None
     return {
         "masked": any(e.repaint is not None for e in own.values()),
-        "strength": {name: e.strength for name, e in own.items()},
+        "strength": {name: _word(e) for name, e in own.items()},
     }
+
+
+def _walk(word: float | str) -> dict[str, Any]:
+    """The fields of `Edit` that a strength says in words."""
+    try:
+        share, *counts = str(word).split(":")
+        how: dict[str, Any] = {"strength": number(share)}
+        if len(counts) > 2 or not all(count.isdecimal() for count in counts):
+            raise ValueError(
+                "must be a number; behind it may stand how often the steps are taken, as in 0.5:3, "
+                "and how many at a time, as in 1:10:2"
+            )
+        how |= dict(zip(("repeats", "jump"), map(int, counts), strict=False))
+    except ValueError as e:
+        raise OptionError("strength", word, e) from None
+    if not 0 < how["strength"] <= 1:
+        raise OptionError("strength", word, "must be above 0, and at most 1")
+    if not 1 <= how.get("repeats", 1) <= MOST_REPEATS:
+        raise OptionError("strength", word, f"the steps are taken once to {MOST_REPEATS} times")
+    return how
+
+
+def _word(made: Edit) -> float | str:
+    """What `_walk` reads."""
+    if made.repeats == 1:
+        return made.strength
+    jump = "" if made.jump is None else f":{made.jump}"
+    return f"{made.strength!r}:{made.repeats}{jump}"
 
 
 def default_strength(stage: StageConfig, masked: bool) -> float:

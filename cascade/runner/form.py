@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -224,9 +225,12 @@ def _steps(settings: Sampling) -> str:
 
 def _strengths(edited: Any) -> str:
     shares = edited.get("strength") if isinstance(edited, dict) else None
-    if not isinstance(shares, dict) or not all(isinstance(v, float | int) for v in shares.values()):
+    if not isinstance(shares, dict) or not all(
+        isinstance(v, float | int) or (isinstance(v, str) and re.fullmatch(r"[\d.e:-]+", v))
+        for v in shares.values()
+    ):
         raise UserError("edited.strength must have a number for each stage")
-    return ",".join(map(repr, shares.values()))
+    return ",".join(map(str, shares.values()))
 
 
 def _missing(record: Mapping[str, Any], init: Any) -> list[str]:

@@ -16,7 +16,7 @@ from cascade import images, ranges
 from cascade.errors import OptionError, UserError
 from cascade.runner import counts
 from cascade.runner.edits import check_mask, edits
-from cascade.runner.overrides import ByStage, numbers_by_stage
+from cascade.runner.overrides import ByStage, by_stage
 from cascade.stage import Sampling, StageConfig, Steering
 from cascade.text import TextEmbedding
 
@@ -171,7 +171,7 @@ def redrawing(
         masks = [images.mask(one, "mask") for one in _listed("mask", mask, prompts)]
     shares = None
     if strength is not None:
-        shares = numbers_by_stage("strength", strength, stages, every)
+        shares = list(by_stage("strength", strength, stages, every).values())
 
     def pair(prompt: int) -> tuple[Any, Any]:
         return pictures[prompt % len(pictures)], masks[prompt % len(masks)]

@@ -109,19 +109,6 @@ def by_stage(
     return dict(zip(drawn, values, strict=True))
 
 
-def numbers_by_stage(
-    option: str, given: ByStage, stages: Sequence[StageConfig], every: Sequence[StageConfig]
-) -> list[float]:
-    """The numbers of a list, for each of the stages that draw."""
-    values = []
-    for value in by_stage(option, given, stages, every).values():
-        try:
-            values.append(number(str(value)))
-        except ValueError as e:
-            raise OptionError(option, value, e) from None
-    return values
-
-
 def number(word: str) -> float:
     """A finite number, or ValueError."""
     try:

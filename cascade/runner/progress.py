@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from cascade import images
-from cascade.bar import bar
+from cascade.devices.terminal import bar
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cascade.bar import bar
+from cascade.devices.terminal import bar
 from cascade.scenes.captions import caption_at
 from cascade.scenes.render import render
 from cascade.scenes.spec import Split

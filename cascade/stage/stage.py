@@ -25,7 +25,7 @@ from cascade.models.signals import together
 from cascade.stage.conditions import Keys
 from cascade.stage.config import StageConfig
 from cascade.stage.settings import Sampling
-from cascade.stage.steering import Steering
+from cascade.stage.steering import Start, Steering
 
 Values = Mapping[str, tuple[Any, ...]]
 """What a stage is told: condition's name -> arrays with a row an example."""
@@ -298,12 +298,23 @@ def _carried(
         negative=negative,
     )
     own = samplers.initial_noise(k_noise, tuple(shape))
-    x, after_step = jnp.where(scalars["own_noise"], own, run.x), None
+    x = jnp.where(scalars["own_noise"], own, run.x)
+    start = Start(x, times)
     if steering is not None:
-        x, times, after_step = steering.start(x, config.schedule, times)
-    run = _placed(run._replace(x=jnp.where(steps[0] == 0, x, run.x)), place)
-    plan = {"schedule": config.schedule, "times": times, "step": settings.sampler, "keys": k_steps}
-    return _placed(samplers.walk(denoiser, run, steps, **plan, after_step=after_step), place)
+        start = steering.start(x, config.schedule, times)
+    run = _placed(run._replace(x=jnp.where(steps[0] == 0, start.x, run.x)), place)
+    run = samplers.walk(
+        denoiser,
+        run,
+        steps,
+        schedule=config.schedule,
+        times=start.times,
+        step=settings.sampler,
+        keys=k_steps,
+        after_step=start.after_step,
+        rises=start.rises,
+    )
+    return _placed(run, place)
 
 
 _sample = jax.jit(_carried, static_argnums=(0, 1, 2))
@@ -323,6 +334,8 @@ def _steps(
         return settings.steps
 
     def times(steering, x):
-        return steering.start(x, config.schedule, settings.grid(settings.steps, config.schedule))[1]
+        return steering.start(
+            x, config.schedule, settings.grid(settings.steps, config.schedule)
+        ).times
 
     return jax.eval_shape(times, steering, x).shape[0] - 1

@@ -11,12 +11,14 @@ from cascade.diffusion.samplers import AfterStep
 
 
 class Start(NamedTuple):
-    """Where a run begins. x [b, *d]: at times[0]. times [n + 1]: decreasing, those that are left.
-    after_step: (x_s, logsnr_s, keys) -> x_s after every step, or None."""
+    """Where a run begins. x [b, *d]: at times[0]. times [n + 1]: those that are left, decreasing
+    unless `rises` (see `samplers.again`). after_step: (x_s, logsnr_s, keys) -> x_s after every
+    step, or None."""
 
     x: Float[Array, " b *d"]
     times: Float[Array, " times"]
     after_step: AfterStep | None = None
+    rises: bool = False
 
 
 class Steering:

@@ -36,9 +36,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cascade.bar import bar
 from cascade.config import from_json, read_json, to_json
 from cascade.devices import distributed, sharding
+from cascade.devices.terminal import bar
 from cascade.errors import UserError
 from cascade.published import earlier_versions
 from cascade.storage import paths

@@ -26,7 +26,7 @@ from cascade.runner.cascade import Cascade
 from cascade.runner.edits import Edit, default_strength, edits, redrawn
 from cascade.runner.overrides import override
 from cascade.stage import Latents, Stage, TextInput, stage
-from cascade.tasks.editing import SampleOptions
+from cascade.tasks.edit import SampleOptions
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "deepfloyd"
 RECORDED = np.load(FOLDER / "edits.npz")
@@ -190,7 +190,7 @@ def test_what_stays_is_as_noisy_as_the_rest_unless_the_network_is_ifs(tmp_path):
             repaint=mask.at[:, :, 16:].set(True),
             clean=clean,
         )
-        x, left_times, after_step = edit.start(start, config.schedule, times)
+        x, left_times, after_step, _ = edit.start(start, config.schedule, times)
         np.testing.assert_array_equal(left_times, times)
         logsnr = config.schedule.logsnr(times)
         np.testing.assert_allclose(
@@ -248,11 +248,23 @@ def test_less_strength_stays_closer_to_the_picture(cascade):
         (["--init-image", "a.png", "--mask", "mask.png"], "mask is 8x8 px, the picture 9x8 px"),
         (
             ["--init-image", "a.png", "--strength", "0"],
-            "--strength 0.0: must be above 0",
+            "--strength 0: must be above 0",
         ),
         (["--init-image", "a.png", "--strength", ".1"], "takes none: it must be at least 1/3"),
         (["--init-image", "a.png", "--strength", "x"], "--strength x: must be a number"),
         (["--init-image", "a.png", "--strength", "1,1"], "2 values for 3 stages"),
+        (
+            ["--init-image", "a.png", "--strength", "1:x"],
+            "1:x: must be a number; behind it may",
+        ),
+        (
+            ["--init-image", "a.png", "--strength", "1:0"],
+            "1:0: the steps are taken once to 100",
+        ),
+        (["--init-image", "a.png", "--strength", "1:2:9"], "at most the 3 that are taken, got 9"),
+        (["--around", ".5"], "--around 0.5: goes with --init-image"),
+        (["--init-image", "a.png", "--around", "2"], "--around 2.0: must be above 0"),
+        (["--init-image", "a.png", "--around", ".5", "--mask", "mask.png"], "give one of them"),
     ],
 )
 def test_an_impossible_edit_is_one_line(argv, message, cascade, tmp_path, monkeypatch, capsys):

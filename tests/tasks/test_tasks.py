@@ -1,7 +1,9 @@
 """Tasks are found by lying in cascade/tasks: dropped in and deleted, on copies of the package."""
 
 import dataclasses
+import importlib
 import json
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 import cascade as package
-from cascade import cli, testing
+from cascade import cli, tasks, testing
 from cascade.commands import sample as sample_command
 from cascade.images import load_image
 from cascade.runner.cascade import Cascade
@@ -75,14 +77,34 @@ def test_a_file_or_folder_that_is_dropped_in_is_a_verb_and_adds_options(copy, pl
     assert "--init-image FILE" in shown and "--colouring" not in shown
 
 
-def test_without_editing_nothing_else_is_missed(copy):
+TASKS = sorted(found.name for found in pkgutil.iter_modules(tasks.__path__))
+
+
+def flags(options):
+    """The words that a task adds to `cascade sample`, as its help names them."""
+    return {f"--{field.name.replace('_', '-')} " for field in dataclasses.fields(options)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_a_task_nothing_else_is_missed(copy, task):
+    module = importlib.import_module(f"cascade.tasks.{task}")
+    own = flags(module.SampleOptions) if hasattr(module, "SampleOptions") else set()
+    others = [importlib.import_module(f"cascade.tasks.{t}") for t in TASKS if t != task]
+    left = {f for m in others if hasattr(m, "SampleOptions") for f in flags(m.SampleOptions)}
     before = run(copy, "sample", "--help")
-    assert all(flag in before for flag in ("--init-image", "--mask", "--strength"))
-    (copy / "tasks" / "editing.py").unlink()
+    assert all(flag in before for flag in own | left)
+    for place in (copy / "tasks" / f"{task}.py", copy / "tasks" / task):
+        if place.is_dir():
+            shutil.rmtree(place)
+        elif place.exists():
+            place.unlink()
     after = run(copy, "sample", "--help")
-    assert not any(flag in after for flag in ("--init-image", "--mask", "--strength"))
-    assert "--guidance LIST" in after
-    assert run(copy, "--help") == cli.usage() + "\n"
+    assert not any(flag in after for flag in own)
+    assert all(flag in after for flag in {*left, "--guidance "})
+    verb = [line for line in cli.usage().splitlines() if line.startswith(f"  {task} ")]
+    assert run(copy, "--help").splitlines() == [
+        line for line in cli.usage().splitlines() if line not in verb
+    ]
     script = """
 import sys
 from cascade import cli, testing
@@ -95,7 +117,7 @@ cli.main(["sample", "a", "--until", "8", "--steps", "1", "--no-compilation-cache
     done = subprocess.run(command, cwd=copy.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads((copy.parent / "samples" / "0000.json").read_text())
-    assert record["prompt"] == "a" and "edited" not in record
+    assert record["prompt"] == "a" and ("edited" in record) == (task != "edit")
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from cascade.bar import bar
+from cascade.devices.terminal import bar
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,4 @@
-"""The bars that long work shows on stderr."""
+"""What a person at a terminal sees of long work: a bar on stderr."""
 
 import sys
 from typing import Any

@@ -1,0 +1,144 @@
+"""Redraw a picture from its strokes or colours, or a part of it (SDEdit, RePaint).
+
+    cascade edit strokes.png "a blue heart on white" --strength 0.5
+    cascade edit photo.png "a red circle" --mask hole.png --strength 1:10:2
+    cascade edit photo.png "two stars" --around 0.25
+
+SDEdit (Meng et al. 2022) noises the picture as far as a share of the steps leads, and draws from
+there; with a mask, what stays is put back after every step, and RePaint (Lugmayr et al. 2022) lets
+some steps be taken again, so that both parts come to fit. How that is done, and the same from
+Python, is in `runner.edits`; the options load no JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from cascade.errors import OptionError, UserError
+
+if TYPE_CHECKING:
+    from cascade.stage import Sampling, StageConfig, Steering
+
+USAGE = """usage: cascade edit PICTURE PROMPT [--strength LIST] [--mask FILE] [--around SHARE] ...
+
+Redraw a picture from its strokes or colours, or a part of it.
+
+  PICTURE   any picture; its central square is redrawn
+  PROMPT    what it is to show
+
+This is `cascade sample PROMPT --init-image PICTURE`, and takes all options of that:
+`cascade sample --help` tells of them."""
+
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
+
+
+def main(argv: Sequence[str]) -> list[str] | None:
+    """The words of `cascade sample` that do what `cascade edit` is asked for."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return None
+    picture, *rest = argv
+    if picture.startswith("-"):
+        raise UserError(f"the first word must be a picture, got {picture}; see cascade edit --help")
+    return ["sample", *rest, "--init-image", picture]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """What editing adds to `cascade sample`."""
+
+    init_image: File = None
+    """Redraw this picture (its central square; any size), as much as --strength says. Beside
+    --lowres only the super-resolution stages redraw it, from that picture in place of its own
+    small version."""
+    mask: File = None
+    """Which part of --init-image, in a picture of its size: white is drawn anew, black and
+    what is transparent stays."""
+    around: Annotated[
+        float | None, tyro.conf.arg(metavar="SHARE", help_behavior_hint="(default: none)")
+    ] = None
+    """Draw what lies around --init-image, on all sides this share of its own side, up to 1."""
+    strength: Annotated[str | None, tyro.conf.arg(metavar="LIST", help_behavior_hint="")] = None
+    """How much of --init-image changes, by stage: the share of the steps taken, above 0 to 1.
+    0.5:3 takes them three times (SDEdit's repeats), 1:10:2 two at a time, ten times each (RePaint's
+    jumps, with --mask). Default: .7 in the base stage (1 with --mask or --around), .8 in the
+    others."""
+
+    def __post_init__(self):
+        given = {"--mask": self.mask, "--strength": self.strength, "--around": self.around}
+        for flag, value in given.items():
+            if value is not None and self.init_image is None:
+                raise UserError(f"{flag} {value}: goes with --init-image, which is missing")
+        if self.around is not None and not 0 < self.around <= 1:
+            raise OptionError("around", self.around, "must be above 0, and at most 1")
+        if self.around is not None and self.mask is not None:
+            raise UserError("--around and --mask: give one of them; the former makes its own mask")
+
+    def stages(self, stages: Sequence[StageConfig]) -> Sequence[StageConfig]:
+        """The stages that draw, with the settings over which those of the command are laid."""
+        if self.init_image is None:
+            return stages
+        from cascade.runner.edits import redrawn
+
+        return redrawn(stages, masked=self.mask is not None or self.around is not None)
+
+    def steering(
+        self,
+        stages: Sequence[StageConfig],
+        every: Sequence[StageConfig],
+        settings: Sequence[Sampling],
+    ) -> list[Steering | None]:
+        """For each stage that draws; every: all stages of the model, as lists count them."""
+        if self.init_image is None:
+            return [None] * len(stages)
+        import numpy as np
+
+        from cascade import images
+        from cascade.runner.edits import edits
+        from cascade.runner.overrides import by_stage
+
+        picture = np.asarray(images.load_image(self.init_image))
+        mask = None
+        if self.mask is not None:
+            mask = np.asarray(images.load_image(self.mask, ground="black").convert("L"))
+        if self.around is not None:
+            picture, mask = widened(picture, self.around)
+        strength = None
+        if self.strength is not None:
+            strength = list(by_stage("strength", self.strength, stages, every).values())
+        return edits(stages, settings, picture, mask=mask, strength=strength)
+
+    def record(
+        self, stages: Sequence[StageConfig], steering: Sequence[Steering | None]
+    ) -> dict[str, Any]:
+        """What the JSON beside a picture says of it. steering: of the stages that draw."""
+        from cascade.runner.edits import edited
+
+        return {
+            "edited": edited(stages, steering),
+            "init_image": None if self.init_image is None else str(self.init_image),
+            "mask": None if self.mask is None else str(self.mask),
+            "around": self.around,
+        }
+
+
+def widened(picture: Any, share: float) -> tuple[Any, Any]:
+    """The central square of a picture uint8 [h, w, 3] with more around it, and the mask of that.
+
+    share: of its side, added on all sides. What is added repeats the picture's border until it is
+    drawn: uint8 [s, s, 3], and the mask uint8 [s, s], 255 there.
+    """
+    import numpy as np
+
+    h, w, _ = picture.shape
+    side = min(h, w)
+    top, left = (h - side) // 2, (w - side) // 2
+    square = picture[top : top + side, left : left + side]
+    more = max(1, round(share * side))
+    mask = np.pad(np.zeros((side, side), np.uint8), more, constant_values=255)
+    return np.pad(square, ((more, more), (more, more), (0, 0)), mode="edge"), mask
