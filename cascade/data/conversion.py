@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from cascade import images
-from cascade.bar import bar
 from cascade.data.pictures import PictureSource, encoded
 from cascade.data.source import FILTERED, BadRecord, Data, Source
+from cascade.devices.terminal import bar
 from cascade.errors import UserError
 from cascade.storage import checksums, paths
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cascade.bar import bar
 from cascade.data.pictures import (
     MOST_CAPTION,
     MOST_PICTURE,
@@ -33,6 +32,7 @@ from cascade.data.pictures import (
     told,
 )
 from cascade.data.source import BadRecord, Source
+from cascade.devices.terminal import bar
 from cascade.errors import UserError
 from cascade.storage import paths
 from cascade.storage.paths import Path

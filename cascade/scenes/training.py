@@ -55,7 +55,7 @@ class _RunningScenes(RunningStage):
         placed = sharding.batch_sharding(mesh)
         self._drawn = jax.jit(functools.partial(drawn, job), out_shardings=placed)
 
-    def read(self, tokenizer, rows):
+    def read(self, source, tokenizer, rows):
         return Scenes(self._scenes, tokenizer, rows)
 
     def skipped(self):
