@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import cast
 
 from cascade.data.pictures import MOST_CAPTION, Found, PictureData, PictureSource, told
-from cascade.data.source import BadRecord, Source
+from cascade.data.source import BadRecord, Source, hashes_of
 from cascade.errors import UserError
 from cascade.storage import paths
 from cascade.storage.paths import Path
@@ -64,6 +64,9 @@ class _FolderSource(PictureSource):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def hashes(self):
+        return hashes_of(_key(file, self._folder) for file in self.paths)
 
     def found(self, index: int) -> Found:
         file = self.paths[index]

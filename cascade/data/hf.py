@@ -22,7 +22,7 @@ from cascade.data.pictures import (
     captions_in,
     told,
 )
-from cascade.data.source import BadRecord, Source
+from cascade.data.source import BadRecord, Source, hashes_of
 from cascade.errors import UserError
 from cascade.storage import paths
 
@@ -73,6 +73,9 @@ class _HFSource(PictureSource):
 
     def __len__(self) -> int:
         return len(self._rows if self._kept is None else self._kept)
+
+    def hashes(self):
+        return super().hashes() if self._kept is None else hashes_of(map(str, self._kept))
 
     def found(self, index: int) -> Found:
         number = index if self._kept is None else int(self._kept[index])

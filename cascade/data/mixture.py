@@ -73,6 +73,9 @@ class _Mixed(Source):
         number = bisect.bisect_right(self._ends, index)
         return self._sources[number], index - (self._ends[number - 1] if number else 0)
 
+    def hashes(self):
+        return np.concatenate([source.hashes() for source in self._sources])
+
     def __getitem__(self, index: int) -> Example:
         source, inside = self._at(index)
         return source[inside]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt32
 
 from cascade.errors import UserError
 
@@ -45,6 +46,12 @@ FILTERED = "filtered: "
 """How the reason of a record begins that a person's filters take out."""
 
 
+def hashes_of(keys: Iterable[str]) -> UInt32[np.ndarray, " n"]:
+    """A number of 32 bits for each key, spread evenly whatever the keys are."""
+    digests = (hashlib.blake2b(k.encode(errors="replace"), digest_size=4).digest() for k in keys)
+    return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32)
+
+
 class Source:
     """Random access to the examples of a dataset, all at one resolution.
 
@@ -68,6 +75,13 @@ class Source:
     def __getitem__(self, index: int) -> Example:
         """Example `index` in 0..len - 1. Raises BadRecord if it cannot be read."""
         raise NotImplementedError
+
+    def hashes(self) -> UInt32[np.ndarray, " n"]:
+        """A number of 32 bits for each example, which it keeps when others come or go.
+
+        Where examples have no names of their own, it is made of their place.
+        """
+        return hashes_of(map(str, range(len(self))))
 
     def drawn(self, index: int, rng: np.random.Generator) -> Example:
         """Example `index` as it is trained on: what is random of it is drawn from `rng`.

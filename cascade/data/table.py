@@ -24,7 +24,7 @@ from cascade.data.pictures import (
     captions_in,
     told,
 )
-from cascade.data.source import BadRecord, Source
+from cascade.data.source import BadRecord, Source, hashes_of
 from cascade.errors import UserError
 from cascade.storage import paths
 from cascade.storage.paths import Path
@@ -75,7 +75,7 @@ class _TableSource(PictureSource):
             separator = "\t" if kind == ".tsv" else ","
             self._rows = _Lines(local, separator)
             _check_columns(columns, self._rows.columns, file)
-        self.left_out, kept = [], array.array("q")
+        self.left_out, kept, hashes = [], array.array("q"), array.array("I")
         filtered = collections.Counter[str]()
         names: set[str] = set()
         for number, row in self._rows:
@@ -90,13 +90,18 @@ class _TableSource(PictureSource):
             filtered[reason] += bool(reason)
             if not reason:
                 kept.append(number)
+                hashes.append(int(hashes_of([row[config.file_column]])[0]))
         self._kept, self.filtered = np.array(kept, np.int64), +filtered
+        self._hashes = np.array(hashes, np.uint32)
         if not kept and not filtered and self.left_out and names:
             _check_columns(columns[:2], sorted(names), file)
         told(self, f"table {file}")
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def hashes(self):
+        return self._hashes
 
     def found(self, index: int) -> Found:
         number = int(self._kept[index])

@@ -1,7 +1,7 @@
 """Tar shards as WebDataset has them and img2dataset writes them, read at random.
 
 A shard is gone through once when it is opened, from head to head of its members, and where each
-picture, caption and JSON lies is kept in arrays of 36 bytes an example; names and captions stay
+picture, caption and JSON lies is kept in arrays of 40 bytes an example; names and captions stay
 where they are. Members are only ever read as bytes: nothing is extracted, and no name is followed.
 """
 
@@ -31,7 +31,7 @@ from cascade.data.pictures import (
     captions_in,
     told,
 )
-from cascade.data.source import BadRecord, Source
+from cascade.data.source import BadRecord, Source, hashes_of
 from cascade.devices.terminal import bar
 from cascade.errors import UserError
 from cascade.storage import paths
@@ -84,9 +84,8 @@ _MOST_HEAD = 2**20
 """Bytes that may be read to come from one member of a shard to the next."""
 _PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _MEMBERS = ("picture", "text", "json")
-_SAMPLE = np.dtype(
-    [(f"{name}_{of}", k) for name in _MEMBERS for of, k in (("at", "i8"), ("n", "i4"))]
-)
+_PLACES = [(f"{m}_{of}", kind) for m in _MEMBERS for of, kind in (("at", "i8"), ("n", "i4"))]
+_SAMPLE = np.dtype([*_PLACES, ("hash", "u4")])
 """Where the members of a sample lie, in bytes from the shard's beginning; 0 where there is none."""
 _HEAD, _REST = slice(tarfile.BLOCKSIZE), slice(tarfile.BLOCKSIZE, None)
 _VERSION = 1
@@ -113,6 +112,9 @@ class _TarSource(PictureSource):
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    def hashes(self):
+        return self._samples["hash"].copy()
 
     def found(self, index: int) -> Found:
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -287,7 +289,7 @@ def _close(key: str, members: dict[str, list[Any]], samples: list[Any], bad: lis
         why = f"whose JSON has more than {MOST_JSON} bytes"
     else:
         text, other = (texts or [(0, 0)])[0], (jsons or [(0, 0)])[0]
-        samples.append((*pictures[0], *text, *other))
+        samples.append((*pictures[0], *text, *other, hashes_of([key])[0]))
         return
     bad.append((key, why))
 

@@ -224,8 +224,8 @@ def test_an_index_of_a_stranger_holds_arrays_alone_and_leads_nowhere_else(tmp_pa
     for change in (
         {"samples": np.array([object()], dtype=object)},
         {"samples": parts["samples"].astype([(n, "f8") for n in parts["samples"].dtype.names])},
-        {"samples": np.array([(10**12, 9, 0, 0, 0, 0)], parts["samples"].dtype)},
-        {"samples": np.array([(-5, 9, 0, 0, 0, 0)], parts["samples"].dtype)},
+        {"samples": np.array([(10**12, 9, 0, 0, 0, 0, 0)], parts["samples"].dtype)},
+        {"samples": np.array([(-5, 9, 0, 0, 0, 0, 0)], parts["samples"].dtype)},
         {"bad": np.frombuffer(b"[[1]]", np.uint8)},
         {"stamp": np.zeros(3)},
     ):
