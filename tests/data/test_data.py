@@ -155,6 +155,12 @@ def test_data_workers_read_what_threads_read(any_kind):
     assert len(pickle.dumps(source)) < 10_000
 
 
+@pytest.mark.parametrize("kind", ["hf", "hf parquet", "mixed"])
+def test_a_worker_process_makes_the_same_batches(kind, tmp_path):
+    data = numbered(tmp_path / "d", kind=kind)
+    assert_same(take(make_batches(data, workers=1), 3), take(make_batches(data), 3))
+
+
 @pytest.mark.parametrize(
     "options,message",
     [

@@ -148,6 +148,24 @@ def test_columns_that_are_not_there_are_told_with_those_that_are(tmp_path):
             HFData(path=data.path, caption_column="words").open(8)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_table_takes_little_memory_for_each_row(kind, tmp_path):
+    def opened(count):
+        rows = [{"file": f"{i}.png", "caption": "x" * 99} for i in range(count)]
+        lines = [json.dumps(row) for row in rows]
+        if kind == "csv":
+            lines = ["file,caption", *(f"{row['file']},{row['caption']}" for row in rows)]
+        (tmp_path / f"list.{kind}").write_text("\n".join(lines))
+        return TableData(path=str(tmp_path / f"list.{kind}")).open(8)
+
+    opened(10)
+    tracemalloc.start()
+    source = opened(3000)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == 3000 and kept < 70 * len(source)  # a caption has 99
+
+
 def test_a_csv_may_have_commas_quotes_and_newlines_in_captions(tmp_path):
     texts = ['a "red", round', "two\nlines", "ümlaut, 語"]
     found = [(k, p, text, m) for (k, p, _, m), text in zip(records(3), texts, strict=True)]
