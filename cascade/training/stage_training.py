@@ -194,6 +194,11 @@ class StageTraining(StageJob):
     def vocabulary(self) -> Sequence[str]:
         return self.data.vocabulary
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        # Pictures that were trained on would be held out, or the other way round.
+        return {**super().fixed, "validation": self.validation}
+
     def batch_shapes(self, tokens, b=None):
         return self.stage.batch_shapes(b or self.batch_size, tokens, self.crop)
 

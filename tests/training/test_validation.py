@@ -11,6 +11,7 @@ from written import pairs, records
 
 from cascade import testing
 from cascade.devices import sharding
+from cascade.errors import UserError
 from cascade.scenes.training import ScenesTraining
 from cascade.stage import Stage, StageConfig
 from cascade.training.job import Optimizer
@@ -54,6 +55,8 @@ def test_rows_have_it_when_it_is_due(job, tmp_path):
         assert figures["validation/loss"] == pytest.approx(np.mean(levels))
         assert all(0 < level < 10 for level in levels)
     assert (tmp_path / "run" / "loss.png").is_file()
+    with pytest.raises(UserError, match="another config .validation: 0.4 there, 0.2 here"):
+        fit(dataclasses.replace(job, validation=0.2), tmp_path / "run")
 
 
 def test_the_levels_together_are_the_loss_over_all_of_them():
