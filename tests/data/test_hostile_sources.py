@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from written import WRITERS, flat, hf_dataset, records, tar
 
+from cascade import cli
+from cascade.commands.data import dataset
 from cascade.data import HFData, TableData, TarData
 from cascade.data import tar as tar_module
 from cascade.data.source import BadRecord
@@ -459,3 +461,37 @@ def test_few_row_groups_stay_in_memory(tmp_path, monkeypatch):
     for index in [*range(12), *range(12)]:
         assert source[index]["caption"] == str(index)
     assert 1 <= len(source._rows._kept) < 6
+
+
+# On the command line.
+
+
+@pytest.mark.parametrize("word", ["tar:p.tar", "table:p.csv", "table:p.jsonl", "table:p.parquet"])
+def test_a_pipe_is_not_read_without_end(word, tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(word.partition(":")[2])
+    with pytest.raises(UserError, match="is a pipe, socket or device"):
+        dataset(word).open(8)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "tar:no",
+        "tar:{0..2}.tar",
+        "table:no",
+        "table:no.csv",
+        "hf:no",
+        "parquet:no",
+        "hf:.",
+        "zip:x",
+    ],
+)
+def test_what_is_not_there_is_told_in_one_line(word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "inspect", word, "--out", "x.png"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and not list(tmp_path.iterdir())
