@@ -160,6 +160,10 @@ class EvalOptions:
     """The folder to write."""
     model: str = "scenes"
     """A model that ships (scenes), or a folder that `cascade export` wrote."""
+    inpainting: Annotated[
+        str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: none)")
+    ] = None
+    """A model that was fine-tuned to fill holes, which fills them too."""
     pictures: int = 20
     """Scenes of each of two seeds, 2 or more."""
     strengths: str = "0.2,0.4,0.6,0.8,1"
@@ -180,27 +184,28 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     from cascade.tasks.edit import figures
 
     strengths = options.strengths.split(",")
-    ways = ("replacement", "RePaint")
     with WholeFolder(options.out) as folder:
         model = Cascade.load(options.model)
         scenes = figures.cases(options.seed, options.pictures)
         count = figures.SEEDS * options.pictures
+        ways = {
+            "replacement": figures.by_replacement(model, "1"),
+            "RePaint": figures.by_replacement(model, figures.REPAINT),
+        }
+        if options.inpainting is not None:
+            other = Cascade.load(options.inpainting)
+            ways["fine-tuned"] = figures.by_replacement(other, "1")
         total = count * (len(strengths) + len(ways))
         with bar(total=total, unit="picture", desc="editing") as shown:
             rows, tiles = figures.strokes_kept(model, scenes, strengths, shown.update)
             figures.plot(folder / "strokes.png", rows)
             figures.sheet(folder / "strokes_sheet.png", tiles, min(8, count))
-            given = dict(zip(ways, ("1", figures.REPAINT), strict=True))
-            found, tiles = figures.holes_filled(
-                model,
-                scenes,
-                {name: figures.by_replacement(model, word) for name, word in given.items()},
-                shown.update,
-            )
+            found, tiles = figures.holes_filled(model, scenes, ways, shown.update)
             figures.sheet(folder / "holes_sheet.png", tiles, 2 + len(ways))
         report = {
             "model": options.model,
             "model_sha256": model.digest,
+            "inpainting": options.inpainting,
             "seed": options.seed,
             "pictures": count,
             "strokes": rows,

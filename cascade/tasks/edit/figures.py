@@ -131,8 +131,8 @@ def holes_filled(
 ) -> tuple[dict[str, Property], list[Picture]]:
     """How well an object that was hidden is drawn anew, by each way; and a sheet's tiles.
 
-    ways: name -> (case, picture with the object, mask 255 over it) -> the picture drawn. The last
-    one is claimed to be better than the first.
+    ways: name -> (case, picture with the object, mask 255 over it) -> the picture drawn. Each is
+    claimed to be better than the first.
     """
     side = model.stages[0][0].config.resolution
     facts = {name: [] for name in ways}
@@ -155,24 +155,27 @@ def holes_filled(
                 if own is scenes[0] and len(facts[name][0]) <= 8:
                     tiles.append(drawn)
                 advance()
-    first, *_, last = ways
+    first, *others = ways
     facts_right = {name: np.array(values) for name, values in facts.items()}
+    least = facts_right[first]
     across = {name: np.array(values) for name, values in seams.items()}
     how = f"one object of a true {side} px picture is hidden, the caption tells of all"
     return {
         "facts": Property(
-            title=f"{last}: more of the facts are right than by {first}",
+            title=f"more of the facts are right than by {first}",
             unit="share of a caption's facts that the picture shows",
             how=how,
             figures=facts_right,
-            claims=[above(f"{last} above {first}", facts_right[last], facts_right[first])],
+            claims=[
+                above(f"{w} above {first}", facts_right[w], facts_right[first]) for w in others
+            ],
         ),
         "seam": Property(
-            title=f"{last}: a smaller seam than by {first}",
+            title=f"smaller seams than by {first}",
             unit="mean difference across the mask's edge, in levels",
             how=how,
             figures=across,
-            claims=[above(f"{first} above {last}", across[first], across[last])],
+            claims=[above(f"{first} above {w}", across[first], across[w]) for w in others],
         ),
     }, tiles
 
