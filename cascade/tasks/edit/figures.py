@@ -166,9 +166,7 @@ def holes_filled(
             unit="share of a caption's facts that the picture shows",
             how=how,
             figures=facts_right,
-            claims=[
-                above(f"{w} above {first}", facts_right[w], facts_right[first]) for w in others
-            ],
+            claims=[above(f"{w} above {first}", facts_right[w], least) for w in others],
         ),
         "seam": Property(
             title=f"smaller seams than by {first}",
