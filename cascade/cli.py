@@ -37,35 +37,11 @@ _OF_THE_MACHINE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command line. Exits 0 on success, 2 on bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return
-    if argv[0] == "--version":
-        from importlib.metadata import version
-
-        print(version("cascade-diffusion"))
-        return
     try:
-        from cascade.config import nearest, take_all, trust
-
-        if any("\0" in word for word in argv):
-            word = next(word for word in argv if "\0" in word)
-            raise UserError(f"{word!r} has a NUL character, which no file's name has; remove it")
-        known = verbs()
-        if argv[0] not in known:
-            raise UserError(f"{argv[0]!r} is no command of cascade{nearest(argv[0], list(known))}")
-        # So that what is half-written is cleared away; training has a handler of its own.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        # Worker threads and libraries read these at import.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file
-        warnings.formatwarning = lambda message, *_: f"warning: {_line(str(message))}\n"
-        modules, words = take_all(argv[1:], "--trust")
-        for module in modules:
-            trust(module)
-        instead = importlib.import_module(known[argv[0]][0]).main(words)
-        if instead is not None:  # a task's verb for what another does
-            importlib.import_module(known[instead[0]][0]).main(instead[1:])
+        try:
+            _run(argv)
+        finally:
+            sys.stdout.flush()  # so that a closed pipe is met here, and not at the very end
     except UserError as e:
         message = e.on_command_line if isinstance(e, OptionError) else str(e)
         print(f"error: {_line(message)}", file=sys.stderr)
@@ -76,11 +52,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as e:
         if e.errno not in _OF_THE_MACHINE:
             raise
-        print(f"error: {_line(f'{e.filename or argv[0]}: {e.strerror}')}", file=sys.stderr)
+        where = e.filename or "cascade " + " ".join(argv[:1])
+        print(f"error: {_line(f'{where}: {e.strerror}')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("cascade-diffusion"))
+        return
+    from cascade.config import nearest, take_all, trust
+
+    if any("\0" in word for word in argv):
+        word = next(word for word in argv if "\0" in word)
+        raise UserError(f"{word!r} has a NUL character, which no file's name has; remove it")
+    known = verbs()
+    if argv[0] not in known:
+        raise UserError(f"{argv[0]!r} is no command of cascade{nearest(argv[0], list(known))}")
+    # So that what is half-written is cleared away; training has a handler of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Worker threads and libraries read these at import.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file
+    warnings.formatwarning = lambda message, *_: f"warning: {_line(str(message))}\n"
+    modules, words = take_all(argv[1:], "--trust")
+    for module in modules:
+        trust(module)
+    instead = importlib.import_module(known[argv[0]][0]).main(words)
+    if instead is not None:  # a task's verb for what another does
+        importlib.import_module(known[instead[0]][0]).main(instead[1:])
 
 
 def _line(message: str) -> str:

@@ -24,7 +24,9 @@ import math
 import os
 import re
 import runpy
+import shutil
 import sys
+import textwrap
 import traceback
 import types
 import typing
@@ -141,12 +143,13 @@ def parse(
     err = io.StringIO()
     with_default: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(err):
+        out: Any = _Unmarked(sys.stdout)
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
             return tyro.cli(
                 cls,
                 args=[str(a) for a in argv],
                 prog=prog,
-                description=description,
+                description=_wrapped(description or cls.__doc__ or ""),
                 config=(tyro.conf.AvoidSubcommands,),
                 registry=_reflowing(),
                 **with_default,
@@ -160,6 +163,8 @@ def parse(
     except (ValueError, TypeError) as e:  # a dataclass refused its values
         raise UserError(f"{prog}: {e}") from None
 
+
+_MARK = "\u2060"  # WORD JOINER, which has no width
 
 trusted: list[str] = []
 """Modules that `trust` has imported."""
@@ -471,11 +476,12 @@ def _one_line(text: str) -> str:
     number = re.search(r"parsing (--\S+):.*?invalid literal for int\(\).*?: ('[^']*')", message)
     if number:
         message = f"{number[1]} must be a whole number, got {number[2]}"
-    message = re.sub(r"Error parsing [A-Z]\w+: ", "", message).replace(").", ")")
+    message = re.sub(r"Error parsing (--\S+): ", r"\1: ", message)
+    message = re.sub(r"Error parsing \S+: ", "", message).replace(").", ")")
     message = message.replace(", 'None'", "")
     choice = re.search(r"invalid choice (.*) for argument '(--\S+)'. .* one of \((.*)\)", message)
     if choice:
-        known = _and(re.findall(r"'([^']*)'", choice[3]), "or")
+        known = _and([w for w in re.findall(r"'([^']*)'", choice[3]) if w != "None"], "or")
         message = f"{choice[2]} must be {known}, got {choice[1]}"
     bare = re.search(r"Missing value for argument '(\S+)'", message)
     if bare:
@@ -486,9 +492,34 @@ def _one_line(text: str) -> str:
         if options:
             message = f"unknown option{'s' * (len(options) > 1)} {_and(options)}"
         else:
-            message = f"one word too many: {words}"
+            message = f"more words than it takes: {words}; words that belong together need quotes"
     close = re.search(r"(?:Perhaps you meant|similar to --\S+):.*?(--[\w.-]+)", text, re.DOTALL)
     return message + (f" (did you mean {close[1]}?)" if close else "; see --help")
+
+
+def _wrapped(text: str) -> str:
+    """A docstring's paragraphs, as wide as the boxes of options below them.
+
+    tyro joins lines that begin with a letter: all but the first of a paragraph begin with _MARK,
+    which `_Unmarked` takes away.
+    """
+    width = min(shutil.get_terminal_size().columns, 80)
+    paragraphs = [" ".join(p.split()) for p in inspect.cleandoc(text).split("\n\n")]
+    lines: Any = {"subsequent_indent": _MARK, "break_long_words": False}
+    return "\n\n".join(textwrap.fill(p, width, **lines) for p in paragraphs)
+
+
+class _Unmarked:
+    """A stream without _MARK, and else as it is."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text.replace(_MARK, ""))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _and(words: Sequence[str], between: str = "and") -> str:

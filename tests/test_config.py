@@ -150,7 +150,10 @@ def test_a_mistyped_option_names_the_nearest_in_one_line():
         ([], "x: FROM and --out PATH are missing; see --help"),
         (["a"], "x: --out PATH is missing; see --help"),
         (["a", "--out"], "x: --out needs a value; see --help"),
-        (["a", "b", "--out", "o"], "x: one word too many: b; see --help"),
+        (
+            ["a", "b", "--out", "o"],
+            "x: more words than it takes: b; words that belong together need quotes; see --help",
+        ),
         (["a", "--out", "o", "--nope", "3"], "x: unknown option --nope; see --help"),
         (
             ["a", "--ot", "o", "--nope", "3"],

@@ -46,8 +46,13 @@ class DeepFloydOptions:
     text_encoder: Annotated[str | None, _source] = None
     """A folder, or a name on the Hugging Face hub, with T5 v1.1's encoder and spiece.model; the
     default is that of stage I."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """What weights are stored as; the default is what they are stored as now."""
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        tyro.conf.arg(
+            metavar="{float32,float16,bfloat16}", help_behavior_hint="(default: as they are now)"
+        ),
+    ] = None
+    """What weights are stored as."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,30 +5,34 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from cascade import config
 from cascade.commands.sample import ByStage, Until
 from cascade.devices.terminal import bar
 from cascade.errors import UserError
+from cascade.tasks import that_have
 
 if TYPE_CHECKING:
     from cascade.evaluation.drawer import Drawer
 
-USAGE = """usage: cascade eval {scenes,sr,sweep,properties} ...
+USAGE = """usage: cascade eval WHAT ...
 
 Figures of merit as JSON on stdout, pictures and plots into --out.
 
   scenes      draw prompts, read the pictures back, count the facts that they show
   sr          super-resolution of true small pictures: PSNR, sharpness, FD-proxy
   sweep       facts right against FD-proxy, by guidance and augmentation level
-  properties  whether guidance, thresholding and augmentation do their work
+  properties  whether guidance, thresholding and augmentation do their work"""
 
-`cascade eval scenes --help` shows what a command takes, with units and defaults."""
+
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: none)")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ class SuperResolutionOptions(_TextOptions):
 
     pictures: int = 100
     """Scenes to enlarge."""
-    out: Path | None = None
+    out: Folder = None
     """A folder for results.json and a sheet for each stage; new or empty."""
     guidance: ByStage = None
     """Weight of classifier-free guidance, by super-resolution stage; 1 is none."""
@@ -133,7 +137,7 @@ class PropertiesOptions(_Options):
     do. A table is on stderr.
     """
 
-    out: Path | None = None
+    out: Folder = None
     """A folder for results.json and properties.png; new or empty."""
     prompts: int = 128
     """Prompts of each seed, 8 or more; e and f take a quarter of them."""
@@ -142,15 +146,27 @@ class PropertiesOptions(_Options):
 def main(argv: Sequence[str]) -> None:
     """Run `cascade eval` with the words after it. Raises UserError for a person's mistake."""
     argv = list(argv)
+    tasks = that_have("evaluate")
+    tasks = {name.rpartition(".")[2]: evaluate for name, evaluate in tasks.items()}
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(_usage(tasks))
+    elif argv[0] in tasks:
+        print(json.dumps(tasks[argv[0]](argv[1:]), indent=2))
     elif argv[0] in _COMMANDS:
         options_class, command = _COMMANDS[argv[0]]
         options = config.parse(options_class, argv[1:], prog=f"cascade eval {argv[0]}")
         print(json.dumps(command(options), indent=2))
     else:
-        near = config.nearest(argv[0], list(_COMMANDS))
+        near = config.nearest(argv[0], [*_COMMANDS, *tasks])
         raise UserError(f"{argv[0]!r} is no command of cascade eval{near}")
+
+
+def _usage(tasks: Mapping[str, Callable[..., Any]]) -> str:
+    """With what the tasks measure, each told of by the first line of its function's docstring."""
+    told = {name: (evaluate.__doc__ or "").partition("\n")[0] for name, evaluate in tasks.items()}
+    lines = [f"  {name:<11} {of[:1].lower()}{of[1:].rstrip('.')}" for name, of in told.items()]
+    more = "`cascade eval WHAT --help` shows what each takes, with units and defaults."
+    return "\n".join([USAGE, *lines, "", more])
 
 
 def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:

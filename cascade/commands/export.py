@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
         rest=options.rest,
         compute_dtype=options.compute_dtype,
     )
+    print(f"wrote {out}: {', '.join(report['stages'])}", file=sys.stderr)
     print(json.dumps(report))
 
 

@@ -37,7 +37,7 @@ figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, wh
 
 def main(argv: Sequence[str]) -> None:
     """Run `cascade plan` with the words after it. Raises UserError for a person's mistake."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return
     path, (options, rest) = argv[0], _options(argv[1:])

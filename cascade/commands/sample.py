@@ -77,7 +77,7 @@ class Options:
     random_seed: bool = False
     """Draw the seed itself at random. It is printed, and stands in the JSON."""
     num: int = 1
-    """Pictures of each prompt; one command draws at most 1,000,000 in all."""
+    """Pictures of each prompt; one command draws at most a million in all."""
     until: Until = None
     """Stop at the stage that draws this side, in pixels (64, 256 or 1024)."""
     size: Annotated[

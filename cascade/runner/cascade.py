@@ -101,6 +101,8 @@ class Cascade:
         """
         # NumPy arrays stay on the host, and a compiled program that is given them has them on its
         # device for as long as it runs.
+        if dtype not in ("float32", "bfloat16"):
+            raise OptionError("dtype", dtype, "must be float32 or bfloat16")
         held = functools.partial(jax.tree.map, np.array if offload else jnp.asarray)
         model = open_model(name_or_dir)
         if dtype != "float32" and all(c.computing_in(dtype) is c for c in model.stages):
@@ -204,7 +206,8 @@ class Cascade:
 
         How, by stage: one value for all stages, or a list with one for each, smallest first, as for
         the options of `cascade sample` of these names, whose words they take. steps: of sampling, 1
-        to 10,000, or a list of entries of a table of 1000 (diffusers' timesteps). guidance: weight
+        to 10,000, or a list of entries of a table of 1000 (diffusers' timesteps), as a stage's
+        value: [[999, 500, 0]]. guidance: weight
         of classifier-free guidance, 0 or more; 1 is none. guidance_plan: "constant", "interval" or
         "oscillating". rescale: how far guided predictions get back the contrast of unguided ones, 0
         to 1. aug_level: noise on the smaller picture, 0 to 1, by super-resolution stage.
@@ -324,7 +327,7 @@ class Cascade:
                 for stage, chosen in zip(configs, settings, strict=True)
             },
         }
-        if share[0] == 0:
+        if share[0] == 0 and embeddings is None:  # with which prompts are names
             self._warn(prompts)
 
         def drawn() -> Iterator[Picture]:

@@ -45,5 +45,7 @@ def check_prompts(prompts: Sequence[str], places: Sequence[str] | None = None) -
         raise UserError('nothing to draw: give a prompt, such as "a red circle"')
     for i, prompt in enumerate(prompts):
         if not prompt.strip():
+            if len(prompts) == 1:
+                raise UserError("the prompt is empty; write what to draw")
             where = f"prompt {i + 1}" if places is None else places[i]
             raise UserError(f"{where} is empty; write what to draw, or remove it")

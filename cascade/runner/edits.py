@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ class Edit(Steering):
         return Start(x, *self._repeated(times, after_step))
 
     def _repeated(self, times, after_step):
-        """Of a Start what follows x."""
+        """What follows x in a Start."""
         return samplers.again(times, self.repeats, self.jump), after_step, self.repeats > 1
 
 
@@ -129,7 +130,7 @@ def edits(
     picture: UInt8[np.ndarray, "h w 3"],
     *,
     mask: UInt8[np.ndarray, "mh mw"] | None = None,
-    strength: Sequence[float | str] | None = None,
+    strength: Sequence[float | int | str] | None = None,
 ) -> list[Steering | None]:
     """What steers each stage that draws, for `Cascade.draw`.
 
@@ -139,6 +140,11 @@ def edits(
     Raises UserError for what does not fit.
     """
     check_mask(picture, mask)
+    h, w, _ = picture.shape
+    if h != w:
+        warnings.warn(
+            f"init: of the picture of {w}x{h} px the central square is redrawn", stacklevel=2
+        )
     if strength is None:
         strength = [default_strength(stage, mask is not None) for stage in stages]
     if len(strength) != len(stages):
@@ -198,7 +204,7 @@ def edited(
     }
 
 
-def _walk(word: float | str) -> dict[str, Any]:
+def _walk(word: float | int | str) -> dict[str, Any]:
     """The fields of `Edit` that a strength says in words."""
     try:
         share, *counts = str(word).split(":")

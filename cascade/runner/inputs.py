@@ -91,11 +91,13 @@ def sizes(
     """
     if given is None:
         return [None] * len(stages)
+    if not isinstance(given, (tuple, list)):
+        raise OptionError("size", given, "must be a height and a width in pixels, such as (64, 96)")
     word = "x".join(map(str, given))
     if begun:
         raise OptionError("size", word, "goes with prompts alone; of pictures the square is drawn")
     if len(given) != 2 or not all(ranges.is_whole(side) and side >= 1 for side in given):
-        raise OptionError("size", word, "must be a height and a width in pixels, such as 64x96")
+        raise OptionError("size", word, "must be a height and a width in pixels, both 1 or more")
     found: list[tuple[int, int] | None] = []
     for stage in stages:
         factor = stage.resolution // stages[0].resolution

@@ -11,9 +11,11 @@ import dataclasses
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cascade import ranges
 from cascade.diffusion import denoise, grids, samplers
 from cascade.errors import OptionError
 from cascade.published.schedulers import SECTIONS, Respaced
@@ -58,6 +60,7 @@ def override(
                 raise OptionError(option, value, _without_class(str(e))) from None
 
     lay("grid", grid, lambda w, *_: {"grid": _one_of(grids.BY_WORD, w)})
+    _warn_of_timesteps(steps)
     lay("steps", steps, _steps)
     lay("guidance", guidance, lambda w, *_: {"guidance": number(w)})
     lay("guidance_plan", guidance_plan, _guidance_plan)
@@ -109,6 +112,17 @@ def by_stage(
     return dict(zip(drawn, values, strict=True))
 
 
+def _warn_of_timesteps(steps: ByStage | None) -> None:
+    """So many steps of the second stage are rare; entries of a table are such numbers."""
+    given: list[Any] = list(steps) if isinstance(steps, (list, tuple)) else []
+    if all(ranges.is_whole(n) for n in given) and len(given) > 1 and given[0] > given[1] > 250:
+        warnings.warn(
+            f"steps={given}: so many steps are taken by each stage; a list of timesteps is a list "
+            f"in that of stages, [{given}]",
+            stacklevel=4,
+        )
+
+
 def number(word: str) -> float:
     """A finite number, or ValueError."""
     try:
@@ -141,7 +155,10 @@ def _steps(word: str, now: Sampling, _: StageConfig) -> dict[str, Any]:
             raise ValueError("the entries must fall, within 999 to 0") from None
         return {"steps": len(entries), "grid": chosen}
     if not word.isdecimal():
-        raise ValueError(f"must be a whole number, or one of {', '.join(SECTIONS)}")
+        raise ValueError(
+            f"must be a whole number, entries of a table such as 999/500/0, or one of "
+            f"{', '.join(SECTIONS)}"
+        )
     return {"steps": int(word), "grid": now.grid.of_any_length}
 
 

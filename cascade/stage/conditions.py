@@ -94,6 +94,11 @@ class Condition:
         """What is drawn from of the smaller picture, in [-1, 1]; None where that is no matter."""
         return None
 
+    def of_steering(self, steering: Any, b: int, shape: tuple[int, ...]) -> tuple[Any, ...] | None:
+        """What is drawn from of what steers the run, a Steering or None, where nothing else tells:
+        b rows for an x0 of this shape. None where that is no matter."""
+        return None
+
     def of_examples(self, batch: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """What is drawn from of the examples of a training batch, without dropout or noise; None
         where they say nothing of it, and super-resolution then has no previews."""

@@ -184,7 +184,8 @@ class Stage:
     ) -> Float[Array, "b h w 3"]:
         """Draw one picture in [-1, 1] for each row of `given`, by one compiled program.
 
-        given: for every condition what its `of_prompts` or `of_lowres` gave. negative: the same, of
+        given: for every condition what its `of_prompts` or `of_lowres` gave, but for those to which
+        the steering tells it. negative: the same, of
         those that guidance moves away from; see `denoiser`. keys: [b], one a picture; a picture
         depends on its own key and row alone. sides: height and width of the pictures drawn, if not
         the stage's resolution (crops). steering: begin from elsewhere, change x after every step.
@@ -195,6 +196,12 @@ class Stage:
         """
         config = self.config
         config.check(settings)
+        steered = {
+            c.name: c.of_steering(steering, len(keys), config.space.shape(sides))
+            for c in config.conditions
+            if given.get(c.name) is None
+        }
+        given = {k: v for k, v in {**given, **steered}.items() if v is not None}
         if missing := {c.name for c in config.conditions} ^ set(given):
             raise ValueError(
                 f"stage {config.name} is told {', '.join(self.conditions) or 'nothing'}: give "

@@ -4,6 +4,8 @@ A task may define
 
     main(argv)     a verb of its own, `cascade NAME`, with the first line of its docstring as help;
                    if it returns words, such as ["sample", ...], that command does the work
+    evaluate(argv) figures of merit, as `cascade eval NAME`: returns JSON values for stdout; the
+                   first line of its docstring is its help
     SampleOptions  options that it adds to `cascade sample`: a dataclass whose `steering` says what
                    steers each stage, and whose `record` what the JSON beside a picture says of it;
                    `stages`, if it has that, gives the stages with the settings for what it does

@@ -2,11 +2,11 @@
 
 A row holds the means of its steps: loss and norms (of steps whose update was finite), `skipped`
 (how many were not), images_per_second, step_seconds, data_wait_seconds (of a step, until its batch
-was there), tflops_per_device, mfu (of a device whose peak is known), and memory_gib (the most
-that a device of this process held so far, where its driver tells). A run that could not read some
-records of its data also has skipped_records/REASON, how many different ones by then (of the first
-10,000). The first row after a run went on with another command has `changed`, what is otherwise,
-which the plot marks.
+was there), tflops_per_device, mfu (of a device whose peak is known), and memory_gib (the most that
+a device of this process held so far, where its driver tells). Speeds are without the step that
+compiles. A run that could not read some records of its data also has skipped_records/REASON, how
+many different ones by then (of the first 10,000). The first row after a run went on with another
+command has `changed`, what is otherwise, which the plot marks.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class TrainingLog:
         self._pending: list[dict[str, Any]] = list(pending)
         self._checked, self._waited = 0, 0.0
         self._since = (time.perf_counter(), step)
+        self._compiled = self._since
         self._writers: list[Any] = []
         self._on = jax.process_index() == 0
         if not self._on:
@@ -111,6 +112,10 @@ class TrainingLog:
         self._check()
         self._pending.append(metrics)
         self._waited += waited
+
+    def compiled(self, step: int) -> None:
+        """Say that the first step, which compiles, is done: speed is that of the others."""
+        self._compiled = (time.perf_counter(), step)
 
     def pending(self) -> list[dict[str, Any]]:
         """The figures of the steps since the last row, as JSON values."""
@@ -170,7 +175,10 @@ class TrainingLog:
         self._checked = len(self._pending)
 
     def _speed(self, step: int) -> dict[str, Any]:
-        now, (then, before) = time.perf_counter(), self._since
+        then, before = max(self._since, self._compiled)
+        if before == step:  # that was all
+            then, before = self._since
+        now = time.perf_counter()
         self._since, waited, self._waited = (now, step), self._waited, 0.0
         steps, seconds = step - before, now - then
         speed = {
@@ -266,11 +274,13 @@ def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             label = f"held out, t in {level}" if level else "held out"
             axes.plot(images, values, label=label, linewidth=0.7 if level else 2)
         axes.legend(fontsize="x-small")
-    for row in rows:
-        if "changed" in row:
-            axes.axvline(row["images"], color="tab:red", linestyle="--", label=row["changed"][:60])
+    for before, row in zip([{"images": 0}, *rows], rows, strict=False):
+        if "changed" in row:  # since the row before
+            axes.axvline(
+                before["images"], color="tab:red", linestyle="--", label=row["changed"][:60]
+            )
     if any("changed" in row for row in rows):
-        axes.legend(fontsize="x-small", title="changed there")
+        axes.legend(fontsize="x-small", title="from here on")
     axes.grid(alpha=0.3)
     with paths.writing(path) as file:
         figure.savefig(file, dpi=120, format="png")

@@ -158,6 +158,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
                 )
             if not begun:  # the speed is that of the steps
                 jax.block_until_ready(metrics)
+                log.compiled(step)
                 shown.set_postfix_str("")
                 shown.unpause()
                 begun = True
@@ -174,6 +175,8 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
                 loss = log.write(step, skipped.counts, held_out)["loss"]
                 shown.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
+            if ends:
+                shown.set_postfix_str("saving a checkpoint")
             if ends or _due(step, job.save_every_images, job):
                 folder.check_there()
                 kept = {"train": state["train"], "ema": state["ema"]}
@@ -184,6 +187,7 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             if job.preview_every_images and (
                 step >= last or _due(step, job.preview_every_images, job)
             ):
+                shown.set_postfix_str("drawing a preview")
                 file = workdir / "previews" / f"{step * job.batch_size:010d}.png"
                 running.preview(whole(job, state, state["ema"]), batch, file)
     if log is not None:
@@ -561,6 +565,6 @@ def _differences(a: Any, b: Any, where: str = "") -> list[str]:
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         pairs = [(i, x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
     else:
-        return [] if a == b else [f"{where}: {a} there, {b} here"]
+        return [] if a == b else [f"{where}: {a} before, {b} now"]
     found = [_differences(x, y, f"{where}.{key}" if where else str(key)) for key, x, y in pairs]
     return list(itertools.chain.from_iterable(found))

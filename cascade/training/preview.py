@@ -33,6 +33,9 @@ def draw(
     for condition in config.conditions:
         if base:
             given[condition.name] = condition.of_prompts(prompts, embed)
+            if given[condition.name] is None:
+                shape = config.space.shape()
+                given[condition.name] = condition.of_steering(None, n, shape)
         away = condition.away(None, embed)
         if away is not None:
             negative[condition.name] = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), away)

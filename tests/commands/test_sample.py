@@ -46,7 +46,7 @@ def sample(*argv):
     "argv,message",
     [
         ([], "nothing to draw"),
-        ([""], "prompt 1 is empty"),
+        ([""], "the prompt is empty"),
         (["a", "  "], "prompt 2 is empty"),
         (["a", "--seed", "-1"], "--seed -1: must be 0 or more"),
         (["a", "--num", "0"], "--num 0: must be 1 or more"),
@@ -145,7 +145,11 @@ def test_an_unknown_verb_names_the_nearest(capsys):
             "'interval:9': low must be in [0, high=5.42), got 9",
         ),
         ("threshold", "static:.9", "dynamic at most two"),
-        ("steps", "smart5", "must be a whole number, or one of fast27"),
+        (
+            "steps",
+            "smart5",
+            "entries of a table such as 999/500/0, or one of fast27",
+        ),
         ("steps", "4,,5", "steps='4,,5': value 2 is empty"),
         ("guidance", "nan", "guidance='nan': must be a number, such as 0.5, got 'nan'"),
         ("guidance", "-1", "guidance='-1': must be 0 or more, got -1"),

@@ -20,6 +20,7 @@ from cascade.diffusion import samplers
 from cascade.diffusion.denoise import Threshold
 from cascade.errors import OptionError, UserError
 from cascade.models import AutoencoderConfig
+from cascade.runner import inputs
 from cascade.runner.cascade import Cascade
 from cascade.runner.edits import edits
 from cascade.stage import Latents, Stage
@@ -130,7 +131,7 @@ def test_a_model_that_only_enlarges_asks_for_a_picture(model):
 
 @pytest.mark.parametrize("prompts", [[], [""], ["a", " "]])
 def test_prompts_say_something(model, prompts):
-    with pytest.raises(ValueError, match="nothing to draw: give a prompt|prompt [12] is empty"):
+    with pytest.raises(ValueError, match="nothing to draw: give a prompt|prompt (2 )?is empty"):
         model.draw(prompts)
 
 
@@ -517,3 +518,11 @@ def test_pictures_have_the_size_that_was_asked_for_at_every_stage(model):
 def test_a_size_that_cannot_be_is_refused_with_the_rule(model, options, message):
     with pytest.raises(OptionError, match=message):
         model("red", **options)
+
+
+@pytest.mark.parametrize("given", [64, "64x96"])
+def test_a_size_of_another_type_is_told_as_any_mistake(given):
+    sizes = inspect.unwrap(inputs.sizes)  # without the types that tests check
+    with pytest.raises(OptionError, match=r"in pixels, such as \(64, 96\)") as e:
+        sizes(given, [], begun=False)
+    assert repr(given) in str(e.value)

@@ -516,13 +516,13 @@ def test_its_previews_are_pictures_of_the_shares_right(pretrained, monkeypatch):
 def test_what_a_run_cannot_change_is_refused_by_name(pretrained):
     encoder = dataclasses.replace(TINY.encoder, d_ff=8)
     for changes, told in (
-        ({"seed": 1}, "seed: 0 there, 1 here"),
-        ({"images": 80 * 16}, "images: 640 there, 1280 here"),
-        ({"batch_size": 32}, "batch_size: 16 there, 32 here"),
-        ({"encoder": encoder}, "encoder.d_ff: 16 there, 8 here"),
-        ({"described": 0.1}, "described: 0.5 there, 0.1 here"),
-        ({"learning_rate": 1.0}, "learning_rate: 0.02 there, 1.0 here"),
-        ({"trainable": Only(pattern="encoder/")}, "trainable.pattern: None there, encoder/ here"),
+        ({"seed": 1}, "seed: 0 before, 1 now"),
+        ({"images": 80 * 16}, "images: 640 before, 1280 now"),
+        ({"batch_size": 32}, "batch_size: 16 before, 32 now"),
+        ({"encoder": encoder}, "encoder.d_ff: 16 before, 8 now"),
+        ({"described": 0.1}, "described: 0.5 before, 0.1 now"),
+        ({"learning_rate": 1.0}, "learning_rate: 0.02 before, 1.0 now"),
+        ({"trainable": Only(pattern="encoder/")}, "trainable.pattern: None before, encoder/ now"),
     ):
         with pytest.raises(UserError) as e:
             fit(dataclasses.replace(TINY, **changes), pretrained)

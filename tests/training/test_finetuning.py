@@ -123,9 +123,9 @@ def test_lora_trains_beside_the_weights_and_merges_into_them(folder, loss_of, tm
     shutil.copytree(base, other := tmp_path / "other")
     capsys.readouterr()
     for changes, message in (
-        (["--init", str(other)], f"another config (init: {base} there, {other} here)"),
-        (["--lora-rank", "3"], "another config (trainable.rank: 2 there, 3 here)"),
-        (["--lora-rank", "0"], "another config (trainable.rank: 2 there, None here)"),
+        (["--init", str(other)], f"another config (init: {base} before, {other} now)"),
+        (["--lora-rank", "3"], "another config (trainable.rank: 2 before, 3 now)"),
+        (["--lora-rank", "0"], "another config (trainable.rank: 2 before, None now)"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*words[:2], *changes, *(w for w in _without(words[2:], changes[0]))])

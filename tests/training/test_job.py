@@ -364,9 +364,9 @@ def test_too_many_of_them_in_a_row_end_the_run_with_the_weights_before(tmp_path)
 @pytest.mark.parametrize(
     "changes,told",
     [
-        ({"batch_size": 16}, "batch_size: 8 there, 16 here"),
-        ({"learning_rate": 0.2}, "learning_rate: 0.3 there, 0.2 here"),
-        ({"ema_profiles": (0.1,)}, "ema_profiles: [] there, [0.1] here"),
+        ({"batch_size": 16}, "batch_size: 8 before, 16 now"),
+        ({"learning_rate": 0.2}, "learning_rate: 0.3 before, 0.2 now"),
+        ({"ema_profiles": (0.1,)}, "ema_profiles: [] before, [0.1] now"),
     ],
 )
 def test_what_a_run_cannot_change_is_refused_by_name(whole, changes, told):
@@ -482,10 +482,10 @@ def test_a_run_that_goes_on_says_what_the_command_has_changed(tmp_path, capsys):
     fit(changed, tmp_path, until=16)
     told = capsys.readouterr().err
     assert "goes on with what the command has changed" in told
-    assert "seed: 0 there, 5 here" in told and "mesh.fsdp: " in told
+    assert "seed: 0 before, 5 now" in told and "mesh.fsdp: " in told
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
     assert ["changed" in row for row in rows(tmp_path)] == [False, True]
-    assert "seed: 0 there, 5 here" in rows(tmp_path)[1]["changed"]
+    assert "seed: 0 before, 5 now" in rows(tmp_path)[1]["changed"]
 
 
 def test_a_change_is_in_the_next_row_also_if_the_run_is_stopped_before(tmp_path, monkeypatch):

@@ -402,18 +402,18 @@ def test_resuming_with_another_network_is_refused(started):
     config = scenes_config()
     text = dataclasses.replace(config.stage.text, dropout=0.5)
     other = dataclasses.replace(config, stage=dataclasses.replace(config.stage, conditions=(text,)))
-    with pytest.raises(UserError, match="conditions.0.dropout: 0.1 there, 0.5 here"):
+    with pytest.raises(UserError, match="conditions.0.dropout: 0.1 before, 0.5 now"):
         fit(other, started)
 
 
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"batch_size": 16}, "batch_size: 8 there, 16 here"),
-        ({"optimizer": Optimizer(name="adafactor")}, "optimizer.name: adam there, adafactor here"),
-        ({"ema_profiles": (0.05,)}, r"ema_profiles: \[\] there, \[0.05\] here"),
-        ({"trainable": LoRA(rank=2), "init": "x"}, "trainable.rank: None there, 2 here"),
-        ({"stage": testing.smallest_stage()}, "stage.conditions.0.width: 128 there, 8 here"),
+        ({"batch_size": 16}, "batch_size: 8 before, 16 now"),
+        ({"optimizer": Optimizer(name="adafactor")}, "optimizer.name: adam before, adafactor now"),
+        ({"ema_profiles": (0.05,)}, r"ema_profiles: \[\] before, \[0.05\] now"),
+        ({"trainable": LoRA(rank=2), "init": "x"}, "trainable.rank: None before, 2 now"),
+        ({"stage": testing.smallest_stage()}, "stage.conditions.0.width: 128 before, 8 now"),
     ],
 )
 def test_resuming_with_what_a_run_cannot_change_is_refused_by_name(changes, message, started):

@@ -160,9 +160,9 @@ def test_only_what_matches_learns_is_kept_and_resumes_and_all_is_exported(model,
     assert changed == said
     for path, value in leaves(ema):
         np.testing.assert_array_equal(after[path], value)
-    with pytest.raises(UserError, match=r"\(trainable.pattern: .* there, conditions/ here\)"):
+    with pytest.raises(UserError, match=r"\(trainable.pattern: .* before, conditions/ now\)"):
         fit(job_of(model, trainable=Only(pattern="conditions/")), parts)
-    with pytest.raises(UserError, match=rf"\(init: {model} there, {tmp_path / 'out'} here\)"):
+    with pytest.raises(UserError, match=rf"\(init: {model} before, {tmp_path / 'out'} now\)"):
         fit(job_of(tmp_path / "out"), parts)
 
 

@@ -67,7 +67,7 @@ def test_waiting_for_data_is_counted_in_one_row_and_all_writers_are_closed(tmp_p
 
 
 def test_a_changed_command_is_marked_in_the_row_and_in_the_plot(tmp_path):
-    for name, told in (("plain", ""), ("changed", "optimizer.learning_rate: 0.1 there, 1 here")):
+    for name, told in (("plain", ""), ("changed", "optimizer.learning_rate: 0.1 before, 1 now")):
         (tmp_path / name).mkdir()
         log = log_in(tmp_path / name, changed=told)
         for step in (1, 2, 3):

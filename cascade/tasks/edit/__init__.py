@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from cascade import config
+from cascade.devices.terminal import bar
 from cascade.errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -142,3 +144,72 @@ def widened(picture: Any, share: float) -> tuple[Any, Any]:
     more = max(1, round(share * side))
     mask = np.pad(np.zeros((side, side), np.uint8), more, constant_values=255)
     return np.pad(square, ((more, more), (more, more), (0, 0)), mode="edge"), mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Measure editing on scenes whose truth is known, with a model that draws scenes.
+
+    OUT gets strokes.png (facts right and FD-proxy over the distance to the strokes that SDEdit
+    begins from, by strength), strokes_sheet.png (a row for the strokes and each strength),
+    holes_sheet.png (the true picture, what was hidden, and what each way of inpainting drew) and
+    results.json, which is also on stdout. It must be new or empty. The first stage alone draws.
+    """
+
+    out: Path
+    """The folder to write."""
+    model: str = "scenes"
+    """A model that ships (scenes), or a folder that `cascade export` wrote."""
+    inpainting: Annotated[
+        str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: none)")
+    ] = None
+    """A model that was fine-tuned to fill holes, which fills them too."""
+    pictures: int = 20
+    """Scenes of each of two seeds, 2 or more."""
+    strengths: str = "0.2,0.4,0.6,0.8,1"
+    """What SDEdit is measured at, as in --strength, with commas between."""
+    seed: int = 0
+    """Which scenes, 0 or more."""
+
+
+def evaluate(argv: Sequence[str]) -> dict[str, Any]:
+    """The trade-off of SDEdit from strokes; inpainting with and without RePaint's jumps."""
+    options = config.parse(EvalOptions, argv, prog="cascade eval edit")
+    if options.pictures < 2:
+        raise UserError(f"--pictures must be 2 or more, got {options.pictures}")
+    if not 0 <= options.seed < 2**31:
+        raise UserError(f"--seed must be in [0, 2^31), got {options.seed}")
+    from cascade.runner.cascade import Cascade
+    from cascade.storage.paths import WholeFolder, write_json
+    from cascade.tasks.edit import figures
+
+    strengths = options.strengths.split(",")
+    with WholeFolder(options.out) as folder:
+        model = Cascade.load(options.model)
+        scenes = figures.cases(options.seed, options.pictures)
+        count = figures.SEEDS * options.pictures
+        ways = {
+            "replacement": figures.by_replacement(model, "1"),
+            "RePaint": figures.by_replacement(model, figures.REPAINT),
+        }
+        if options.inpainting is not None:
+            other = Cascade.load(options.inpainting)
+            ways["fine-tuned"] = figures.by_replacement(other, "1")
+        total = count * (len(strengths) + len(ways))
+        with bar(total=total, unit="picture", desc="editing") as shown:
+            rows, tiles = figures.strokes_kept(model, scenes, strengths, shown.update)
+            figures.plot(folder / "strokes.png", rows)
+            figures.sheet(folder / "strokes_sheet.png", tiles, min(8, count))
+            found, tiles = figures.holes_filled(model, scenes, ways, shown.update)
+            figures.sheet(folder / "holes_sheet.png", tiles, 2 + len(ways))
+        report = {
+            "model": options.model,
+            "model_sha256": model.digest,
+            "inpainting": options.inpainting,
+            "seed": options.seed,
+            "pictures": count,
+            "strokes": rows,
+            "holes": {name: one.as_json() for name, one in found.items()},
+        }
+        write_json(folder / "results.json", report)
+    return report

@@ -1,0 +1,179 @@
+"""GLIDE's inpainting: a stage that is told what stays, begun from one that is not."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascade import cli, images, testing
+from cascade.data import FolderData
+from cascade.errors import UserError
+from cascade.models import Level, UNetConfig
+from cascade.runner.cascade import Cascade
+from cascade.runner.edits import Edit
+from cascade.stage import Stage, Text
+from cascade.stage.conditions import Keys, TextInput
+from cascade.tasks.inpaint.hole import Hole
+from cascade.tasks.inpaint.training import InpaintTraining, widened
+
+
+def plain_stage(**network):
+    stage = testing.base_stage()
+    return dataclasses.replace(stage, network=dataclasses.replace(stage.network, **network))
+
+
+def with_hole(stage, **fields):
+    return dataclasses.replace(stage, conditions=(*stage.conditions, Hole(**fields)))
+
+
+def text_of(stage, b):
+    (text,) = [c for c in stage.conditions if isinstance(c, Text)]
+    values = jax.random.normal(jax.random.key(5), (b, 3, text.width))
+    return TextInput(values, jnp.ones((b, 3), bool))
+
+
+PATCHED = UNetConfig(
+    patch=2, levels=(Level(width=8, blocks=1),), head_width=8, emb_width=16, coordinates=True
+)
+
+
+@pytest.mark.parametrize("network", [None, PATCHED])
+def test_the_first_output_is_that_of_the_stage_it_begins_from(network):
+    stage = (
+        plain_stage() if network is None else dataclasses.replace(plain_stage(), network=network)
+    )
+    wide = with_hole(stage)
+    # Random, since a fresh network's output is zero whatever it is told.
+    params = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.3,
+        Stage(stage).init(jax.random.key(0)),
+    )
+    more = widened(params, Stage(wide).abstract(), stage)
+    x, logsnr = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.zeros(2)
+    text = {"text": text_of(stage, 2)}
+    hole = jax.random.normal(jax.random.key(2), (2, 8, 8, 4))
+    told = {**text, "hole": (hole[..., :3], hole[..., 3:])}
+    options = {"threshold": stage.sampling.threshold}
+    before = Stage(stage).denoiser(params, text, **options)(x, logsnr)
+    after = Stage(wide).denoiser(more, told, **options)(x, logsnr)
+    np.testing.assert_allclose(before, after, atol=1e-6)  # more zeros are summed
+    assert np.abs(before).mean() > 0.01
+    kernel = more["network"]["conv_in"]["kernel"]
+    other = jax.tree.map(lambda y: y + 0.1 if y.shape == kernel.shape else y, more)
+    assert (Stage(wide).denoiser(other, told, **options)(x, logsnr) - after > 0.01).any()
+
+
+def test_weights_of_another_stage_are_refused():
+    stage = plain_stage()
+    params = Stage(dataclasses.replace(stage, network=PATCHED)).init(jax.random.key(0))
+    with pytest.raises((UserError, ValueError)):
+        widened(params, Stage(with_hole(stage)).abstract(), stage)
+
+
+def test_training_tells_what_is_outside_a_random_box():
+    config = Hole(least=0.25, most=0.5, whole=0.25)
+    image = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
+    keys = Keys(*jax.random.split(jax.random.key(0), 3))
+    known, hole = config.of_batch({"image": image}, keys, None, (16, 16, 3))
+    shares = np.asarray(hole).mean((1, 2, 3))
+    whole = shares == 1
+    assert 0.1 < whole.mean() < 0.45 and (shares[~whole] <= 0.4).all() and (shares > 0).all()
+    for picture, true, gap in zip(known, images.to_float(image), hole[..., 0] > 0, strict=True):
+        assert (picture[gap] == 0).all()
+        np.testing.assert_array_equal(picture[~gap], true[~gap])
+        rows, columns = np.where(gap.any(1))[0], np.where(gap.any(0))[0]
+        assert gap.sum() == len(rows) * len(columns)  # a box without gaps
+        assert len(rows) == np.ptp(rows) + 1 and len(columns) == np.ptp(columns) + 1
+
+
+def test_a_part_of_a_batch_has_the_holes_of_the_whole():
+    image = np.zeros((8, 16, 16, 3), np.uint8)
+    keys = Keys(*jax.random.split(jax.random.key(0), 3))
+    _, whole = Hole().of_batch({"image": image}, keys, None, (16, 16, 3))
+    _, part = Hole().of_batch({"image": image[1::2]}, keys, (jnp.int32(1), 2), (16, 16, 3))
+    np.testing.assert_array_equal(part, whole[1::2])
+
+
+def test_drawing_tells_the_mask_of_the_edit_and_without_one_that_all_is_hole():
+    picture = jnp.full((2, 8, 8, 3), 0.5)
+    repaint = jnp.zeros((2, 8, 8, 1), bool).at[:, :4].set(True)
+    known, hole = Hole().of_steering(Edit(picture=picture, repaint=repaint), 2, (8, 8, 3))
+    assert (known[:, :4] == 0).all() and (known[:, 4:] == 0.5).all()
+    np.testing.assert_array_equal(hole, repaint)
+    for steering in (None, Edit(picture=picture)):
+        known, hole = Hole().of_steering(steering, 2, (8, 8, 3))
+        assert (known == 0).all() and (hole == 1).all()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny stage that was trained, exported, and fine-tuned to fill holes."""
+    folder = tmp_path_factory.mktemp("inpaint")
+    (folder / "data").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    for i, picture in enumerate(pixels):
+        images.save_png(folder / "data" / f"{i}.png", picture)
+        (folder / "data" / f"{i}.txt").write_text("a red circle")
+    (folder / "config.py").write_text(
+        f"""
+import dataclasses
+from cascade import testing
+from cascade.data import FolderData
+from cascade.stage import Text
+from cascade.tasks.inpaint.hole import Hole
+from cascade.tasks.inpaint.training import InpaintTraining
+from cascade.training.stage_training import StageTraining
+
+
+def config(init: str = ""):
+    stage = testing.base_stage()
+    stage = dataclasses.replace(stage, conditions=(Text(width=128, head_width=8),))
+    fields = dict(data=FolderData(path={str(folder / "data")!r}), images=16, batch_size=8,
+                  log_every_images=8, save_every_images=8)
+    if not init:
+        return StageTraining(stage=stage, **fields)
+    stage = dataclasses.replace(stage, conditions=(*stage.conditions, Hole()))
+    return InpaintTraining(stage=stage, init=init, preview_prompts=("a",), **fields)
+"""
+    )
+    config = str(folder / "config.py")
+    cli.main(["train", config, "--workdir", str(folder / "a")])
+    cli.main(["export", str(folder / "a"), str(folder / "plain")])
+    init = ["--init", str(folder / "plain")]
+    cli.main(["train", config, *init, "--workdir", str(folder / "b"), "--until", "8"])
+    cli.main(["train", config, *init, "--workdir", str(folder / "b")])
+    cli.main(["export", str(folder / "b"), str(folder / "filled")])
+    return folder
+
+
+def test_it_trains_goes_on_draws_previews_and_is_exported(run):
+    rows = [json.loads(line) for line in (run / "b" / "metrics.jsonl").open()]
+    assert [row["images"] for row in rows] == [8, 16]
+    config = json.loads((run / "filled" / "base8" / "config.json").read_text())
+    kinds = (
+        [c["type"] for c in config["stage"]["conditions"]]
+        if "stage" in config
+        else [c["type"] for c in config["conditions"]]
+    )
+    assert kinds[-1] == "cascade.tasks.inpaint.hole.Hole"
+
+
+def test_the_exported_model_draws_with_and_without_a_mask(run):
+    model = Cascade.load(run / "filled")
+    init = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    (free,) = model("a red circle")
+    (edited,) = model("a red circle", init=init, mask=mask)
+    np.testing.assert_array_equal(edited.image[4:], init[4:])
+    assert free.image.shape == (8, 8, 3) and (edited.image[:4] != init[:4]).any()
+
+
+def test_a_stage_without_a_hole_is_no_job_of_inpainting():
+    with pytest.raises(ValueError, match="must have a Hole as its last condition"):
+        InpaintTraining(stage=plain_stage(), data=FolderData(path="x"), images=8, batch_size=8)
+    with pytest.raises(ValueError, match="Hole.least must be above 0"):
+        Hole(least=0.9, most=0.5)
