@@ -55,7 +55,7 @@ def test_rows_have_it_when_it_is_due(job, tmp_path):
         assert figures["validation/loss"] == pytest.approx(np.mean(levels))
         assert all(0 < level < 10 for level in levels)
     assert (tmp_path / "run" / "loss.png").is_file()
-    with pytest.raises(UserError, match="another config .validation: 0.4 there, 0.2 here"):
+    with pytest.raises(UserError, match="another config .validation: 0.4 before, 0.2 now"):
         fit(dataclasses.replace(job, validation=0.2), tmp_path / "run")
 
 
