@@ -27,9 +27,9 @@ class Filters:
     """What a picture and its caption must be; what is not is left out, and counted by reason.
 
     What a dataset says beside its pictures is looked at when it is opened, the sizes in columns
-    `width` and `height` among it, and the rest when a picture is read. In object storage, where it
-    would take a request for each picture, all is looked at when one is read. Of several captions
-    those that fail are left out.
+    `width` and `height` among it, and the rest when a picture is read. All is looked at when one is
+    read in a TFDS dataset, and in shards in object storage, where it would take a request for each.
+    Of several captions those that fail are left out.
     """
 
     least_side: int = 0

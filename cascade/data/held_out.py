@@ -16,8 +16,8 @@ def divided(source: Source, share: float) -> tuple[Source, Source]:
     """(what is trained on, what is held out), in the order of the source.
 
     share: about this part of all examples is held out, in (0, 1). Which ones are is a function of
-    each example's name, so that an example stays where it is when others come or go, or when the
-    dataset is written anew in other shards. Raises UserError where either part would be empty, and
+    each example's name, so that an example stays where it is when others come or go, or when shards
+    are cut anew; `cascade data convert` gives new names. Raises UserError where either part would be empty, and
     for a source of more than MOST_EXAMPLES.
     """
     if len(source) > MOST_EXAMPLES:
