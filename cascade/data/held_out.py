@@ -17,8 +17,8 @@ def divided(source: Source, share: float) -> tuple[Source, Source]:
 
     share: about this part of all examples is held out, in (0, 1). Which ones are is a function of
     each example's name, so that an example stays where it is when others come or go, or when shards
-    are cut anew; `cascade data convert` gives new names. Raises UserError where either part would be empty, and
-    for a source of more than MOST_EXAMPLES.
+    are cut anew; `cascade data convert` gives new names. Raises UserError where either part would
+    be empty, and for a source of more than MOST_EXAMPLES.
     """
     if len(source) > MOST_EXAMPLES:
         raise UserError(
