@@ -1,4 +1,4 @@
-"""Make or inspect a dataset, or embed its captions."""
+"""Make, inspect or embed a dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import tyro
 
 from cascade import config
-from cascade.commands.embed import EmbedOptions, embed
 from cascade.data import Data
 from cascade.data.inspection import dataset_in, inspect
 from cascade.devices import distributed, xla_flags
@@ -20,6 +19,7 @@ from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.make import make
 from cascade.scenes.spec import Split
+from cascade.training.embed import EmbedOptions, embed
 
 USAGE = """usage: cascade data make DIR ...      render scenes into DIR as a TFDS dataset
        cascade data inspect SOURCE ...  draw a contact sheet of a dataset and print its statistics

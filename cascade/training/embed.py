@@ -1,4 +1,4 @@
-"""What `cascade data embed` does: the captions of a dataset into a store of embeddings."""
+"""The captions of a dataset into a store of embeddings, by all processes together."""
 
 from __future__ import annotations
 
