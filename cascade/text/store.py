@@ -233,7 +233,9 @@ class Shard:
         found, self._metadata = weights.mapped(file)
         wanted = {"hashes", "offsets", "values"} | ({"scales"} if making.dtype == "int8" else set())
         if found.keys() != wanted:
-            raise _damaged(file, f"it holds {', '.join(found)}, not {', '.join(sorted(wanted))}")
+            raise _damaged(
+                file, f"it holds {', '.join(sorted(found))}, not {', '.join(sorted(wanted))}"
+            )
         self.hashes, self.offsets, self.values = (found[k] for k in ("hashes", "offsets", "values"))
         self.scales = found.get("scales")
         m, t = len(self.hashes), len(self.values)
@@ -419,9 +421,9 @@ def differences(a: Making, b: Making) -> Mapping[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def partial_of(name: str) -> re.Pattern[str]:
-    """Match the names that a shard of this name has while it is written."""
-    return re.compile(rf"\.+{re.escape(name)}(\.[0-9a-f]{{16}}\.partial)+")
+def is_partial(name: str, of: str) -> bool:
+    """Whether a file has that name while one of the other name is written."""
+    return re.fullmatch(rf"\.+{re.escape(of)}(\.[0-9a-f]{{16}}\.partial)+", name) is not None
 
 
 def _check_count(config: Any, name: str, least: int, most: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -78,16 +78,30 @@ def encoded(
                 yield int(row), value[: lengths[row]]
 
 
+class Fact(NamedTuple):
+    """What is known of a shard that is there."""
+
+    texts: int
+    tokens: int
+    longest: int
+    """Tokens of the longest text."""
+    cosine: float
+    """The lowest of a token to the encoder's float32."""
+    digest: bytes
+    """SHA-256 of the file."""
+
+
 def make_shard(
     folder: Path,
     number: int,
     making: Making,
     texts: Mapping[bytes, str],
     encode: Callable[[Sequence[str]], Iterator[tuple[int, np.ndarray]]],
-) -> str:
-    """Write a shard into the folder of its store, whole or not at all, and give its SHA-256.
+) -> Fact:
+    """Write a shard into the folder of its store, whole or not at all.
 
     texts: those of the shard by their hashes. encode: texts -> what `encoded` yields of them.
+    Raises UserError where the encoder says what is no finite number.
     """
     hashes = sorted(texts)
     found: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
@@ -108,13 +122,29 @@ def make_shard(
     values = np.concatenate([v for v, _ in parts])
     with paths.writing(folder / store.shard_name(number)) as file:
         store.write_shard(file, hashes, values, scales, lengths, cosine)
-        return checksums.digest(file)
+        return _fact(file, number, making)
 
 
-def clear_partial(folder: Path, number: int) -> None:
-    """Remove what a process that was killed has left of a shard of a folder here."""
+def fact_of(folder: Path, number: int, making: Making) -> Fact:
+    """Look at a shard that is there. Raises UserError for one that is damaged."""
+    with paths.reading(folder / store.shard_name(number)) as file:
+        return _fact(file, number, making)
+
+
+def clear_partial(folder: Path, names: Iterable[str]) -> None:
+    """Remove what a process that was killed has left of files of these names, in a folder here."""
     if isinstance(folder, pathlib.Path):
-        left = store.partial_of(store.shard_name(number))
         for file in folder.iterdir():
-            if left.fullmatch(file.name):
+            if any(store.is_partial(file.name, name) for name in names):
                 file.unlink()
+
+
+def _fact(file: pathlib.Path, number: int, making: Making) -> Fact:
+    shard = store.Shard(file, number, making)
+    return Fact(
+        texts=len(shard.hashes),
+        tokens=len(shard.values),
+        longest=shard.longest,
+        cosine=shard.lowest_cosine,
+        digest=bytes.fromhex(checksums.digest(file)),
+    )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -21,7 +21,7 @@ from cascade.storage import paths
 if TYPE_CHECKING:
     from cascade.data.source import Data, Source
     from cascade.text.store import Making, StoreConfig
-    from cascade.text.store_making import Gathered
+    from cascade.text.store_making import Fact, Gathered
 
 MOST_PROMPTS = 2**26
 """Bytes of the largest file of prompts."""
@@ -128,8 +128,9 @@ def _embed(options: EmbedOptions, data: Data) -> dict[str, Any]:
         if (folder / "config.json").exists():
             return _report(options, store.read_config(folder, options.out), left_out, 0)
         new = [n for n in own if not (folder / store.shard_name(n)).exists()]
-        digests = _make(options, folder, making, {n: gathered.texts[n] for n in new})
-        facts = _of_all([_fact(folder, making, n, digests.get(n)) for n in own], own, shards)
+        there = {n: store_making.fact_of(folder, n, making) for n in set(own) - set(new)}
+        made_now = _make(options, folder, making, {n: gathered.texts[n] for n in new})
+        facts = _of_all(there | made_now, shards)
         made = store.StoreConfig(
             **{f.name: getattr(making, f.name) for f in dataclasses.fields(making)},
             source=json.dumps({"data": to_json(data), "count": count}),
@@ -145,16 +146,6 @@ def _embed(options: EmbedOptions, data: Data) -> dict[str, Any]:
 
 _RESOLUTION = 64
 """Data is opened at some resolution; no picture is looked at."""
-
-
-class _Fact(NamedTuple):
-    """What a shard holds; its SHA-256 as bytes."""
-
-    texts: int
-    tokens: int
-    longest: int
-    cosine: float
-    digest: bytes
 
 
 _PACKED = struct.Struct("<qqqd32s")
@@ -213,14 +204,14 @@ def _begin(folder: paths.Path, making: Making, stack: contextlib.ExitStack) -> N
     """Claim the folder for as long as the stack is open. UserError where it holds other things."""
     from cascade.config import from_json, read_json, to_json
     from cascade.storage.lock import Lock
-    from cascade.text import store
+    from cascade.text import store, store_making
 
     unfinished = folder / store.UNFINISHED
     if (folder / "config.json").exists():
         there = store.read_config(folder, str(folder))
     elif unfinished.exists():
         there = from_json(store.Making, read_json(unfinished), str(unfinished))
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(map(_is_other, folder.iterdir()))):
         raise UserError(f"{folder}: exists already; name a new or empty folder")
     else:
         there = None
@@ -233,10 +224,23 @@ def _begin(folder: paths.Path, making: Making, stack: contextlib.ExitStack) -> N
     stack.enter_context(
         Lock(folder, held_by="another `cascade data embed`", way_out="name another folder")
     )
+    store_making.clear_partial(folder, _OWN)
     if there is None:
         paths.write_json(unfinished, to_json(making))
     elif (folder / "config.json").exists() and unfinished.exists():  # killed in between
         unfinished.unlink()
+
+
+_OWN = ("unfinished.json", "config.json", "SHA256SUMS", "running.json")
+"""What the first process writes."""
+
+
+def _is_other(file: paths.Path) -> bool:
+    """Whether a file is none that a process which was killed at its start may have left."""
+    from cascade.text import store
+
+    left = any(store.is_partial(file.name, name) for name in _OWN)
+    return not left and file.name != "running.json"
 
 
 def _make(
@@ -244,15 +248,15 @@ def _make(
     folder: paths.Path,
     making: Making,
     texts: Mapping[int, Mapping[bytes, str]],
-) -> dict[int, str]:
-    """Write the shards of these texts, by number; returns their checksums."""
+) -> dict[int, Fact]:
+    """Write the shards of these texts, by number; returns what is known of them."""
     if not texts:
         return {}
     import jax
 
     from cascade.bar import bar
     from cascade.devices import sharding
-    from cascade.text import T5Encoder, store_making
+    from cascade.text import T5Encoder, store, store_making
 
     shared = options.fsdp == -1
     mesh = sharding.make_mesh(
@@ -275,43 +279,29 @@ def _make(
                 shown.update()
                 yield found
 
-        digests = {}
+        facts = {}
         for number, own in texts.items():
-            store_making.clear_partial(folder, number)
-            digests[number] = store_making.make_shard(folder, number, making, own, encode)
-    return digests
+            store_making.clear_partial(folder, [store.shard_name(number)])
+            facts[number] = store_making.make_shard(folder, number, making, own, encode)
+    return facts
 
 
-def _fact(folder: paths.Path, making: Making, number: int, digest: str | None) -> _Fact:
-    """What a shard holds that is there. digest: its checksum, if it is known."""
-    from cascade.storage import checksums
-    from cascade.text import store
-
-    with paths.reading(folder / store.shard_name(number)) as file:
-        shard = store.Shard(file, number, making)
-        return _Fact(
-            texts=len(shard.hashes),
-            tokens=len(shard.values),
-            longest=shard.longest,
-            cosine=shard.lowest_cosine,
-            digest=bytes.fromhex(digest or checksums.digest(file)),
-        )
-
-
-def _of_all(facts: Sequence[_Fact], own: Sequence[int], shards: int) -> list[_Fact]:
-    """The facts of all shards, which all processes tell each other. own: whose are given."""
+def _of_all(facts: Mapping[int, Fact], shards: int) -> list[Fact]:
+    """The facts of all shards, which all processes tell each other. facts: by number, its own."""
     import numpy as np
     from jax.experimental import multihost_utils
 
+    from cascade.text.store_making import Fact
+
     table = np.zeros((shards, _PACKED.size), np.uint8)
-    for number, fact in zip(own, facts, strict=True):
+    for number, fact in facts.items():
         table[number] = np.frombuffer(_PACKED.pack(*fact), np.uint8)
     everyone = np.asarray(multihost_utils.process_allgather(table))
     table = everyone.reshape(-1, *table.shape).max(0)  # each row is zero in all but one
-    return [_Fact(*_PACKED.unpack(row.tobytes())) for row in table]
+    return [Fact(*_PACKED.unpack(row.tobytes())) for row in table]
 
 
-def _finish(folder: paths.Path, made: StoreConfig, facts: Sequence[_Fact]) -> None:
+def _finish(folder: paths.Path, made: StoreConfig, facts: Sequence[Fact]) -> None:
     """Write what makes the store whole, config.json last."""
     from cascade.config import to_json
     from cascade.storage import checksums

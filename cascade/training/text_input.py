@@ -112,7 +112,7 @@ class Stored:
         return batch | self._restore(read, np.int32(step))
 
     def present(self, prompts: Sequence[str]) -> list[str]:
-        """Those of the prompts that can be embedded; a warning names one of the others."""
+        """Leave out the prompts that cannot be embedded, with a warning that names one of them."""
         left = [] if self._encoder else [text for text in prompts if text not in self.store]
         if left and jax.process_index() == 0:
             print(
