@@ -41,13 +41,16 @@ def plan_text_encoder(
 ) -> Figures:
     """Returns {"text_encoder": the figures of one batch that the encoder embeds before a step}.
 
-    They are None where the run loads no encoder, for a store has its embeddings or no text is read.
+    They are None where the run loads no encoder, for a store has its embeddings or no text is read;
+    one that is loaded for what a store lacks is counted as if it embedded all.
     Bytes and seconds are of one chip; `bound_seconds`, `peak_bytes`, `fits` and `images_per_second`
     are of encoder and step together, one after the other. step: the figures of the step alone.
     Memory and traffic are those of the weights. Where the encoder's size is not known here, there
     is a note of that under "unknown".
     """
-    if not isinstance(job, StageTraining) or job.stage.text is None or job.embeddings is not None:
+    if not isinstance(job, StageTraining) or job.stage.text is None:
+        return {"text_encoder": None}
+    if job.embeddings is not None and job.embeddings_missing == "refuse":
         return {"text_encoder": None}
     name = job.text_encoder
     config = _config(name)
