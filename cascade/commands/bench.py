@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,8 +77,10 @@ class EmbeddingsOptions:
     Files that are in memory already are read from there; the second half of the reads is timed.
     """
 
-    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
-    """A store that `cascade data embed` made."""
+    store: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")] = None
+    """A store that `cascade data embed` made; None makes one for the time being, of 2048 texts as
+    long as COCO's captions (11 words, give or take 2.4, of 1.25 tokens each, and the end of
+    sequence), whose embeddings are random and 4096 wide."""
     reads: int = 4096
     """Texts that are read."""
     tokens: int = 128
@@ -88,7 +90,7 @@ class EmbeddingsOptions:
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
        cascade bench train --config FILE [--FIELD VALUE ...] [--steps N] [--tokens N]
        cascade bench compile --config FILE [--FIELD VALUE ...] [--tokens N]
-       cascade bench embeddings STORE [--reads N] [--tokens N]
+       cascade bench embeddings [STORE] [--reads N] [--tokens N]
        cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]
 
 Measure this machine; the figures are JSON on stdout.
@@ -232,21 +234,61 @@ def bench_embeddings(options: EmbeddingsOptions) -> dict[str, Any]:
     would take, and smaller the first in the second. Raises UserError for numbers below 1, and for a
     store as `open_store` does.
     """
+    for name in ("reads", "tokens"):
+        if (value := getattr(options, name)) < 1:
+            raise OptionError(name, value, "must be 1 or more")
+    if options.store is not None:
+        return _read_store(options.store, options)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_random_store(Path(folder))
+        return _read_store(folder, options) | {"store": None}
+
+
+def _write_random_store(folder: Path) -> None:
+    """Make a store of 2048 texts as long as COCO's captions."""
+    import numpy as np
+
+    from cascade.text import store_making
+    from cascade.text.store import Making
+
+    rng, texts = np.random.default_rng(0), store_making.Gathered(1, [0])
+    for i in range(2048):
+        texts.add(str(i))
+    making = Making(
+        texts_digest=texts.digest,
+        text_encoder="none",
+        encoder_digest="",
+        text_int8=False,
+        captions="verbatim",
+        max_tokens=128,
+        window=512,
+        width=4096,
+        dtype="int8",
+        shards=1,
+    )
+
+    def encode(texts: Sequence[str]) -> Iterator[tuple[int, Any]]:
+        for row in range(len(texts)):
+            length = round(1.25 * max(5, rng.normal(11, 2.4))) + 1
+            yield row, rng.standard_normal((length, making.width), np.float32)
+
+    facts = [store_making.make_shard(folder, 0, making, texts.texts[0], encode)]
+    store_making.finish(folder, store_making.config_of(making, facts, ""), facts)
+
+
+def _read_store(name: str, options: EmbeddingsOptions) -> dict[str, Any]:
     import numpy as np
 
     from cascade.text.store import open_store, shard_names
 
-    for name in ("reads", "tokens"):
-        if (value := getattr(options, name)) < 1:
-            raise OptionError(name, value, "must be 1 or more")
-    store = open_store(options.store)
+    store = open_store(name)
     made, rng = store.config, np.random.default_rng(0)
     names = shard_names(made)
     size = sum((store.folder / name).stat().st_size for name in names)
     each = size / max(1, made.texts)
     padded = 2 * options.tokens * made.width
     sizes = np.array([len(store.shard(n).hashes) for n in range(made.shards)])
-    chosen = rng.choice(made.shards, options.reads, p=sizes / sizes.sum())
+    chosen = rng.choice(made.shards, options.reads, p=sizes / sizes.sum()).tolist()
     hashes = [store.shard(n).hashes[rng.integers(sizes[n])].tobytes() for n in chosen]
     batches = [hashes[i : i + 64] for i in range(0, len(hashes), 64)]
     half = len(batches) // 2
@@ -257,7 +299,7 @@ def bench_embeddings(options: EmbeddingsOptions) -> dict[str, Any]:
         store.read_hashes(batch, options.tokens)
     seconds = time.perf_counter() - start
     return {
-        "store": options.store,
+        "store": name,
         "dtype": made.dtype,
         "width": made.width,
         "texts": made.texts,

@@ -10,6 +10,7 @@ interruption, and any number of processes, writes the same shards.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from cascade.config import to_json
 from cascade.errors import UserError
 from cascade.storage import checksums, paths
 from cascade.storage.paths import Path
 from cascade.text import store
 from cascade.text.embedding import TextEncoder
-from cascade.text.store import Making
+from cascade.text.store import Making, StoreConfig
 from cascade.text.tokenizer import Tokens
 
 SHARD_TEXTS = 2**14
@@ -129,6 +131,26 @@ def fact_of(folder: Path, number: int, making: Making) -> Fact:
     """Look at a shard that is there. Raises UserError for one that is damaged."""
     with paths.reading(folder / store.shard_name(number)) as file:
         return _fact(file, number, making)
+
+
+def config_of(making: Making, facts: Sequence[Fact], source: str) -> StoreConfig:
+    """What the config.json of a store says. facts: of all shards. source: as the field of it."""
+    return StoreConfig(
+        **{field.name: getattr(making, field.name) for field in dataclasses.fields(Making)},
+        source=source,
+        texts=sum(fact.texts for fact in facts),
+        tokens=sum(fact.tokens for fact in facts),
+        longest=max(fact.longest for fact in facts),
+        lowest_cosine=min(fact.cosine for fact in facts),
+    )
+
+
+def finish(folder: Path, config: StoreConfig, facts: Sequence[Fact]) -> None:
+    """Write what makes a store of its shards: their checksums, and config.json last."""
+    names = store.shard_names(config)
+    sums = {name: fact.digest.hex() for name, fact in zip(names, facts, strict=True)}
+    checksums.write_known(folder, sums)
+    paths.write_json(folder / "config.json", to_json(config))
 
 
 def clear_partial(folder: Path, names: Iterable[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import struct
@@ -131,16 +130,11 @@ def _embed(options: EmbedOptions, data: Data) -> dict[str, Any]:
         there = {n: store_making.fact_of(folder, n, making) for n in set(own) - set(new)}
         made_now = _make(options, folder, making, {n: gathered.texts[n] for n in new})
         facts = _of_all(there | made_now, shards)
-        made = store.StoreConfig(
-            **{f.name: getattr(making, f.name) for f in dataclasses.fields(making)},
-            source=json.dumps({"data": to_json(data), "count": count}),
-            texts=sum(fact.texts for fact in facts),
-            tokens=sum(fact.tokens for fact in facts),
-            longest=max(fact.longest for fact in facts),
-            lowest_cosine=min(fact.cosine for fact in facts),
-        )
+        told = json.dumps({"data": to_json(data), "count": count})
+        made = store_making.config_of(making, facts, told)
         if jax.process_index() == 0:
-            _finish(folder, made, facts)
+            store_making.finish(folder, made, facts)
+            (folder / store.UNFINISHED).unlink()
         return _report(options, made, left_out, len(new))
 
 
@@ -299,19 +293,6 @@ def _of_all(facts: Mapping[int, Fact], shards: int) -> list[Fact]:
     everyone = np.asarray(multihost_utils.process_allgather(table))
     table = everyone.reshape(-1, *table.shape).max(0)  # each row is zero in all but one
     return [Fact(*_PACKED.unpack(row.tobytes())) for row in table]
-
-
-def _finish(folder: paths.Path, made: StoreConfig, facts: Sequence[Fact]) -> None:
-    """Write what makes the store whole, config.json last."""
-    from cascade.config import to_json
-    from cascade.storage import checksums
-    from cascade.text import store
-
-    names = store.shard_names(made)
-    sums = {name: fact.digest.hex() for name, fact in zip(names, facts, strict=True)}
-    checksums.write_known(folder, sums)
-    paths.write_json(folder / "config.json", to_json(made))
-    (folder / store.UNFINISHED).unlink()
 
 
 def _report(options: EmbedOptions, made: StoreConfig, left_out: int, new: int) -> dict[str, Any]:

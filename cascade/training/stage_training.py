@@ -206,7 +206,8 @@ class RunningStage(Running):
         self._prompts = list(job.preview_prompts)
         if isinstance(self._text, Stored):
             self.batches = StoredBatches(read, self._text.store)
-            self._prompts = self._text.present(self._prompts)
+            if job.preview_every_images and job.stage.lowres is None:
+                self._prompts = self._text.present(self._prompts)
 
     def read(
         self, source: Source, tokenizer: TokenizeFn | None, rows: Int[np.ndarray, " rows"]

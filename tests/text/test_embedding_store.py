@@ -13,9 +13,8 @@ import pytest
 import safetensors.numpy
 
 from cascade import testing
-from cascade.config import to_json
 from cascade.errors import UserError
-from cascade.storage import checksums, paths
+from cascade.storage import checksums
 from cascade.text import store, store_making
 from cascade.text.store import Making, StoreConfig, open_store
 from cascade.text.tokenizer import Tokens
@@ -86,17 +85,7 @@ def made(folder, texts, dtype="int8", shards=SHARDS, encoder=None):
     facts = [
         store_making.make_shard(folder, n, making, gathered.texts[n], encode) for n in range(shards)
     ]
-    config = StoreConfig(
-        **{f.name: getattr(making, f.name) for f in dataclasses.fields(making)},
-        source="",
-        texts=sum(f.texts for f in facts),
-        tokens=sum(f.tokens for f in facts),
-        longest=max(f.longest for f in facts),
-        lowest_cosine=min(f.cosine for f in facts),
-    )
-    names = store.shard_names(config)
-    checksums.write_known(folder, {n: f.digest.hex() for n, f in zip(names, facts, strict=True)})
-    paths.write_json(folder / "config.json", to_json(config))
+    store_making.finish(folder, store_making.config_of(making, facts, ""), facts)
     return folder
 
 
