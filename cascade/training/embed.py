@@ -95,6 +95,9 @@ def _embed(options: EmbedOptions, data: Data) -> dict[str, Any]:
     from cascade.text import store, store_making, t5
 
     _check(options)
+    folder, encoder = paths.path(options.out), t5.locate(options.text_encoder)
+    config = t5.read_config(encoder)
+    _begun(folder)  # what may be wrong with it is told before a long look at captions
     source, prompts = data.open(_RESOLUTION), _prompts(options.prompts)
     count = len(source) if options.count is None else min(options.count, len(source))
     shards = options.shards or -(-(count + len(prompts)) // store_making.SHARD_TEXTS)
@@ -106,8 +109,6 @@ def _embed(options: EmbedOptions, data: Data) -> dict[str, Any]:
     own = range(jax.process_index(), shards, jax.process_count())
     gathered = store_making.Gathered(shards, own)
     left_out = len(source.left_out) + _gather(gathered, source, count, prompts)
-    encoder = t5.locate(options.text_encoder)
-    config = t5.read_config(encoder)
     making = store.Making(
         texts_digest=gathered.digest,
         text_encoder=options.text_encoder,
@@ -121,7 +122,6 @@ def _embed(options: EmbedOptions, data: Data) -> dict[str, Any]:
         shards=shards,
     )
     distributed.agree({"command, dataset or text encoder": json.dumps(to_json(making))})
-    folder = paths.path(options.out)
     with contextlib.ExitStack() as stack:
         distributed.all_or_none(lambda: _begin(folder, making, stack))
         if (folder / "config.json").exists():
@@ -194,21 +194,29 @@ def _gather(gathered: Gathered, source: Source, count: int, prompts: Iterable[st
     return bad
 
 
-def _begin(folder: paths.Path, making: Making, stack: contextlib.ExitStack) -> None:
-    """Claim the folder for as long as the stack is open. UserError where it holds other things."""
-    from cascade.config import from_json, read_json, to_json
-    from cascade.storage.lock import Lock
-    from cascade.text import store, store_making
+def _begun(folder: paths.Path) -> Making | None:
+    """What is in the folder, or will be; None for a new one. UserError where it holds other
+    things."""
+    from cascade.config import from_json, read_json
+    from cascade.text import store
 
     unfinished = folder / store.UNFINISHED
     if (folder / "config.json").exists():
-        there = store.read_config(folder, str(folder))
-    elif unfinished.exists():
-        there = from_json(store.Making, read_json(unfinished), str(unfinished))
-    elif folder.exists() and (not folder.is_dir() or any(map(_is_other, folder.iterdir()))):
+        return store.read_config(folder, str(folder))
+    if unfinished.exists():
+        return from_json(store.Making, read_json(unfinished), str(unfinished))
+    if folder.exists() and (not folder.is_dir() or any(map(_is_other, folder.iterdir()))):
         raise UserError(f"{folder}: exists already; name a new or empty folder")
-    else:
-        there = None
+    return None
+
+
+def _begin(folder: paths.Path, making: Making, stack: contextlib.ExitStack) -> None:
+    """Claim the folder for as long as the stack is open. UserError where it holds other things."""
+    from cascade.config import to_json
+    from cascade.storage.lock import Lock
+    from cascade.text import store, store_making
+
+    there, unfinished = _begun(folder), folder / store.UNFINISHED
     for name, (was, now) in {} if there is None else store.differences(there, making).items():
         raise UserError(
             f"{folder}: holds embeddings with another {name} ({was} there, {now} here); give the "
