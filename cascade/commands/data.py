@@ -1,8 +1,9 @@
-"""Make or inspect a dataset."""
+"""Make, inspect or embed a dataset."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,18 @@ import tyro
 from cascade import config
 from cascade.data import Data
 from cascade.data.inspection import dataset_in, inspect
+from cascade.devices import distributed, xla_flags
 from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.make import make
 from cascade.scenes.spec import Split
+from cascade.training.embed import EmbedOptions, embed
 
 USAGE = """usage: cascade data make DIR ...      render scenes into DIR as a TFDS dataset
        cascade data inspect SOURCE ...  draw a contact sheet of a dataset and print its statistics
+       cascade data embed SOURCE ...    embed its captions once, for training without text encoder
 
-`cascade data make --help` and `cascade data inspect --help` show what each takes."""
+`cascade data VERB --help` shows what each takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +82,25 @@ def main(argv: Sequence[str]) -> None:
         data = _found(options.source, options.split, options.seed)
         report = inspect(data, options.out, count=options.count, resolution=options.resolution)
         print(json.dumps(report))
+    elif argv[0] == "embed":
+        _embed(argv[1:])
     else:
-        raise UserError(f"cascade data {argv[0]}: no such command; there are make and inspect")
+        raise UserError(f"cascade data {argv[0]}: no such command; see cascade data --help")
+
+
+def _embed(words: Sequence[str]) -> None:
+    """Do what `cascade data embed` asks for; the first process prints what is in the store."""
+    options = config.parse(EmbedOptions, words, prog="cascade data embed")
+    data = _found(options.source, options.split, options.seed)
+    if isinstance(data, ScenesData) and options.count is None:
+        raise UserError("scenes have no end: say how many with --count, such as --count 10000")
+    xla_flags.apply(xla_flags.expected_backend(), os.environ)
+    with distributed.processes():
+        report = embed(options, data)
+        import jax
+
+        if jax.process_index() == 0:
+            print(json.dumps(report))
 
 
 def _found(source: str, split: str, seed: int) -> Data:

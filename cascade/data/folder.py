@@ -72,6 +72,9 @@ class _FolderSource(Source):
             raise BadRecord(str(e), _key(file, self._folder), "unreadable picture") from None
         return {"image": images.square(picture, self.resolution), "caption": self.captions[index]}
 
+    def caption(self, index: int) -> str:
+        return self.captions[index]
+
 
 def summary(records: Sequence[BadRecord]) -> str:
     """The records counted by reason, each with the first two keys, for people."""

@@ -57,6 +57,11 @@ class Source:
         """Example `index` in 0..len - 1. Raises BadRecord if it cannot be read."""
         raise NotImplementedError
 
+    def caption(self, index: int) -> str:
+        """The caption of example `index`, without its picture where that can be. Raises BadRecord
+        if it cannot be read."""
+        return self[index]["caption"]
+
     def window(self, index: int, y: int, x: int, size: int) -> Example:
         """The example with only the part [y : y + size, x : x + size] of its picture, in pixels."""
         example = self[index]

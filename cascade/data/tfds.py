@@ -47,21 +47,31 @@ class _TFDSSource(Source):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        where, key = f"{_where(self.config)}: record {index}", f"record {index}"
-        try:
-            record = self.records[index]
-        except Exception as e:  # ArrayRecord's and TFDS's own, for each way to be damaged
-            why = f"{where} cannot be read ({_line(e)})"
-            raise BadRecord(why, key, "unreadable record") from None
+        record, where, key = self._record(index)
         try:
             picture = images.decoded(io.BytesIO(record[self.config.image]))
         except images.Unreadable as e:
             raise BadRecord(f"{where} has no picture ({e})", key, "unreadable picture") from None
+        caption = self._decoded(record, where, key)
+        return {"image": images.square(picture, self.resolution), "caption": caption}
+
+    def caption(self, index: int) -> str:
+        return self._decoded(*self._record(index))
+
+    def _record(self, index: int) -> tuple[Any, str, str]:
+        """The undecoded record, how errors call it, and its key."""
+        where, key = f"{_where(self.config)}: record {index}", f"record {index}"
         try:
-            caption = record[self.config.caption].decode()
+            return self.records[index], where, key
+        except Exception as e:  # ArrayRecord's and TFDS's own, for each way to be damaged
+            why = f"{where} cannot be read ({_line(e)})"
+            raise BadRecord(why, key, "unreadable record") from None
+
+    def _decoded(self, record: Any, where: str, key: str) -> str:
+        try:
+            return record[self.config.caption].decode()
         except UnicodeDecodeError:
             raise BadRecord(f"{where}: caption is not UTF-8", key, "unreadable caption") from None
-        return {"image": images.square(picture, self.resolution), "caption": caption}
 
 
 def _where(config: TFDSData) -> str:

@@ -26,8 +26,9 @@ from cascade.storage.weights import load_safetensors
 from cascade.text import T5Encoder
 from cascade.text.t5 import SHIPPED
 from cascade.training import lora
-from cascade.training.stage_training import StageTraining, make_embedder
+from cascade.training.stage_training import StageTraining
 from cascade.training.step import begin
+from cascade.training.text_input import make_embedder
 from cascade.training.trainable import LoRA
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "if"
