@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,7 @@ import tyro
 
 from cascade import config
 from cascade.devices import xla_flags
-from cascade.errors import UserError
+from cascade.errors import OptionError, UserError
 
 if TYPE_CHECKING:
     from cascade.training.job import Job
@@ -90,10 +90,29 @@ class DataOptions:
     """Images a second that a trainer takes; it is then told whether it would wait."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingsOptions:
+    """Time how one thread of this machine reads a store of embeddings, at random, as a data worker
+    does: texts found by their hashes, padded, in batches of 64.
+
+    Files that are in memory already are read from there; the second half of the reads is timed.
+    """
+
+    store: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")] = None
+    """A store that `cascade data embed` made; None makes one for the time being, of 2048 texts as
+    long as COCO's captions (11 words, give or take 2.4, of 1.25 tokens each, and the end of
+    sequence), whose embeddings are random and 4096 wide."""
+    reads: int = 4096
+    """Texts that are read."""
+    tokens: int = 128
+    """Length in tokens that texts are padded to."""
+
+
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
        cascade bench train --config FILE [--FIELD VALUE ...] [--steps N] [--tokens N]
        cascade bench compile --config FILE [--FIELD VALUE ...] [--tokens N]
        cascade bench data SOURCE [--resolution N] [--trainer IMAGES_A_SECOND]
+       cascade bench embeddings [STORE] [--reads N] [--tokens N]
        cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]
 
 Measure this machine; the figures are JSON on stdout.
@@ -102,6 +121,8 @@ Measure this machine; the figures are JSON on stdout.
   train    the train step of a config: images a second, share of the chip's peak
   compile  the compiler on a config's loss and gradient
   data     the reading of a dataset: images a second of one core, enough for a trainer or not
+  embeddings
+           a store of embeddings: reads a second, bytes a text
   unet     one UNet forward, ours against diffusers' in PyTorch where it is installed
 
 `cascade bench VERB --help` tells of each word."""
@@ -124,13 +145,18 @@ def main(argv: Sequence[str]) -> None:
     elif argv[0] == "data":
         options = config.parse(DataOptions, argv[1:], prog="cascade bench data")
         print(json.dumps(bench_data(options), indent=2))
+    elif argv[0] == "embeddings":
+        options = config.parse(EmbeddingsOptions, argv[1:], prog="cascade bench embeddings")
+        print(json.dumps(bench_embeddings(options), indent=2))
     elif argv[0] == "unet":
         from cascade.published.deepfloyd.bench import UNetOptions, bench_unet
 
         options = config.parse(UNetOptions, argv[1:], prog="cascade bench unet")
         print(json.dumps(bench_unet(options), indent=2))
     else:
-        raise UserError(f"cascade bench {argv[0]}: must be sample, train, compile, data or unet")
+        raise UserError(
+            f"cascade bench {argv[0]}: must be sample, train, compile, data, embeddings or unet"
+        )
 
 
 def bench_train(job: Job, options: TrainOptions) -> dict[str, Any]:
@@ -273,6 +299,91 @@ def bench_data(options: DataOptions) -> dict[str, Any]:
         told["trainer_images_per_second"] = options.trainer
         told["trainer_waits"] = read / waited * cores < options.trainer
     return told
+
+
+def bench_embeddings(options: EmbeddingsOptions) -> dict[str, Any]:
+    """Time reads of a store by one thread, as JSON values.
+
+    bytes_per_text is that of all its shards; padded_bytes_per_text what `tokens` tokens of float16
+    would take, and smaller the first in the second. Raises UserError for numbers below 1, and for a
+    store as `open_store` does.
+    """
+    for name in ("reads", "tokens"):
+        if (value := getattr(options, name)) < 1:
+            raise OptionError(name, value, "must be 1 or more")
+    if options.store is not None:
+        return _read_store(options.store, options)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_random_store(Path(folder))
+        return _read_store(folder, options) | {"store": None}
+
+
+def _write_random_store(folder: Path) -> None:
+    """Make a store of 2048 texts as long as COCO's captions."""
+    import numpy as np
+
+    from cascade.text import store_making
+    from cascade.text.store import Making
+
+    rng, texts = np.random.default_rng(0), store_making.Gathered(1, [0])
+    for i in range(2048):
+        texts.add(str(i))
+    making = Making(
+        texts_digest=texts.digest,
+        text_encoder="none",
+        encoder_digest="",
+        text_int8=False,
+        captions="verbatim",
+        max_tokens=128,
+        window=512,
+        width=4096,
+        dtype="int8",
+        shards=1,
+    )
+
+    def encode(texts: Sequence[str]) -> Iterator[tuple[int, Any]]:
+        for row in range(len(texts)):
+            length = round(1.25 * max(5, rng.normal(11, 2.4))) + 1
+            yield row, rng.standard_normal((length, making.width), np.float32)
+
+    facts = [store_making.make_shard(folder, 0, making, texts.texts[0], encode)]
+    store_making.finish(folder, store_making.config_of(making, facts, ""), facts)
+
+
+def _read_store(name: str, options: EmbeddingsOptions) -> dict[str, Any]:
+    import numpy as np
+
+    from cascade.text.store import open_store, shard_names
+
+    store = open_store(name)
+    made, rng = store.config, np.random.default_rng(0)
+    names = shard_names(made)
+    size = sum((store.folder / name).stat().st_size for name in names)
+    each = size / max(1, made.texts)
+    padded = 2 * options.tokens * made.width
+    sizes = np.array([len(store.shard(n).hashes) for n in range(made.shards)])
+    chosen = rng.choice(made.shards, options.reads, p=sizes / sizes.sum()).tolist()
+    hashes = [store.shard(n).hashes[rng.integers(sizes[n])].tobytes() for n in chosen]
+    batches = [hashes[i : i + 64] for i in range(0, len(hashes), 64)]
+    half = len(batches) // 2
+    for batch in batches[:half]:
+        store.read_hashes(batch, options.tokens)
+    start = time.perf_counter()
+    for batch in batches[half:]:
+        store.read_hashes(batch, options.tokens)
+    seconds = time.perf_counter() - start
+    return {
+        "store": name,
+        "dtype": made.dtype,
+        "width": made.width,
+        "texts": made.texts,
+        "tokens_per_text": round(made.tokens / max(1, made.texts), 2),
+        "bytes_per_text": round(each, 1),
+        "padded_bytes_per_text": padded,
+        "smaller": round(padded / each, 2),
+        "lowest_cosine": made.lowest_cosine,
+        "reads_per_second": _rounded(sum(map(len, batches[half:])) / seconds),
+    }
 
 
 def _rounded(value: float) -> float:

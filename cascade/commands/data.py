@@ -1,9 +1,10 @@
-"""Make, inspect or convert a dataset."""
+"""Make, inspect, convert or embed a dataset."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,17 @@ from cascade import config
 from cascade.data import Data, Filters, uri
 from cascade.data.conversion import Format, convert
 from cascade.data.inspection import inspect
+from cascade.devices import distributed, xla_flags
 from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.make import make
 from cascade.scenes.spec import Split
+from cascade.training.embed import EmbedOptions, embed
 
 USAGE = """usage: cascade data make DIR ...      render scenes into DIR as a TFDS dataset
        cascade data inspect SOURCE ...  draw a contact sheet of a dataset and print its statistics
        cascade data convert SRC DST ... write a dataset as tar shards or as ArrayRecord
+       cascade data embed SOURCE ...    embed its captions once, for training without text encoder
 
 `cascade data VERB --help` shows what each takes."""
 
@@ -138,10 +142,25 @@ def main(argv: Sequence[str]) -> None:
             per_shard=options.per_shard,
         )
         print(json.dumps(report))
+    elif argv[0] == "embed":
+        _embed(argv[1:])
     else:
-        raise UserError(
-            f"cascade data {argv[0]}: no such command; there are make, inspect and convert"
-        )
+        raise UserError(f"cascade data {argv[0]}: no such command; see cascade data --help")
+
+
+def _embed(words: Sequence[str]) -> None:
+    """Do what `cascade data embed` asks for; the first process prints what is in the store."""
+    options = config.parse(EmbedOptions, words, prog="cascade data embed")
+    data = dataset(options.source, options.split, options.seed)
+    if isinstance(data, ScenesData) and options.count is None:
+        raise UserError("scenes have no end: say how many with --count, such as --count 10000")
+    xla_flags.apply(xla_flags.expected_backend(), os.environ)
+    with distributed.processes():
+        report = embed(options, data)
+        import jax
+
+        if jax.process_index() == 0:
+            print(json.dumps(report))
 
 
 def dataset(source: str, split: str = "train", seed: int = 0) -> Data:

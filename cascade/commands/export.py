@@ -269,12 +269,15 @@ def _common_reading(start: Any, reading: Reading | None) -> Reading:
     if reading is None:
         return Reading(start.text_encoder, start.max_tokens, start.captions)
     rest = start.name
-    for what, theirs, ours in (
-        ("captions of so many tokens", start.max_tokens, reading.max_tokens),
-        ("captions prepared", start.captions, reading.captions),
+    for what, flag, theirs, ours in (
+        ("as so many tokens", "--text-tokens", start.max_tokens, reading.max_tokens),
+        ("prepared so", "--captions", start.captions, reading.captions),
     ):
         if theirs != ours:
-            raise UserError(f"--rest {rest}: reads {what}: {theirs}, the runs {ours}")
+            raise UserError(
+                f"--rest {rest}: its stages read captions {what}: {theirs}, and the runs' {ours}; "
+                f"train with {flag} {theirs} to put them beside each other"
+            )
     theirs, ours = start.text_encoder, reading.text_encoder
     if theirs != ours and read_config(locate(theirs)) != read_config(locate(ours)):
         raise UserError(f"--rest {rest}: its text encoder {theirs} is not the runs' {ours}")

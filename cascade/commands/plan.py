@@ -32,7 +32,8 @@ figures as JSON on stdout. Nothing is trained; for TPUs the step is compiled, wh
   --t5-int8            with the text encoder of a MODEL in int8
   --suggest            try meshes (fsdp, and for TPUs tensor), remat and microbatches, and name the
                        fastest that fits
-  --FIELD VALUE        override a field of the config: --mesh.fsdp 16, --batch-size 2048"""
+  --FIELD VALUE        override a field of the config: --mesh.fsdp 16, --batch-size 2048; or
+                       --embeddings STORE, with which no text encoder is in memory"""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -32,7 +32,9 @@ Train one stage of a cascade, or a text encoder, as the config file says.
   --FIELD VALUE  override a field of the config; or an argument of its function config(), such as
                  the --init MODEL of configs/if/finetune_base64.py
 
-`cascade train CONFIG --help` lists the config's fields with their values.
+`cascade train CONFIG --help` lists the config's fields with their values. The exit status is 0 at
+the end, 143 if the run was told to stop (SIGTERM, Ctrl-C) and saved a checkpoint, 130 after a
+second Ctrl-C, which does not wait for one, and 2 for a mistake.
 
 {distributed.HELP}"""
 

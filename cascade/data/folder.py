@@ -77,6 +77,9 @@ class _FolderSource(PictureSource):
             raise BadRecord(str(e), key, "unreadable picture") from None
         return Found(key, where, path, (self.captions[index],))
 
+    def caption(self, index: int) -> str:
+        return self.captions[index]
+
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _UNREAD = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".ppm", ".pgm"}

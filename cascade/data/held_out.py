@@ -51,6 +51,9 @@ class _Part(Source):
     def hashes(self):
         return self._source.hashes()[self._indices]
 
+    def caption(self, index: int) -> str:
+        return self._source.caption(int(self._indices[index]))
+
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._indices[index])]
 

@@ -76,6 +76,10 @@ class _Mixed(Source):
     def hashes(self):
         return np.concatenate([source.hashes() for source in self._sources])
 
+    def caption(self, index: int) -> str:
+        source, inside = self._at(index)
+        return source.caption(inside)
+
     def __getitem__(self, index: int) -> Example:
         source, inside = self._at(index)
         return source[inside]

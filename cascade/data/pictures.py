@@ -79,6 +79,14 @@ class PictureSource(Source):
     def __getitem__(self, index: int) -> Example:
         return self._example(index, None)
 
+    def caption(self, index: int) -> str:
+        """The first caption that filters leave."""
+        found = self.found(index)
+        captions, reason = self.config.filters.passing(found.captions)
+        if not captions:
+            raise _without(found, reason)
+        return captions[0]
+
     def drawn(self, index: int, rng: np.random.Generator) -> Example:
         """Example `index`, with the caption, the square and the flip drawn from `rng`."""
         return self._example(index, rng)

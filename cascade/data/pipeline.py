@@ -8,7 +8,7 @@ processes or workers, and a run that stops and resumes sees what it would have s
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +20,8 @@ from cascade.data.transforms import BAD_RECORDS, LoadExample, check_resolutions
 from cascade.errors import UserError
 
 TokenizeFn = Callable[[Sequence[str]], Any]
-"""Texts -> anything with `.ids` int32 [n, l] and `.mask` bool [n, l], as cascade.text's Tokens."""
+"""Texts -> anything with `.ids` int32 [n, l] and `.mask` bool [n, l], as cascade.text's Tokens; or
+a dict of arrays [n, ...], which a batch then holds by their names."""
 Batch = dict[str, np.ndarray]
 _KILLED = "terminated unexpectedly"
 """What Grain says of a worker that did not end by itself."""
@@ -43,7 +44,8 @@ def batches(
 ) -> "Batches":
     """Endless batches, prefetched, each with only the rows that this process is to load.
 
-    A batch holds `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `token_mask` bool [b, l]; for
+    A batch holds `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `token_mask` bool [b, l] (or
+    what else `tokenizer` gives); for
     super-resolution (lowres_resolution given) also `lowres` uint8 [b, s/factor, s/factor, 3], the
     means over blocks of `image`. Here b is the number of rows, and s is `crop` or the source's
     resolution.
@@ -226,7 +228,7 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Collate:
-    """Tokenizes the captions of examples and stacks all arrays: examples -> batch."""
+    """Reads the captions of examples and stacks all arrays: examples -> batch."""
 
     tokenizer: TokenizeFn | None
 
@@ -235,10 +237,15 @@ class _Collate:
         stacked = {name: np.stack([example[name] for example in examples]) for name in names}
         if bad := [record for example in examples for record in example.get(BAD_RECORDS, ())]:
             stacked[BAD_RECORDS] = cast(Any, bad)  # host-only, taken out again by Batches
-        if self.tokenizer is None:
-            return stacked
-        tokens = self.tokenizer([example["caption"] for example in examples])
-        return stacked | {
-            "tokens": np.asarray(tokens.ids, np.int32),
-            "token_mask": np.asarray(tokens.mask, bool),
-        }
+        return stacked | text_arrays(self.tokenizer, [e["caption"] for e in examples])
+
+
+def text_arrays(tokenizer: TokenizeFn | None, captions: Sequence[str]) -> Batch:
+    """What a batch holds of its captions; nothing without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    found = tokenizer(captions)
+    if isinstance(found, Mapping):
+        return dict(found)
+    ids, mask = np.asarray(found.ids, np.int32), np.asarray(found.mask, bool)
+    return {"tokens": ids, "token_mask": mask}

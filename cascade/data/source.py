@@ -76,6 +76,11 @@ class Source:
         """Example `index` in 0..len - 1. Raises BadRecord if it cannot be read."""
         raise NotImplementedError
 
+    def caption(self, index: int) -> str:
+        """The caption of example `index`, without its picture where that can be. Raises BadRecord
+        if it cannot be read."""
+        return self[index]["caption"]
+
     def hashes(self) -> UInt32[np.ndarray, " n"]:
         """A number of 32 bits for each example, which it keeps when others come or go.
 

@@ -94,6 +94,18 @@ def table(f: Figures) -> str:
         ("images/s at the bound", f"{f['images_per_second']:.4g}"),
         ("MFU at the bound", f"{f['mfu']:.1%}"),
     ]
+    if (encoder := f.get("text_encoder")) is not None:
+        held = f"{gib(encoder['weight_bytes'])}, peak {gib(encoder['peak_bytes'])} with it"
+        work = f"{encoder['flops']:.4g}, {seconds(encoder['compute_seconds'])}"
+        rows += [
+            ("text encoder", f"{encoder['name']}, {encoder['parameters'] / 1e6:.1f} M"),
+            ("its weights, each chip", held),
+            ("its FLOPs, all chips", work),
+            (
+                "bound with it",
+                f"{seconds(encoder['bound_seconds'])}, {encoder['images_per_second']:.4g} images/s",
+            ),
+        ]
     if "paper_days" in f:
         rows.append(
             (

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from cascade.devices import flops, sharding
 from cascade.planning.compiled import compiled
 from cascade.planning.figures import Figures, bytes_each, figures, tree_bytes
+from cascade.planning.text_encoder import plan_text_encoder
 from cascade.planning.topology import Topology, run_mesh
 from cascade.training.job import Job
 from cascade.training.step import begin, make_train_step
@@ -29,6 +30,8 @@ PAPER_STEPS = 2_500_000
 
 def plan_training(job: Job, topology: Topology, *, tokens: int) -> Figures:
     """Returns the figures of one optimizer step, text embeddings given; `figures` names them.
+
+    What embedding the text adds, where the run does that, is under `text_encoder`.
 
     tokens: length of each text. Besides, paper_days and paper_chip_hours are what PAPER_STEPS such
     steps take at the bound. Raises UserError unless the job's mesh fits the topology and the batch.
@@ -59,6 +62,7 @@ def plan_training(job: Job, topology: Topology, *, tokens: int) -> Figures:
         images=job.batch_size,
     )
     seconds = PAPER_STEPS * step["bound_seconds"]
+    step |= plan_text_encoder(job, topology, mesh, step, tokens)
     return step | {
         "paper_steps": PAPER_STEPS,
         "paper_days": seconds / 86400,

@@ -402,7 +402,9 @@ class Cascade:
         starts = sorted(side for side in starts if until is None or side < until)
         if not starts:
             raise OptionError(
-                "lowres", f"{w}x{h} px", "no stage that draws enlarges it; leave it out"
+                "lowres",
+                f"{w}x{h} px",
+                "no stage that draws enlarges it; draw up to a larger one (until)",
             )
         if h == w and h in starts:
             return picture

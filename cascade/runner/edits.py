@@ -140,11 +140,7 @@ def edits(
     Raises UserError for what does not fit.
     """
     check_mask(picture, mask)
-    h, w, _ = picture.shape
-    if h != w:
-        warnings.warn(
-            f"init: of the picture of {w}x{h} px the central square is redrawn", stacklevel=2
-        )
+    warn_of_square(*picture.shape[1::-1])
     if strength is None:
         strength = [default_strength(stage, mask is not None) for stage in stages]
     if len(strength) != len(stages):
@@ -157,7 +153,7 @@ def edits(
                 f"stage {stage.name} draws in {type(stage.space).__name__} and begins from no "
                 "picture: stop at a smaller size (until)"
             )
-        how = _walk(share)
+        how = walk_of(share)
         try:
             made = Edit(
                 picture=images.to_float(_square(picture, side)),
@@ -170,6 +166,12 @@ def edits(
             raise UserError(f"stage {stage.name}: {e}") from None
         found.append(made)
     return found
+
+
+def warn_of_square(w: int, h: int) -> None:
+    """Warn that of a picture of that width and height a part is not seen."""
+    if h != w:
+        warnings.warn(f"of the picture of {w}x{h} px the central square is taken", stacklevel=3)
 
 
 def check_mask(
@@ -204,8 +206,8 @@ def edited(
     }
 
 
-def _walk(word: float | int | str) -> dict[str, Any]:
-    """The fields of `Edit` that a strength says in words."""
+def walk_of(word: float | int | str) -> dict[str, Any]:
+    """The fields of `Edit` that a strength says in words; OptionError for one that says none."""
     try:
         share, *counts = str(word).split(":")
         how: dict[str, Any] = {"strength": number(share)}
@@ -225,7 +227,7 @@ def _walk(word: float | int | str) -> dict[str, Any]:
 
 
 def _word(made: Edit) -> float | str:
-    """What `_walk` reads."""
+    """What `walk_of` reads."""
     if made.repeats == 1:
         return made.strength
     jump = "" if made.jump is None else f":{made.jump}"

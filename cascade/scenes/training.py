@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from cascade.data.pipeline import TokenizeFn
+from cascade.data.pipeline import TokenizeFn, text_arrays
 from cascade.devices import sharding
 from cascade.scenes import device
 from cascade.scenes.dataset import ScenesData
@@ -67,7 +67,7 @@ class _RunningScenes(RunningStage):
         return []
 
     def prepare(self, batch, step):
-        batch = sharding.shard_batch(batch, self._mesh)
+        batch = sharding.shard_batch(self.completed(batch), self._mesh)
         scenes = device.Layouts(*(batch.pop(name) for name in device.Layouts._fields))
         pictures = self._drawn(scenes, batch.pop("corner"), np.int32(step))
         return self.embedded(batch | pictures, step)
@@ -133,13 +133,9 @@ def example_batch(
     numbers: Int[np.ndarray, " b"],
 ) -> dict[str, np.ndarray]:
     """The scenes of those numbers, as `device.Layouts` has them, with `corner` int32 [b, 2], and
-    their captions as `tokens` int32 [b, l] and `token_mask` bool [b, l]."""
+    their captions as `text_arrays` has them."""
     indices = [int(number) % data.size for number in numbers]
     scenes, captions = zip(*map(data.scene, indices), strict=True)
     corners = [data.corner(i, scene, resolution) for i, scene in zip(indices, scenes, strict=True)]
     batch = device.layouts(scenes)._asdict() | {"corner": np.array(corners, np.int32)}
-    if tokenizer is None:
-        return batch
-    tokens = tokenizer([caption.text for caption in captions])
-    ids, mask = np.asarray(tokens.ids, np.int32), np.asarray(tokens.mask, bool)
-    return batch | {"tokens": ids, "token_mask": mask}
+    return batch | text_arrays(tokenizer, [caption.text for caption in captions])

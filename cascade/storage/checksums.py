@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cascade.errors import UserError
+from cascade.storage import paths
 from cascade.storage.paths import Path
 
 NAME = "SHA256SUMS"
@@ -24,9 +25,15 @@ def write(folder: Path, files: Sequence[Path]) -> None:
     """Write the checksums of these files, which are under the folder, into its SHA256SUMS."""
     files = sorted(files)
     with ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(_digest, files))
-    lines = [f"{d}  {_relative(f, folder)}\n" for d, f in zip(digests, files, strict=True)]
-    (folder / NAME).write_text("".join(lines), encoding="utf-8")
+        digests = list(pool.map(digest, files))
+    write_known(folder, {_relative(f, folder): d for d, f in zip(digests, files, strict=True)})
+
+
+def write_known(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write the checksums of files whose `digest` is known, by their names, whole or not at all."""
+    lines = [f"{known}  {name}\n" for name, known in digests.items()]
+    with paths.writing(folder / NAME) as file:
+        file.write_text("".join(lines), encoding="utf-8")
 
 
 def write_each(folder: Path) -> None:
@@ -50,7 +57,7 @@ def check(file: Path) -> None:
     sums = _listed(file.parent)
     if sums is None or file.name not in sums:
         return
-    if _digest(file) != sums[file.name]:
+    if digest(file) != sums[file.name]:
         raise UserError(
             f"{file}: damaged: it is not the file that was written, by its checksum; copy or "
             f"download it again (if you have changed it yourself, remove its line in {NAME})"
@@ -69,10 +76,10 @@ def damage(folder: Path, inside: Sequence[str], *, part: int = 0, parts: int = 1
         return str(e)
     names = [n for n in sums or () if n.partition("/")[0] in inside][part::parts]
     with ThreadPoolExecutor(8) as pool:
-        for name, digest in zip(names, pool.map(lambda n: _found(folder / n), names), strict=True):
-            if digest is None:
+        for name, found in zip(names, pool.map(lambda n: _found(folder / n), names), strict=True):
+            if found is None:
                 return f"{name} is missing"
-            if sums and digest != sums[name]:
+            if sums and found != sums[name]:
                 return f"{name} is not what was written, by its checksum"
     return None
 
@@ -95,12 +102,13 @@ def _listed(folder: Path) -> dict[str, str] | None:
 
 def _found(file: Path) -> str | None:
     try:
-        return _digest(file)
+        return digest(file)
     except FileNotFoundError:
         return None
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
     opened: Any
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

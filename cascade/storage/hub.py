@@ -34,6 +34,25 @@ def download(name: str, wanted: Sequence[str]) -> Path:
     return Path(folder)
 
 
+def cached(name: str, wanted: Sequence[str]) -> Path | None:
+    """Give the folder that `download` gave before; None if the cache has none. The hub is not
+    asked."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=list(wanted),
+            local_files_only=True,
+        )
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return Path(folder)
+
+
 def commit(folder: Path) -> str | None:
     """Tell which commit a folder that `download` gave is of: the cache calls it so."""
     known = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)

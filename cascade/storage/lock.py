@@ -35,7 +35,17 @@ class Lock:
     training holds it; where that one is on another machine, it is watched for STALE seconds first.
     """
 
-    def __init__(self, folder: Path, *, beat: float = BEAT, stale: float = STALE):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        beat: float = BEAT,
+        stale: float = STALE,
+        held_by: str = "a training",
+        way_out: str = "name another --workdir",
+    ):
+        """held_by, way_out: who holds folders, and what to do but wait for it, for people."""
+        self._held_by, self._way_out = held_by, way_out
         self._file, self._beat, self._stale = folder / NAME, beat, stale
         self._own: dict[str, Any] = {}
         self._ended = threading.Event()
@@ -56,9 +66,10 @@ class Lock:
             there = self._read()
             if there is not None and self._holds(there):
                 raise UserError(
-                    f"{self._file.parent}: a training holds this folder ({there.get('owner')} on "
-                    f"{there.get('host')}, process {there.get('process')}, since "
-                    f"{there.get('begun')}); wait until it ends, or name another --workdir"
+                    f"{self._file.parent}: {self._held_by} holds this folder "
+                    f"({there.get('owner')} on {there.get('host')}, process "
+                    f"{there.get('process')}, since {there.get('begun')}); wait until it ends, or "
+                    f"{self._way_out}"
                 )
             self._write()
             if self._is_own_after(SETTLE):

@@ -47,6 +47,12 @@ DTYPES = {
     "BF16": np.dtype(jax.numpy.bfloat16),
 }
 """The dtypes that weights may be stored as, by safetensors' spelling of them."""
+STORED = DTYPES | {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I64": np.dtype(np.int64),
+}
+"""The dtypes that `write` and `mapped` know; those besides DTYPES are of no weights."""
 
 
 def spelling(dtype: Any) -> str:
@@ -123,6 +129,36 @@ def load_tensors(path: paths.Path) -> dict[str, np.ndarray]:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except _DAMAGE as e:
         raise UserError(f"{path}: damaged or not a safetensors file ({e}); copy it again") from None
+
+
+def mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Map all tensors of a local file into memory, read-only, and give its metadata.
+
+    Nothing but the header is read until somebody looks at an array. Raises UserError when the file
+    is missing, damaged, or has a dtype that STORED lacks.
+    """
+    try:
+        with _open(file) as tensors:  # the library checks all of the header against the file
+            metadata = tensors.metadata() or {}
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+        whole = np.memmap(file, np.uint8, "r")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; copy the folder that held it again") from None
+    except _DAMAGE as e:
+        raise UserError(f"{file}: damaged or not a safetensors file ({e}); copy it again") from None
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in STORED:
+            raise UserError(
+                f"{file}: {name} is stored as {entry['dtype']}; it must be {', '.join(STORED)}"
+            )
+        start, end = (8 + size + offset for offset in entry["data_offsets"])
+        flat = np.frombuffer(whole[start:end], STORED[entry["dtype"]])
+        arrays[name] = flat.reshape(entry["shape"])
+    return arrays, metadata
 
 
 @dataclass(frozen=True)
@@ -202,17 +238,58 @@ def opened(folder: Path, stem: str, *, what: str, convert: str) -> Iterator[Weig
     """
     name = f"{what} {folder}"
     with contextlib.ExitStack() as stack:
-        files = {}
-        for file in _files(folder, stem, name, convert):
+        found = {}
+        for file in files(folder, stem, name, convert):
             hub.check(file)
             try:
                 checksums.check(file)
-                files[file.name] = stack.enter_context(_open(file))
+                found[file.name] = stack.enter_context(_open(file))
             except _DAMAGE as e:
                 raise UserError(
                     f"{what} {file}: damaged or cut short ({e}); copy or download it again"
                 ) from None
-        yield Weights(name, files)
+        yield Weights(name, found)
+
+
+def files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
+    """Find the files that `opened` opens; UserError as there. name: what errors call the folder."""
+    if not folder.is_dir():
+        raise UserError(f"{name}: no such folder")
+    if (single := folder / f"{stem}.safetensors").is_file():
+        return [single]
+    incomplete = []
+    for index in [
+        *folder.glob(f"{stem}.safetensors.index.json"),
+        *sorted(folder.glob(f"{stem}*safetensors*index*.json")),
+    ]:
+        paths.check_regular(index)
+        try:
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+                raise ValueError  # a name of a file elsewhere
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise UserError(f"{name}: {index.name} is not an index of safetensors shards") from None
+        missing = [s for s in shards if not (folder / s).is_file()]
+        if not missing:
+            return [folder / s for s in shards]
+        incomplete.append(f"{missing[0]}, which {index.name} lists, is missing")
+    if incomplete:
+        raise UserError(f"{name}: {'; '.join(incomplete)}; download it again")
+    variants = sorted(folder.glob(f"{stem}*.safetensors"))
+    if shards := [v.name for v in variants if re.search(r"-\d+-of-\d+", v.name)]:
+        raise UserError(
+            f"{name}: {shards[0]} is a shard, and {stem}.safetensors.index.json is missing; "
+            "download it again"
+        )
+    if variants:
+        return variants[:1]
+    pickled = [f.name for end in ("bin", "pt", "pth", "ckpt") for f in folder.glob(f"*.{end}")]
+    found = (
+        f"only pickled weights ({sorted(pickled)[0]}), which are never read"
+        if pickled
+        else f"no {stem}.safetensors"
+    )
+    raise UserError(f"{name}: {found}; convert once where torch is installed: {convert}")
 
 
 def fit(
@@ -293,7 +370,7 @@ def write(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape, dtype in tensors:
-        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        start, end = end, end + math.prod(shape) * STORED[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     # As the library spells it, so that a file does not depend on who has written it.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -303,7 +380,7 @@ def write(
             file.write(len(text).to_bytes(8, "little") + text)
             for name, entry in header.items():
                 if name != "__metadata__":
-                    value = np.ascontiguousarray(read(name), DTYPES[entry["dtype"]])
+                    value = np.ascontiguousarray(read(name), STORED[entry["dtype"]])
                     file.write(value.reshape(-1).view(np.uint8).data)
 
 
@@ -407,46 +484,6 @@ def _misfits(
         if tensor not in used and not (ignored and re.match(ignored, tensor))
     ]
     return _Misfits(missing, misshapen, extra)
-
-
-def _files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{name}: no such folder")
-    if (single := folder / f"{stem}.safetensors").is_file():
-        return [single]
-    incomplete = []
-    for index in [
-        *folder.glob(f"{stem}.safetensors.index.json"),
-        *sorted(folder.glob(f"{stem}*safetensors*index*.json")),
-    ]:
-        paths.check_regular(index)
-        try:
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
-                raise ValueError  # a name of a file elsewhere
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise UserError(f"{name}: {index.name} is not an index of safetensors shards") from None
-        missing = [s for s in shards if not (folder / s).is_file()]
-        if not missing:
-            return [folder / s for s in shards]
-        incomplete.append(f"{missing[0]}, which {index.name} lists, is missing")
-    if incomplete:
-        raise UserError(f"{name}: {'; '.join(incomplete)}; download it again")
-    variants = sorted(folder.glob(f"{stem}*.safetensors"))
-    if shards := [v.name for v in variants if re.search(r"-\d+-of-\d+", v.name)]:
-        raise UserError(
-            f"{name}: {shards[0]} is a shard, and {stem}.safetensors.index.json is missing; "
-            "download it again"
-        )
-    if variants:
-        return variants[:1]
-    pickled = [f.name for end in ("bin", "pt", "pth", "ckpt") for f in folder.glob(f"*.{end}")]
-    found = (
-        f"only pickled weights ({sorted(pickled)[0]}), which are never read"
-        if pickled
-        else f"no {stem}.safetensors"
-    )
-    raise UserError(f"{name}: {found}; convert once where torch is installed: {convert}")
 
 
 def _part(weights: Weights, origin: Origin, dtype: Any, index: Index) -> np.ndarray:

@@ -7,6 +7,7 @@ stacked parameters. Tensors of a decoder, which full T5 checkpoints have, are ig
 
 import dataclasses
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -213,6 +214,35 @@ def read_tokenizer(name_or_dir: str | Path, max_tokens: int) -> Tokenizer:
     return Tokenizer(_read_vocabulary(vocabulary, config), min(max_tokens, config.n_positions))
 
 
+def digest(folder: Path) -> str:
+    """The SHA-256 that stands for an encoder: of its config.json, its spiece.model and the files of
+    its weights, as a folder that `read_folder` takes has them.
+
+    The hub's cache calls large files by theirs, which is then taken for true. Raises UserError when
+    a file is missing.
+    """
+    folder, config_file, vocabulary = _places(folder)
+    found = weights.files(folder, "model", f"text encoder {folder}", CONVERT)
+    whole = hashlib.sha256()
+    for file in (config_file, vocabulary, *found):
+        blob = file.resolve().name if file.is_symlink() else ""
+        known = re.fullmatch("[0-9a-f]{64}", blob) and file.resolve().parent.name == "blobs"
+        whole.update(bytes.fromhex(blob if known else checksums.digest(file)))
+    return whole.hexdigest()
+
+
+def digest_here(name: str) -> str | None:
+    """The `digest` of the encoder that `T5Encoder.load` reads by that name; None unless it is on
+    this machine: nothing is downloaded. Raises UserError for a folder where a file is missing."""
+    if is_hub_name(name):
+        cached = hub.cached(name, _WANTED)
+        try:
+            return None if cached is None else digest(cached)
+        except UserError:  # begun to be downloaded, no more
+            return None
+    return digest(locate(name)) if name in SHIPPED or Path(name).is_dir() else None
+
+
 def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
     """Copy what `read_folder` reads of `source` to a T5 folder of its own, tensor by tensor.
 
@@ -315,12 +345,17 @@ def check(name: str, shapes: Mapping[str, Sequence[int]], config: T5Config) -> d
     return found
 
 
-def _downloaded(name: str) -> Path:
-    wanted = ["config.json", "spiece.model", "model*.safetensors", "model*safetensors*.json"]
+_WANTED = (
+    *("config.json", "spiece.model", "model*.safetensors", "model*safetensors*.json"),
     # of a DeepFloyd IF pipeline
-    wanted += ["tokenizer/spiece.model", "text_encoder/*.json", "text_encoder/*fp16*.safetensors"]
+    *("tokenizer/spiece.model", "text_encoder/*.json", "text_encoder/*fp16*.safetensors"),
+)
+"""What is downloaded of the hub's repository of a text encoder."""
+
+
+def _downloaded(name: str) -> Path:
     try:
-        return hub.download(name, wanted)
+        return hub.download(name, _WANTED)
     except Exception as e:  # the client lets several libraries' network errors through
         raise UserError(
             f"text encoder {name}: no folder of this name here, and the Hugging Face hub did not "

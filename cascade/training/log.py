@@ -264,7 +264,7 @@ def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     seen = [r for r in rows if r["loss"] is not None]
-    axes.plot([r["images"] for r in seen], [r["loss"] for r in seen])
+    axes.plot([r["images"] for r in seen], [r["loss"] for r in seen], marker="." * (len(seen) < 3))
     axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=title)
     if held_out := [r for r in rows if "validation/loss" in r]:
         images = [r["images"] for r in held_out]

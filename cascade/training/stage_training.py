@@ -6,13 +6,10 @@ dataset -> data -> conditions -> stage.loss -> train_step -> checkpoint
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -24,17 +21,17 @@ from cascade.data.pipeline import TokenizeFn
 from cascade.data.transforms import check_resolutions
 from cascade.devices import sharding
 from cascade.errors import UserError
-from cascade.models import placing
 from cascade.runner.model_folder import open_model
 from cascade.stage import Stage, StageConfig
 from cascade.storage import paths
-from cascade.text import DEFAULT_MAX_TOKENS, T5Encoder
+from cascade.text import DEFAULT_MAX_TOKENS
 from cascade.text.captions import Captions
 from cascade.text.embedding import no_encoder
 from cascade.training import preview
 from cascade.training.job import Job, Optimizer, Running
-from cascade.training.step import step_key
+from cascade.training.text_input import Online, Stored, StoredBatches
 from cascade.training.trainable import LoRA
+from cascade.training.validation import HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +143,12 @@ class StageTraining(StageJob):
     ones."""
     text_int8: bool = False
     """Keep the text encoder's matrices in int8."""
+    embeddings: str | None = None
+    """A store of all captions' embeddings by this text encoder (`cascade data embed`), which is
+    then not loaded; None embeds captions as they come."""
+    embeddings_missing: Literal["refuse", "encode"] = "refuse"
+    """What is done about a caption that the store lacks: the run ends, or the text encoder is
+    loaded and embeds it."""
     crop: int | None = None
     """Side in pixels of the aligned crops that a super-resolution stage trains on; None is the
     whole picture."""
@@ -207,10 +210,8 @@ class StageTraining(StageJob):
 
 
 class RunningStage(Running):
-    """Pictures, and their captions if the stage reads text, which the frozen text encoder embeds on
-    the devices."""
-
-    batches: Batches
+    """Pictures, and their captions if the stage reads text, as `text_input` makes embeddings of
+    them on the devices."""
 
     def __init__(self, job: StageTraining, mesh: Mesh):
         self._job, self._mesh = job, mesh
@@ -218,16 +219,22 @@ class RunningStage(Running):
         held_out = None
         if job.validation:
             source, held_out = divided(source, job.validation)
-        self._encoder = encoder = None if job.stage.text is None else _text_encoder(job, mesh)
-        tokenizer = None if encoder is None else encoder.tokenizer
-        self.batches = self.read(source, tokenizer, sharding.process_rows(mesh, job.batch_size))
-        if encoder is not None:
-            placed = sharding.batch_sharding(mesh)
-            self._embed = jax.jit(make_embedder(job, encoder), out_shardings=placed)
+        self._text: Online | Stored | None = None
+        if job.stage.text is not None:
+            stored = job.embeddings is not None
+            self._text = Stored(job, source, mesh) if stored else Online(job, mesh)
+        reader = None if self._text is None else self._text.reader
+        read = self.read(source, reader, sharding.process_rows(mesh, job.batch_size))
+        self._read = self.batches = read
+        self._prompts = list(job.preview_prompts)
+        if isinstance(self._text, Stored):
+            self.batches = StoredBatches(read, self._text.store)
+            if job.preview_every_images and job.stage.lowres is None:
+                self._prompts = self._text.present(self._prompts)
         self._held_out: HeldOut | None = None
         if held_out is not None:
             self.validate_every_images = job.validate_every_images
-            self._held_out = HeldOut(job, held_out, tokenizer, mesh)
+            self._held_out = HeldOut(job, held_out, reader, mesh)
 
     def read(
         self, source: Source, tokenizer: TokenizeFn | None, rows: Int[np.ndarray, " rows"]
@@ -248,119 +255,26 @@ class RunningStage(Running):
         )
 
     def validate(self, params):
-        return {} if self._held_out is None else self._held_out.losses(params, self.embedded)
+        return {} if self._held_out is None else self._held_out.losses(params, self.prepare)
 
     def skipped(self):
-        records, self.batches.bad_records = self.batches.bad_records, []
+        records, self._read.bad_records = self._read.bad_records, []
         return records
 
     def prepare(self, batch, step):
-        return self.embedded(sharding.shard_batch(batch, self._mesh), step)
+        return self.embedded(sharding.shard_batch(self.completed(batch), self._mesh), step)
+
+    def completed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of this process's rows, before it is on the devices."""
+        return batch if self._text is None else self._text.completed(batch)
 
     def embedded(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
-        """A batch on the devices with its captions' embeddings in place of their tokens."""
-        if self._encoder is None:
-            return batch
-        ids, mask = batch.pop("tokens"), batch.pop("token_mask")
-        return batch | self._embed(self._encoder.params, ids, mask, np.int32(step))
+        """A batch on the devices with its captions' embeddings in place of what was read."""
+        return batch if self._text is None else self._text.embedded(batch, step)
 
     def preview(self, params, batch, file):
-        prompts = list(self._job.preview_prompts)
-        embed = self._encoder or no_encoder
-        sheet = preview.draw(Stage(self._job.stage), params, batch, prompts, embed)
+        embed = self._text or no_encoder
+        sheet = preview.draw(Stage(self._job.stage), params, batch, self._prompts, embed)
         if sheet is not None:
             file.parent.mkdir(exist_ok=True)
             images.save_png(file, sheet)
-
-
-LEVELS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
-"""The quarters of the times of noise: at 0 is the picture itself, and at 1 all noise."""
-
-
-class HeldOut:
-    """The loss of pictures that are not trained on, by noise level."""
-
-    def __init__(
-        self, job: StageTraining, source: Source, tokenizer: TokenizeFn | None, mesh: Mesh
-    ):
-        self._job, self._source, self._tokenizer, self._mesh = job, source, tokenizer, mesh
-        self._losses = jax.jit(self._by_level, out_shardings=sharding.replicated(mesh))
-
-    def losses(self, params: Any, embedded: Callable[..., dict[str, Any]]) -> dict[str, float]:
-        """{"validation/loss": over all levels, "validation/loss_0.00-0.25": over a quarter, ...}.
-
-        embedded: (batch on the devices, step) -> that with its texts embedded. The same pictures
-        meet the same noise each time.
-        """
-        job = self._job
-        size = job.batch_size // job.microbatches  # which is known to fit into memory
-        count = max(1, min(len(self._source), job.validation_images) // size)
-        found = batches(
-            self._source,
-            lowres_resolution=job.stage.lowres_resolution,
-            crop=job.crop,
-            degradation=job.degradation,
-            batch_size=size,
-            seed=job.seed,
-            tokenizer=self._tokenizer,
-            rows=sharding.process_rows(self._mesh, size),
-        )
-        total = np.zeros(len(LEVELS))
-        for step in range(count):
-            batch = embedded(sharding.shard_batch(next(found), self._mesh), step)
-            key = jax.random.fold_in(jax.random.key(job.seed), 2**31 + step)
-            total += np.asarray(self._losses(params, batch, key))
-        found.close()
-        named = {
-            f"validation/loss_{low:.2f}-{high:.2f}": float(x) / count
-            for (low, high), x in zip(LEVELS, total, strict=True)
-        }
-        return {"validation/loss": float(total.mean()) / count, **named}
-
-    def _by_level(self, params: Any, batch: dict[str, Any], key: jax.Array) -> jax.Array:
-        stage = Stage(self._job.stage)
-
-        def loss(level):
-            return stage.loss(params, batch, key, between=tuple(level), dropout=False)[0]
-
-        with placing(sharding.activations(self._mesh)):
-            return jax.lax.map(loss, jnp.asarray(LEVELS))
-
-
-def _text_encoder(job: StageTraining, mesh: Mesh) -> T5Encoder:
-    """The frozen text encoder of a stage that reads text, on the mesh."""
-    encoder = T5Encoder.load(
-        job.text_encoder,
-        job.text_tokens,
-        captions=job.captions,
-        int8=job.text_int8,
-        shardings=functools.partial(sharding.shardings, mesh=mesh),
-    )
-    if job.stage.text is not None:
-        try:
-            job.stage.text.check_encoder(encoder.width, job.text_encoder, job.stage.name)
-        except ValueError as e:
-            raise UserError(str(e)) from None
-    return encoder
-
-
-def make_embedder(job: StageTraining, encoder: T5Encoder) -> Any:
-    """A pure (encoder.params, token ids, token mask, step) -> the text of a batch.
-
-    Where no text is the embedding of a prompt, that stands in the place of a share of the captions,
-    drawn from the job's seed and the step.
-    """
-    text = job.stage.text
-    prompt = None if text is None else text.null_prompt
-    null = None if prompt is None else encoder.tokenize([prompt])
-
-    def embed(params, ids, mask, step):
-        if null is not None and text is not None:
-            # The loss has split the step's key in five; this is the sixth.
-            key = jax.random.fold_in(step_key(job, step), 5)
-            drop = jax.random.bernoulli(key, text.dropout, ids.shape[:1])[:, None]
-            ids, mask = jnp.where(drop, null.ids, ids), jnp.where(drop, null.mask, mask)
-        embedded = encoder.apply(params, ids, mask)
-        return {"text": embedded.values, "text_mask": embedded.mask}
-
-    return embed

@@ -9,8 +9,10 @@ from cascade.commands import bench
 from cascade.commands.bench import CompileOptions, TrainOptions
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.text_pretraining import TextPretraining
 from cascade.stage import Stage
+from cascade.training.embed import EmbedOptions, embed
 
 SMALL = """
 from cascade.models import Level, UNetConfig
@@ -107,3 +109,23 @@ def test_the_reading_of_a_dataset_is_measured(tmp_path, capsys):
     tar(tmp_path / "d", [("a", b"no picture", "a", {})])
     with pytest.raises(UserError, match="none of 40 examples can be read"):
         bench.main(["data", f"tar:{tmp_path}/d/00000.tar", *words[2:]])
+
+
+def test_reads_of_a_store_are_counted_against_padded_float16(tmp_path, capsys):
+    """Of a store of the encoder that ships, of captions of 10 scenes."""
+    out = str(tmp_path / "s")
+    options = EmbedOptions(source="scenes", out=out, count=10, text_tokens=64)
+    made = embed(options, ScenesData())
+    bench.main(["embeddings", out, "--reads", "200", "--tokens", "64"])
+    got = json.loads(capsys.readouterr().out)
+    size = sum(file.stat().st_size for file in (tmp_path / "s").glob("*.safetensors"))
+    assert got["texts"] == 11 and got["bytes_per_text"] == pytest.approx(size / 11, abs=0.1)
+    assert got["padded_bytes_per_text"] == 64 * 128 * 2 and got["reads_per_second"] > 0
+    assert got["smaller"] == pytest.approx(64 * 128 * 2 * 11 / size, rel=0.01)
+    assert got["lowest_cosine"] == made["lowest_cosine"] > 0.999
+    bench.main(["embeddings", "--reads", "128"])
+    assert json.loads(capsys.readouterr().out)["smaller"] > 12  # of COCO's lengths, 4096 wide
+    with pytest.raises(UserError, match="reads=0: must be 1 or more"):
+        bench.bench_embeddings(bench.EmbeddingsOptions(store=out, reads=0))
+    with pytest.raises(UserError, match="no such folder"):
+        bench.main(["embeddings", str(tmp_path / "none")])

@@ -93,3 +93,42 @@ def test_an_index_names_only_files_beside_it(tmp_path, shards):
     with pytest.raises(UserError, match="is not an index of safetensors shards"):
         with weights.opened(folder, "model", what="model", convert="x"):
             pass
+
+
+def test_mapped_tensors_are_those_of_the_file_and_cannot_be_written(tmp_path):
+    rng = np.random.default_rng(0)
+    held = {
+        "a": rng.integers(-128, 128, (3, 5), np.int8),  # the next begins at no multiple of four
+        "b": rng.normal(size=(2, 3)).astype(np.float32),
+        "c": np.arange(4),
+        "d": np.zeros((0, 7), np.uint8),
+        "e": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3).__array__(),
+    }
+    file = tmp_path / "a.safetensors"
+    kinds = {"a": "I8", "b": "F32", "c": "I64", "d": "U8", "e": "BF16"}
+    weights.write(
+        file,
+        [(name, held[name].shape, kind) for name, kind in kinds.items()],
+        lambda name: held[name],
+        metadata={"by": "me"},
+    )
+    found, metadata = weights.mapped(file)
+    assert metadata == {"by": "me"} and found.keys() == held.keys()
+    for name, array in safetensors.numpy.load_file(file).items():
+        assert found[name].dtype == array.dtype == held[name].dtype
+        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(found[name], held[name])
+    with pytest.raises(ValueError, match="read-only"):
+        found["a"][0] = 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "header", "dtype"])
+def test_what_cannot_be_mapped_is_told(tmp_path, damage):
+    file = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(40, np.int16)}, file)
+    content = file.read_bytes()
+    changed = {"cut": content[:-1], "header": b"\xff" * 40, "dtype": content}
+    file.unlink() if damage == "missing" else file.write_bytes(changed[damage])
+    says = {"missing": "no such file", "dtype": "a is stored as I16"}.get(damage, "damaged")
+    with pytest.raises(UserError, match=f"a.safetensors: {says}"):
+        weights.mapped(file)

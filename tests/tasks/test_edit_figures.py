@@ -114,7 +114,9 @@ def test_the_command_leaves_plots_sheets_and_figures(scenes, tmp_path, monkeypat
         assert (tmp_path / "out" / name).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("words", [["--pictures", "1"], ["--seed", "-1"], []])
+@pytest.mark.parametrize(
+    "words", [["--pictures", "1"], ["--seed", "-1"], ["--strengths", "0.5,2"], []]
+)
 def test_mistakes_are_told_before_anything_is_made(words, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")] if words else []
     with pytest.raises(SystemExit):

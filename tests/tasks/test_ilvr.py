@@ -90,7 +90,7 @@ def folder(tmp_path, monkeypatch, cascade, reference):
 
 
 def test_the_command_holds_the_first_stage_and_records_it(folder, reference):
-    options = ["--until", "16", "--no-compilation-cache", "--ilvr-down", "4"]
+    options = ["--until", "16", "--no-compilation-cache", "--ilvr-down", "4", "--ilvr-until", "0"]
     cli.main(["sample", "a b", "--reference", "ref.png", *options])
     small = np.asarray(images.load_image(folder / "samples" / "0000_8.png"))
     assert np.median(np.abs(blocks(small, 4) - blocks(reference, 4))) < 0.5

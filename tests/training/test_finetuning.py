@@ -26,8 +26,9 @@ from cascade.storage.weights import load_safetensors
 from cascade.text import T5Encoder
 from cascade.text.t5 import SHIPPED
 from cascade.training import lora
-from cascade.training.stage_training import StageTraining, make_embedder
+from cascade.training.stage_training import StageTraining
 from cascade.training.step import begin
+from cascade.training.text_input import make_embedder
 from cascade.training.trainable import LoRA
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "if"
@@ -186,8 +187,8 @@ def test_stages_that_do_not_fit_beside_a_run_are_one_line(folder, tmp_path):
     about = read_json(base / "config.json")
     for changes, message in (
         ({"stages": ["if8"]}, "has no stage but those trained, if8"),
-        ({"max_tokens": 12}, "reads captions of so many tokens: 12, the runs 77"),
-        ({"captions": "verbatim"}, "reads captions prepared: verbatim, the runs clean"),
+        ({"max_tokens": 12}, "read captions as so many tokens: 12, and the runs' 77"),
+        ({"captions": "verbatim"}, "read captions prepared so: verbatim, and the runs' clean"),
         ({"text_encoder": "scenes"}, "its text encoder scenes is not the runs'"),
     ):
         write_json(base / "config.json", about | changes)

@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> list[str] | None:
     picture, *rest = argv
     if picture.startswith("-"):
         raise UserError(f"the first word must be a picture, got {picture}; see cascade edit --help")
+    if any(word.partition("=")[0] == "--init-image" for word in rest):
+        raise UserError(f"--init-image: the picture is {picture} already; leave it out")
     return ["sample", *rest, "--init-image", picture]
 
 
@@ -101,7 +103,7 @@ class SampleOptions:
         import numpy as np
 
         from cascade import images
-        from cascade.runner.edits import edits
+        from cascade.runner.edits import edits, warn_of_square
         from cascade.runner.overrides import by_stage
 
         picture = np.asarray(images.load_image(self.init_image))
@@ -109,6 +111,7 @@ class SampleOptions:
         if self.mask is not None:
             mask = np.asarray(images.load_image(self.mask, ground="black").convert("L"))
         if self.around is not None:
+            warn_of_square(*picture.shape[1::-1])
             picture, mask = widened(picture, self.around)
         strength = None
         if self.strength is not None:
@@ -180,10 +183,16 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed must be in [0, 2^31), got {options.seed}")
     from cascade.runner.cascade import Cascade
+    from cascade.runner.edits import walk_of
     from cascade.storage.paths import WholeFolder, write_json
     from cascade.tasks.edit import figures
 
     strengths = options.strengths.split(",")
+    for word in strengths:
+        try:
+            walk_of(word)
+        except OptionError as e:
+            raise UserError(f"--strengths {options.strengths}: {e}") from None
     with WholeFolder(options.out) as folder:
         model = Cascade.load(options.model)
         scenes = figures.cases(options.seed, options.pictures)
@@ -199,9 +208,11 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         with bar(total=total, unit="picture", desc="editing") as shown:
             rows, tiles = figures.strokes_kept(model, scenes, strengths, shown.update)
             figures.plot(folder / "strokes.png", rows)
-            figures.sheet(folder / "strokes_sheet.png", tiles, min(8, count))
+            names = ["strokes", *(f"strength {word}" for word in strengths)]
+            figures.sheet_of_rows(folder / "strokes_sheet.png", tiles, names)
             found, tiles = figures.holes_filled(model, scenes, ways, shown.update)
-            figures.sheet(folder / "holes_sheet.png", tiles, 2 + len(ways))
+            names = ["the true picture", "hidden", *ways]
+            figures.sheet_of_columns(folder / "holes_sheet.png", tiles, names)
         report = {
             "model": options.model,
             "model_sha256": model.digest,

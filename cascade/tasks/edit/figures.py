@@ -145,7 +145,7 @@ def holes_filled(
             mask, picture = hole(case.scene, side), render(case.scene, side)
             seams["the true picture"][-1].append(seam(picture, mask))
             if own is scenes[0] and len(facts[next(iter(ways))][0]) < 8:
-                tiles += [picture, np.where(mask[..., None], np.uint8(128), picture)]
+                tiles += [picture, _hidden(picture, mask)]
             for name, way in ways.items():
                 drawn = way(case, picture, (255 * mask).astype(np.uint8))
                 if not np.array_equal(drawn[~mask], picture[~mask]):
@@ -178,6 +178,12 @@ def holes_filled(
     }, tiles
 
 
+def _hidden(picture: Picture, mask: Bool[np.ndarray, "s s"]) -> Picture:
+    """Stripes where the mask is."""
+    stripes = 96 + 64 * (np.indices(mask.shape).sum(0) // 4 % 2)
+    return np.where(mask[..., None], stripes[..., None].astype(np.uint8), picture)
+
+
 def by_replacement(model: Cascade, strength: str) -> Callable[..., Picture]:
     """A way for `holes_filled`: what stays is put back after every step."""
 
@@ -205,11 +211,25 @@ def plot(path: Any, rows: Sequence[dict[str, Any]]) -> None:
     for panel, values in ((left, y), (right, [row["fd_proxy"] for row in rows])):
         panel.set(xlabel="distance to the strokes, in levels")
         for row, *at in zip(rows, x, values, strict=True):
-            panel.annotate(f" {row['strength']}", at, fontsize=8)
-    figure.suptitle("points: strength", fontsize=9)
+            word = "strokes" if row["strength"] == "0" else row["strength"]
+            panel.annotate(word, at, (5, 5), textcoords="offset points", fontsize=8)
+        panel.margins(x=0.15, y=0.1)
+    figure.suptitle("points: the strokes themselves, and strengths", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
-def sheet(path: Any, tiles: Sequence[Picture], columns: int) -> None:
-    """Write a PNG of small pictures, each pixel four times."""
-    images.save_png(path, images.grid([t.repeat(4, 0).repeat(4, 1) for t in tiles], columns))
+def sheet_of_rows(path: Any, tiles: Sequence[Picture], names: Sequence[str]) -> None:
+    """Write a PNG of small pictures, each pixel four times: a row for each name, with the name."""
+    n = len(tiles) // len(names)
+    rows = [images.grid(_large(tiles[i * n : (i + 1) * n]), n) for i in range(len(names))]
+    images.save_png(path, images.grid(images.captioned(rows, names), 1))
+
+
+def sheet_of_columns(path: Any, tiles: Sequence[Picture], names: Sequence[str]) -> None:
+    """Write a PNG of small pictures, each pixel four times: a column for each name, with it."""
+    columns = [images.grid(_large(tiles[i :: len(names)]), 1) for i in range(len(names))]
+    images.save_png(path, images.grid(images.captioned(columns, names), len(names)))
+
+
+def _large(tiles: Sequence[Picture]) -> list[np.ndarray]:
+    return [tile.repeat(4, 0).repeat(4, 1) for tile in tiles]

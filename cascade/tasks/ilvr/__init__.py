@@ -8,7 +8,8 @@ shows at low resolution is replaced by what the reference, as noisy, shows there
     x_s = x_s' + phi(y_s) - phi(x_s'),    y_s ~ q(y_s | y)
 
 phi shrinks by N and enlarges again. Where it is a projection, as means over blocks are, the picture
-drawn has the reference's blocks exactly. The larger N is, the less of the reference is kept.
+drawn has the reference's blocks exactly, if it is held to the end. The larger N is, the less of the
+reference is kept.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class SampleOptions:
     """How coarse: the first stage's picture keeps what is left of --reference after shrinking it by
     this factor, which divides the side. Larger keeps less. Default: 8."""
     ilvr_until: Annotated[float | None, tyro.conf.arg(metavar="T", help_behavior_hint="")] = None
-    """Leave the picture to the model once time, from 1 (noise) to 0 (clean), is below this. With 0,
-    the default, it is held to the last step."""
+    """Leave the picture to the model once time, from 1 (noise) to 0 (clean), is below this, so that
+    it wears off the blocks. With 0 it is held to the last step. Default: 0.2."""
     ilvr_filter: Annotated[
         Filter | None, tyro.conf.arg(metavar="{box,bicubic}", help_behavior_hint="")
     ] = None
@@ -67,6 +68,7 @@ class SampleOptions:
         import numpy as np
 
         from cascade import images
+        from cascade.runner.edits import warn_of_square
         from cascade.tasks.ilvr.steering import ILVR
 
         first = stages[0]
@@ -79,11 +81,12 @@ class SampleOptions:
         if not 1 < down <= side or side % down:
             raise OptionError("ilvr_down", down, f"must divide the {side} px of stage {first.name}")
         picture = images.load_image(self.reference)
+        warn_of_square(*picture.size)
         reference = images.to_float(images.square(picture, side))
         ilvr = ILVR(
             reference=np.asarray(reference),
             down=down,
-            until=self.ilvr_until or 0.0,
+            until=0.2 if self.ilvr_until is None else self.ilvr_until,
             filter=self.ilvr_filter or "box",
         )
         return [ilvr, *[None] * (len(stages) - 1)]
