@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int
 
@@ -53,6 +55,9 @@ class _Part(Source):
 
     def caption(self, index: int) -> str:
         return self._source.caption(int(self._indices[index]))
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self._source.captions(int(self._indices[index]))
 
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._indices[index])]

@@ -80,6 +80,10 @@ class _Mixed(Source):
         source, inside = self._at(index)
         return source.caption(inside)
 
+    def captions(self, index: int) -> Sequence[str]:
+        source, inside = self._at(index)
+        return source.captions(inside)
+
     def __getitem__(self, index: int) -> Example:
         source, inside = self._at(index)
         return source[inside]

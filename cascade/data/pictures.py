@@ -80,12 +80,15 @@ class PictureSource(Source):
         return self._example(index, None)
 
     def caption(self, index: int) -> str:
-        """The first caption that filters leave."""
+        return self.captions(index)[0]
+
+    def captions(self, index: int) -> Sequence[str]:
+        """The captions that filters leave."""
         found = self.found(index)
         captions, reason = self.config.filters.passing(found.captions)
         if not captions:
             raise _without(found, reason)
-        return captions[0]
+        return captions
 
     def drawn(self, index: int, rng: np.random.Generator) -> Example:
         """Example `index`, with the caption, the square and the flip drawn from `rng`."""

@@ -81,6 +81,10 @@ class Source:
         if it cannot be read."""
         return self[index]["caption"]
 
+    def captions(self, index: int) -> Sequence[str]:
+        """All captions of example `index`, of which `drawn` takes one; otherwise as `caption`."""
+        return (self.caption(index),)
+
     def hashes(self) -> UInt32[np.ndarray, " n"]:
         """A number of 32 bits for each example, which it keeps when others come or go.
 

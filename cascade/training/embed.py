@@ -184,7 +184,8 @@ def _gather(gathered: Gathered, source: Source, count: int, prompts: Iterable[st
     with bar(total=count, unit="captions", desc="reading", leave=False) as shown:
         for index in range(count):
             try:
-                gathered.add(source.caption(index))
+                for caption in source.captions(index):
+                    gathered.add(caption)
             except BadRecord as e:
                 if not bad:
                     told = f"{e.key}: {e.reason}"
