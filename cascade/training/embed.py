@@ -175,8 +175,8 @@ def _prompts(file: Path | None) -> list[str]:
 
 def _gather(gathered: Gathered, source: Source, count: int, prompts: Iterable[str]) -> int:
     """Note all texts; returns how many captions cannot be read."""
-    from cascade.bar import bar
     from cascade.data.source import BadRecord
+    from cascade.devices.terminal import bar
 
     bad = 0
     for prompt in prompts:
@@ -256,8 +256,8 @@ def _make(
         return {}
     import jax
 
-    from cascade.bar import bar
     from cascade.devices import sharding
+    from cascade.devices.terminal import bar
     from cascade.text import T5Encoder, store, store_making
 
     shared = options.fsdp == -1
