@@ -8,9 +8,10 @@ Block means of a crop that starts on the block grid equal the crop of the block 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,11 +54,19 @@ def upsample(image: Float[Any, "b h w c"], size: tuple[int, int]) -> Any:
 
 
 def square(
-    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+    image: Image.Image,
+    size: int,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    *,
+    at: float = 0.5,
 ) -> UInt8[np.ndarray, "s s 3"]:
-    """Crop a PIL picture to its central square, and resize that to `size` pixels, antialiased."""
+    """Crop a PIL picture to a square, and resize that to `size` pixels, antialiased.
+
+    The square is as large as it can be. at: where it lies along the longer side, in [0, 1] from the
+    left or the top; 0.5 is the centre.
+    """
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left, top = int((image.width - side) * at), int((image.height - side) * at)
     box = (left, top, left + side, top + side)
     resized = image.convert("RGB").resize((size, size), resample, box=box)
     return np.asarray(resized)
@@ -238,11 +247,21 @@ MOST_SCANS = 100
 
 def load_image(path: str | os.PathLike[str], *, ground: str = "white") -> Image.Image:
     """Open a picture file as `decoded` does. Raises UserError unless it is there and a picture."""
+    with opened(path) as file:
+        return decoded(file, ground=ground)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Give an open picture file, for `decoded` and `size_of`.
+
+    Raises UserError unless it is there, and where the block raises Unreadable.
+    """
     file = paths.path(path)
     paths.check_regular(file)
     try:
-        with file.open("rb") as opened:
-            return decoded(opened, ground=ground)
+        with file.open("rb") as found:
+            yield found
     except FileNotFoundError:
         raise UserError(f"picture {path}: no such file; give the path of a PNG or JPEG") from None
     except IsADirectoryError:
@@ -251,12 +270,28 @@ def load_image(path: str | os.PathLike[str], *, ground: str = "white") -> Image.
         raise UserError(f"picture {path}: cannot be read as an image ({e})") from None
 
 
-def decoded(file: Any, *, ground: str = "white") -> Image.Image:
+def size_of(file: Any) -> tuple[int, int]:
+    """The width and height of an open picture file in pixels, as its head has them.
+
+    They are not yet turned as its EXIF says. Raises Unreadable for what is no picture of FORMATS.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.size
+    except UnidentifiedImageError:
+        raise Unreadable(f"it is none of {', '.join(FORMATS)}") from None
+    except Exception as e:  # each format has its own, for each way to be damaged
+        raise Unreadable(" ".join(str(e).split()) or type(e).__name__) from None
+
+
+def decoded(file: Any, *, ground: str = "white", least: int | None = None) -> Image.Image:
     """Read an open picture file as people see it: in RGB, turned as its EXIF says.
 
     ground: the colour behind what is transparent. Of 16 bits the upper 8 are kept, of several
-    frames the first. Raises Unreadable for what is no picture of FORMATS, is damaged, has pixels of
-    no agreed range, or, before they are read, more than MOST_PIXELS of them.
+    frames the first. least: a JPEG may come at a half, a quarter or an eighth of its size, which
+    takes less time, as long as its sides keep so many pixels; None is the whole size. Raises
+    Unreadable for what is no picture of FORMATS, is damaged, has pixels of no agreed range, or,
+    before they are read, more than MOST_PIXELS of them.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -271,6 +306,8 @@ def decoded(file: Any, *, ground: str = "white") -> Image.Image:
                     f"it has {image.width} x {image.height} pixels, and at most {MOST_PIXELS} "
                     "are read"
                 )
+            if least is not None:
+                image.draft(None, (least, least))
             image.load()
             white_is_0 = dict(getattr(image, "tag_v2", {})).get(_PHOTOMETRIC) == 0
             if white_is_0 and image.mode.startswith("I"):

@@ -12,7 +12,18 @@ import pytest
 import tyro
 
 from cascade import cli, config, testing
-from cascade.data import degradation, folder, source, tfds
+from cascade.data import (
+    degradation,
+    filters,
+    folder,
+    hf,
+    mixture,
+    pictures,
+    source,
+    table,
+    tar,
+    tfds,
+)
 from cascade.diffusion import denoise, grids, loss, process, samplers
 from cascade.errors import UserError
 from cascade.models import (
@@ -424,6 +435,10 @@ EXAMPLES = {
     source.Data: [
         folder.FolderData(path="pictures"),
         tfds.TFDSData(name="coco", data_dir="data"),
+        hf.HFData(path="saved", filters=filters.Filters(least_side=64, columns=("score > 5",))),
+        table.TableData(path="list.csv", crop="random", flip=True),
+        mixture.Mixture(sources=(tar.TarData(path="{0..9}.tar"), ScenesData()), weights=(1.0, 2.0)),
+        tar.TarData(path="{0..9}.tar"),
         ScenesData(max_objects=2),
     ],
     degradation.Degradation: [degradation.Blur(share=0.25), degradation.BSR()],
@@ -445,7 +460,7 @@ EXAMPLES = {
         TextPretraining(encoder=T5, images=100_000),
     ],
 }
-FAMILIES = {LevelsConfig, StageJob, PublishedStageConfig}
+FAMILIES = {LevelsConfig, StageJob, PublishedStageConfig, pictures.PictureData}
 """Themselves no kinds; of the last one tests/published has examples."""
 
 

@@ -112,3 +112,48 @@ def test_captions_are_cut_and_lie_right_below_their_pictures(monkeypatch):
     (as_it_is,) = images.captioned(pictures[:1], [words])
     monkeypatch.setattr(images, "MOST_LINES", images.MOST_LINES + 1)
     np.testing.assert_array_equal(as_it_is, images.captioned(pictures[:1], [words])[0])
+
+
+def smooth(mode="RGB", size=(256, 192)):
+    levels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_that_comes_smaller_looks_as_if_it_had_been_made_so(mode, orientation):
+    """Its sides are no shorter than asked for, whichever way it is turned."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    file = io.BytesIO()
+    smooth(mode).save(file, "JPEG", quality=95, exif=exif)
+    whole = images.decoded(file)
+    for least, half in ((48, (64, 48)), (49, (128, 96)), (97, (256, 192))):
+        small = images.decoded(file, least=least)
+        assert small.size == (half if orientation == 1 else half[::-1])
+        assert min(small.size) >= least
+        error = images.square(small, 24).astype(float) - images.square(whole, 24)
+        assert np.sqrt((error**2).mean()) < 2
+    assert images.size_of(file) == (256, 192)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_other_pictures_come_whole(kind):
+    file = io.BytesIO()
+    smooth().save(file, kind)
+    assert images.decoded(file, least=16).size == (256, 192)
+
+
+def test_a_square_lies_where_it_is_asked_for():
+    wide = Image.fromarray(np.repeat(np.arange(16, dtype=np.uint8)[None], 8, axis=0))
+    at = {place: images.square(wide, 8, at=place)[0, :, 0].tolist() for place in (0.0, 0.5, 1.0)}
+    assert at == {
+        place: list(range(first, first + 8)) for place, first in zip(at, (0, 4, 8), strict=True)
+    }
+    np.testing.assert_array_equal(images.square(wide, 8), images.square(wide, 8, at=0.5))
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"no picture at all"])
+def test_what_is_no_picture_has_no_size(content):
+    with pytest.raises(images.Unreadable):
+        images.size_of(io.BytesIO(content))

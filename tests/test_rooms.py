@@ -18,7 +18,7 @@ BELOW = {
     "storage": {"config", "errors", "models"},
     "images": {"errors", "storage"},
     "text": {"config", "errors", "models", "storage"},
-    "data": {"config", "errors", "images", "storage", "text"},
+    "data": {"config", "devices", "errors", "images", "storage", "text"},
     "stage": {"diffusion", "images", "models", "ranges"},
     "published": {
         *("config", "diffusion", "errors", "models", "ranges", "stage", "storage", "text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -87,9 +88,30 @@ class EmbeddingsOptions:
     """Length in tokens that texts are padded to."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Time the reading of a dataset as training reads it, in one process, and tell if it is enough.
+
+    Examples are taken at random, so pictures that this machine has read before may come from its
+    memory.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """The dataset, as for `cascade data inspect`."""
+    split: str = "train"
+    """The split, of a dataset that has splits."""
+    resolution: int = 64
+    """Side of the pictures in pixels."""
+    count: int = 500
+    """Examples that are read, after ten more."""
+    trainer: float | None = None
+    """Images a second that a trainer takes; it is then told whether it would wait."""
+
+
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]
        cascade bench train --config FILE [--FIELD VALUE ...] [--steps N] [--tokens N]
        cascade bench compile --config FILE [--FIELD VALUE ...] [--tokens N]
+       cascade bench data SOURCE [--resolution N] [--trainer IMAGES_A_SECOND]
        cascade bench embeddings [STORE] [--reads N] [--tokens N]
        cascade bench unet [--size S|M|IF-I-M|SR-S] [--cores N] [--repeats N]
 
@@ -98,6 +120,7 @@ Measure this machine; the figures are JSON on stdout.
   sample   whole runs of `cascade sample`: the first, which compiles, and the second
   train    the train step of a config: images a second, share of the chip's peak
   compile  the compiler on a config's loss and gradient
+  data     the reading of a dataset: images a second of one core, enough for a trainer or not
   embeddings
            a store of embeddings: reads a second, bytes a text
   unet     one UNet forward, ours against diffusers' in PyTorch where it is installed
@@ -119,6 +142,9 @@ def main(argv: Sequence[str]) -> None:
         # A program found in a cache would say nothing of the compiler.
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         _on_config(bench_compile, CompileOptions, argv)
+    elif argv[0] == "data":
+        options = config.parse(DataOptions, argv[1:], prog="cascade bench data")
+        print(json.dumps(bench_data(options), indent=2))
     elif argv[0] == "embeddings":
         options = config.parse(EmbeddingsOptions, argv[1:], prog="cascade bench embeddings")
         print(json.dumps(bench_embeddings(options), indent=2))
@@ -129,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(bench_unet(options), indent=2))
     else:
         raise UserError(
-            f"cascade bench {argv[0]}: must be sample, train, compile, embeddings or unet"
+            f"cascade bench {argv[0]}: must be sample, train, compile, data, embeddings or unet"
         )
 
 
@@ -225,6 +251,54 @@ def bench_compile(job: Job, options: CompileOptions) -> dict[str, Any]:
         "hlo_bytes": len(lowered.as_text()),
         "hlo_bytes_compiled": len(program.as_text() or ""),
     }
+
+
+def bench_data(options: DataOptions) -> dict[str, Any]:
+    """Time the reading of a dataset in one process, as JSON values.
+
+    images_per_second_per_core counts the time that the processor worked, and
+    images_per_second_of_a_reader the waiting for the disk too; `cores` of them together are taken
+    for what all cores can do. Raises UserError as `Data.open` does, and where nothing can be read.
+    """
+    import numpy as np
+
+    from cascade.commands.data import dataset
+    from cascade.data.source import BadRecord
+
+    if options.count < 1 or options.resolution < 1:
+        raise UserError(
+            f"--count and --resolution must be 1 or more, got {options.count} and "
+            f"{options.resolution}"
+        )
+    began = time.perf_counter()
+    source = dataset(options.source, options.split).open(options.resolution)
+    opened, rng = time.perf_counter() - began, np.random.default_rng(0)
+    for index in rng.integers(len(source), size=10):
+        with contextlib.suppress(BadRecord):
+            source.drawn(int(index), rng)
+    bad, start, worked = 0, time.perf_counter(), time.process_time()
+    for index in rng.integers(len(source), size=options.count):
+        try:
+            source.drawn(int(index), rng)
+        except BadRecord:
+            bad += 1
+    worked, waited = time.process_time() - worked, time.perf_counter() - start
+    if bad == options.count:
+        raise UserError(f"{options.source}: none of {bad} examples can be read; inspect it")
+    read, cores = options.count - bad, os.cpu_count() or 1
+    told: dict[str, Any] = {
+        "examples": len(source),
+        "open_seconds": round(opened, 2),
+        "read": read,
+        "bad_records": bad,
+        "images_per_second_per_core": _rounded(read / worked),
+        "images_per_second_of_a_reader": _rounded(read / waited),
+        "cores": cores,
+    }
+    if options.trainer is not None:
+        told["trainer_images_per_second"] = options.trainer
+        told["trainer_waits"] = read / waited * cores < options.trainer
+    return told
 
 
 def bench_embeddings(options: EmbeddingsOptions) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Make, inspect or embed a dataset."""
+"""Make, inspect, convert or embed a dataset."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ from typing import Annotated, Any
 import tyro
 
 from cascade import config
-from cascade.data import Data
-from cascade.data.inspection import dataset_in, inspect
+from cascade.data import Data, Filters, uri
+from cascade.data.conversion import Format, convert
+from cascade.data.inspection import inspect
 from cascade.devices import distributed, xla_flags
 from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
@@ -23,6 +25,7 @@ from cascade.training.embed import EmbedOptions, embed
 
 USAGE = """usage: cascade data make DIR ...      render scenes into DIR as a TFDS dataset
        cascade data inspect SOURCE ...  draw a contact sheet of a dataset and print its statistics
+       cascade data convert SRC DST ... write a dataset as tar shards or as ArrayRecord
        cascade data embed SOURCE ...    embed its captions once, for training without text encoder
 
 `cascade data VERB --help` shows what each takes."""
@@ -50,21 +53,59 @@ class MakeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Draw a contact sheet of a dataset with its captions, and print its statistics as JSON."""
+    """Draw a contact sheet of a dataset with its captions, and print its statistics as JSON.
+
+    Beside OUT comes OUT_histograms.png. Sides, aspects, captions, what cannot be read, pictures
+    that are there twice or nearly so, and captions without one are counted.
+    """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The dataset: `scenes` (rendered now), a folder of pictures with captions, or a folder of a
-    TFDS dataset."""
+    """The dataset: KIND:PLACE, where KIND is folder, table, tar, parquet, hf, tfds (NAME@DIR) or
+    scenes (rendered now); or a folder of pictures with captions, or of a TFDS dataset."""
     out: Path
     """The PNG to write, which must not exist yet."""
     split: str = "train"
-    """The split of the scenes or of the TFDS dataset."""
+    """The split of the scenes, or of a dataset that has splits."""
     seed: int = 0
     """Which endless list of scenes, 0 or more."""
     count: int = 20
     """Number of pictures on the sheet."""
     resolution: int = 128
     """Side of a picture on the sheet in pixels."""
+    sample: int = 500
+    """Examples, spread over the dataset, that the statistics are of."""
+    text_encoder: str | None = None
+    """A text encoder, as for training, whose tokens captions are counted in."""
+    tokens: int = 128
+    """Captions of more tokens are cut."""
+    filters: Filters = dataclasses.field(default_factory=Filters)
+    """Which of the pictures are taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Write a dataset as tar shards, or as a TFDS dataset in ArrayRecord files.
+
+    DST must be new or empty, and appears whole or not at all; gs:// and s3:// names are understood.
+    What cannot be read is left out and listed in DST/skipped.jsonl. Prints what was written as
+    JSON.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """The dataset: KIND:PLACE, as for `cascade data inspect`."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """The folder to write."""
+    format: Format = "tar"
+    """Tar shards, which WebDataset reads too, or array_record, the TFDS dataset "pictures"."""
+    resolution: int | None = None
+    """Side in pixels that central squares are resized to, as PNG; None keeps each picture's file as
+    it is."""
+    per_shard: int = 10_000
+    """Examples in a tar shard."""
+    split: str = "train"
+    """The split of the scenes, or of a dataset that has splits."""
+    filters: Filters = dataclasses.field(default_factory=Filters)
+    """Which of the pictures are taken."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,8 +120,27 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(report))
     elif argv[0] == "inspect":
         options = config.parse(InspectOptions, argv[1:], prog="cascade data inspect")
-        data = _found(options.source, options.split, options.seed)
-        report = inspect(data, options.out, count=options.count, resolution=options.resolution)
+        named = dataset(options.source, options.split, options.seed)
+        report = inspect(
+            _filtered(named, options.filters),
+            options.out,
+            count=options.count,
+            resolution=options.resolution,
+            sample=options.sample,
+            text_encoder=options.text_encoder,
+            tokens=options.tokens,
+        )
+        print(json.dumps(report))
+    elif argv[0] == "convert":
+        options = config.parse(ConvertOptions, argv[1:], prog="cascade data convert")
+        data = _filtered(dataset(options.source, options.split), options.filters)
+        report = convert(
+            data,
+            options.out,
+            format=options.format,
+            resolution=options.resolution,
+            per_shard=options.per_shard,
+        )
         print(json.dumps(report))
     elif argv[0] == "embed":
         _embed(argv[1:])
@@ -91,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
 def _embed(words: Sequence[str]) -> None:
     """Do what `cascade data embed` asks for; the first process prints what is in the store."""
     options = config.parse(EmbedOptions, words, prog="cascade data embed")
-    data = _found(options.source, options.split, options.seed)
+    data = dataset(options.source, options.split, options.seed)
     if isinstance(data, ScenesData) and options.count is None:
         raise UserError("scenes have no end: say how many with --count, such as --count 10000")
     xla_flags.apply(xla_flags.expected_backend(), os.environ)
@@ -103,11 +163,27 @@ def _embed(words: Sequence[str]) -> None:
             print(json.dumps(report))
 
 
-def _found(source: str, split: str, seed: int) -> Data:
-    """The dataset that a SOURCE on the command line names."""
+def dataset(source: str, split: str = "train", seed: int = 0) -> Data:
+    """The dataset that a word on the command line names.
+
+    split: of scenes, and of datasets that have splits. seed: which endless list of scenes. Raises
+    UserError as `uri.parse` does, and for scenes of no such split.
+    """
     if source == "scenes" and not Path(source).is_dir():
-        return _scenes(split, seed)
-    return dataset_in(source, split)
+        source = "scenes:"
+    data: Any = uri.parse(source, {"scenes": lambda place: _scenes(place or split, seed)})
+    if hasattr(data, "split") and not isinstance(data, ScenesData) and data.split == "train":
+        return dataclasses.replace(data, split=split)
+    return data
+
+
+def _filtered(data: Any, filters: Filters) -> Data:
+    """The dataset with those filters."""
+    if filters == Filters():
+        return data
+    if not hasattr(data, "filters"):
+        raise UserError(f"--filters: a {type(data).__name__} has no picture files to filter")
+    return dataclasses.replace(data, filters=filters)
 
 
 def _scenes(split: Any, seed: int) -> ScenesData:

@@ -6,8 +6,9 @@ import atexit
 import dataclasses
 import os
 import sys
+import typing
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cascade import config
 from cascade.devices import distributed, xla_flags
@@ -23,6 +24,8 @@ Train one stage of a cascade, or a text encoder, as the config file says.
   --workdir DIR  the run's folder: checkpoints, metrics.jsonl, tensorboard/, previews/, loss.png.
                  If it holds a checkpoint, the run continues from there. Here, or in object storage:
                  gs://BUCKET/NAME, s3://BUCKET/NAME (pip install 'cascade-diffusion[storage]').
+  --data SOURCE  train on these pictures: KIND:PLACE, where KIND is folder, table, tar, parquet, hf,
+                 tfds (NAME@DIR) or scenes; --data.FIELD VALUE then overrides a field of theirs
   --until N      stop, with a checkpoint, after N images (of a text encoder: captions) in all
   --lora-rank R  train adapters of rank R to the projections of attention (LoRA) instead of the
                  weights of --init MODEL; 0 trains all weights
@@ -87,9 +90,10 @@ def _train(argv: list[str]) -> tuple[Path, bool, str]:
 def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:
     """What a config file returns, with the words laid over it. Raises UserError for no job.
 
-    words: overrides of fields, arguments of its function config(), and --lora-rank.
+    words: overrides of fields, arguments of its function config(), --lora-rank and --data.
     """
     rank, words = config.take(words, "--lora-rank")
+    named, words = config.take(words, "--data")
     default, words = config.load_with(path, words)
     from cascade.training.job import Job
     from cascade.training.trainable import LoRA, Weights
@@ -109,7 +113,21 @@ def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:
             default = dataclasses.replace(default, **changes)
         except ValueError as e:
             raise UserError(f"--lora-rank {rank}: {e}") from None
+    if named is not None:
+        default = _with_data(default, named)
     return config.parse(type(default), words, default=default, prog=prog)
+
+
+def _with_data(job: Any, named: str) -> Any:
+    """The job, learning from the dataset that a word on the command line names."""
+    from cascade.commands.data import dataset
+
+    if not hasattr(job, "data"):
+        raise UserError(f"--data {named}: is for stages, and {job.name} has no pictures to choose")
+    data, wanted = dataset(named), typing.get_type_hints(type(job))["data"]
+    if not isinstance(data, wanted):
+        raise UserError(f"--data {named}: a {type(job).__name__} takes {wanted.__name__} alone")
+    return dataclasses.replace(job, data=data)
 
 
 def _workdir(name: str | None) -> Path:

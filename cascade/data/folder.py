@@ -6,19 +6,18 @@ import collections
 import dataclasses
 import json
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import cast
 
-from cascade import images
-from cascade.data.source import BadRecord, Data, Example, Source
+from cascade.data.pictures import MOST_CAPTION, Found, PictureData, PictureSource, told
+from cascade.data.source import BadRecord, Source, hashes_of
 from cascade.errors import UserError
 from cascade.storage import paths
 from cascade.storage.paths import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FolderData(Data):
+class FolderData(PictureData):
     """Picture files under a folder, with their captions.
 
     The folder holds captions.jsonl, whose lines are {"file": "a/1.png", "caption": "..."} with
@@ -37,9 +36,9 @@ class FolderData(Data):
         return _FolderSource(self, resolution)
 
 
-class _FolderSource(Source):
+class _FolderSource(PictureSource):
     def __init__(self, config: FolderData, resolution: int):
-        self.resolution = resolution
+        super().__init__(config, resolution)
         self._folder = paths.path(config.path)
         if not self._folder.is_dir():
             raise UserError(
@@ -53,42 +52,32 @@ class _FolderSource(Source):
         found = list(_listed(listing) if listing.exists() else _paired(self._folder))
         self.left_out = [one for one in found if isinstance(one, BadRecord)]
         pairs = [cast(tuple[Path, str], one) for one in found if not isinstance(one, BadRecord)]
-        if not pairs:
-            raise self.left_out[0]
-        self.paths, self.captions = [str(path) for path, _ in pairs], [text for _, text in pairs]
-        if self.left_out:
-            told = f"{len(pairs)} pictures with captions; left out {summary(self.left_out)}"
-            print(f"warning: data folder {self._folder}: {told}", file=sys.stderr)
+        self.filtered = collections.Counter[str]()
+        kept = []
+        for path, text in pairs:
+            reason = config.filters.passing([text])[1] or config.filters.reason_of_values({})
+            self.filtered[reason] += bool(reason)
+            kept += [] if reason else [(path, text)]
+        self.filtered = +self.filtered
+        self.paths, self.captions = [str(path) for path, _ in kept], [text for _, text in kept]
+        told(self, f"data folder {self._folder}")
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Example:
+    def hashes(self):
+        return hashes_of(_key(file, self._folder) for file in self.paths)
+
+    def found(self, index: int) -> Found:
         file = self.paths[index]
+        where, key, path = f"picture {file}", _key(file, self._folder), paths.path(file)
         try:
-            _check_within(paths.path(file), self._folder, f"picture {file}")  # now, too
-            picture = images.load_image(file)
+            _check_within(path, self._folder, where)  # now, too
         except UserError as e:
-            raise BadRecord(str(e), _key(file, self._folder), "unreadable picture") from None
-        return {"image": images.square(picture, self.resolution), "caption": self.captions[index]}
-
-    def caption(self, index: int) -> str:
-        return self.captions[index]
+            raise BadRecord(str(e), key, "unreadable picture") from None
+        return Found(key, where, path, (self.captions[index],))
 
 
-def summary(records: Sequence[BadRecord]) -> str:
-    """The records counted by reason, each with the first two keys, for people."""
-    keys = collections.defaultdict(list)
-    for record in records:
-        keys[record.reason].append(record.key if record.key.isprintable() else repr(record.key))
-    return "; ".join(
-        f"{len(of)} {reason} ({', '.join(of[:2])}{', ...' if len(of) > 2 else ''})"
-        for reason, of in keys.items()
-    )
-
-
-MOST_CAPTION = 2**16
-"""Bytes of the longest caption file, or line of captions.jsonl, that is read."""
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _UNREAD = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".ppm", ".pgm"}
 """Suffixes of pictures that are not read; other files are no part of a dataset."""

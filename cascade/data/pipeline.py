@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from cascade.data.degradation import Degradation
-from cascade.data.source import Source
+from cascade.data.source import FILTERED, Source
 from cascade.data.transforms import BAD_RECORDS, LoadExample, check_resolutions
 from cascade.errors import UserError
 
@@ -86,10 +86,7 @@ def batches(
             f"of {most_bad:g} that may be left out; the first: {source.left_out[0]}"
         )
     load = LoadExample(source, lowres_resolution, crop, degradation)
-    # Endless in effect: the sys.maxsize elements of a bare repeat() overflow in batches of one.
-    epochs = 2**62 // len(source)
-    examples: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
-    examples = examples.random_map(load)
+    examples = _order(source, seed).random_map(load)
     if len(own) < batch_size:
         examples = grain.MapDataset.source(cast(Any, _Rows(examples, own, batch_size)))
     dataset = examples.batch(len(own), batch_fn=_Collate(tokenizer))
@@ -135,7 +132,7 @@ class Batches(Iterator[Batch]):
             batch = self._anew()
         bad = batch.pop(BAD_RECORDS, ())
         self.bad_records += bad
-        self._bad += len(bad)
+        self._bad += sum(not reason.startswith(FILTERED) for _, reason in bad)
         self._asked += len(bad) + len(batch["image"])
         self._step += 1
         return batch
@@ -194,6 +191,23 @@ class Batches(Iterator[Batch]):
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         multi = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
         return iter(rest.to_iter_dataset(options).mp_prefetch(multi))
+
+
+def _order(source: Source, seed: int) -> Any:
+    """A Grain MapDataset of the indices of examples, endless in effect."""
+    import grain
+
+    # The sys.maxsize elements of a bare repeat() overflow in batches of one.
+    if not source.parts:
+        whole = grain.MapDataset.range(len(source))
+        return whole.seed(seed).shuffle().repeat(2**62 // len(source))
+    parts, start, total = [], 0, sum(weight for _, weight in source.parts)
+    for number, (size, weight) in enumerate(source.parts):
+        part = grain.MapDataset.range(start, start + size).seed((seed + number) % 2**32).shuffle()
+        # Mixed they end with the first of them, so each is as long as its share of 2**60.
+        parts.append(part.repeat(max(1, int(2**60 * weight / total) // size)))
+        start += size
+    return grain.MapDataset.mix(parts, [weight for _, weight in source.parts]).seed(seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TypedDict
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt32
 
 from cascade.errors import UserError
 
@@ -23,6 +25,8 @@ class Example(TypedDict):
     """The picture, a square."""
     caption: str
     """What it shows, as the dataset has it."""
+    captions: NotRequired[Sequence[str]]
+    """All that say what it shows, where there are several; `caption` is the first."""
 
 
 class BadRecord(UserError):
@@ -38,6 +42,16 @@ class BadRecord(UserError):
         self.key, self.reason = key, reason
 
 
+FILTERED = "filtered: "
+"""How the reason of a record begins that a person's filters take out."""
+
+
+def hashes_of(keys: Iterable[str]) -> UInt32[np.ndarray, " n"]:
+    """A number of 32 bits for each key, spread evenly whatever the keys are."""
+    digests = (hashlib.blake2b(k.encode(errors="replace"), digest_size=4).digest() for k in keys)
+    return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32)
+
+
 class Source:
     """Random access to the examples of a dataset, all at one resolution.
 
@@ -48,6 +62,11 @@ class Source:
     """Side of the pictures in pixels."""
     left_out: Sequence[BadRecord] = ()
     """What looked like an example when the source was opened, and is none of those counted."""
+    filtered: Mapping[str, int] = MappingProxyType({})
+    """How many examples a person's filters took out when the source was opened, by reason."""
+    parts: Sequence[tuple[int, float]] = ()
+    """A mixture says here how many examples each of its sources has, one after the other, and in
+    what proportion to the others they are drawn; other sources have no parts."""
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -57,14 +76,34 @@ class Source:
         """Example `index` in 0..len - 1. Raises BadRecord if it cannot be read."""
         raise NotImplementedError
 
-    def caption(self, index: int) -> str:
-        """The caption of example `index`, without its picture where that can be. Raises BadRecord
-        if it cannot be read."""
-        return self[index]["caption"]
+    def hashes(self) -> UInt32[np.ndarray, " n"]:
+        """A number of 32 bits for each example, which it keeps when others come or go.
 
-    def window(self, index: int, y: int, x: int, size: int) -> Example:
-        """The example with only the part [y : y + size, x : x + size] of its picture, in pixels."""
+        Where examples have no names of their own, it is made of their place.
+        """
+        return hashes_of(map(str, range(len(self))))
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        """All captions that example `index` may be trained with, without its picture where that can
+        be. Raises BadRecord if they cannot be read."""
         example = self[index]
+        return example.get("captions") or (example["caption"],)
+
+    def drawn(self, index: int, rng: np.random.Generator) -> Example:
+        """Example `index` as it is trained on: what is random of it is drawn from `rng`.
+
+        Nothing is, unless a subclass says so. Raises BadRecord as above.
+        """
+        return self[index]
+
+    def window(
+        self, index: int, y: int, x: int, size: int, rng: np.random.Generator | None = None
+    ) -> Example:
+        """The example with only the part [y : y + size, x : x + size] of its picture, in pixels.
+
+        rng: if given, the example is as `drawn` has it.
+        """
+        example = self[index] if rng is None else self.drawn(index, rng)
         return {**example, "image": example["image"][y : y + size, x : x + size]}
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import json
 import pathlib
 from typing import Any
 
-from cascade import images
+import numpy as np
+
 from cascade.config import read_json
-from cascade.data.source import BadRecord, Data, Example, Source
+from cascade.data.pictures import Found, PictureData, PictureSource
+from cascade.data.source import BadRecord, Source
 from cascade.errors import UserError
 from cascade.storage import paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TFDSData(Data):
+class TFDSData(PictureData):
     """A prepared TensorFlow Datasets dataset in ArrayRecord files, read without TensorFlow.
 
     Pictures are cropped to their central square.
@@ -38,40 +40,36 @@ class TFDSData(Data):
         return _TFDSSource(self, resolution)
 
 
-class _TFDSSource(Source):
+class _TFDSSource(PictureSource):
     def __init__(self, config: TFDSData, resolution: int):
-        self.config, self.resolution = config, resolution
+        super().__init__(config, resolution)
         self.records = _records(config)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Example:
-        record, where, key = self._record(index)
-        try:
-            picture = images.decoded(io.BytesIO(record[self.config.image]))
-        except images.Unreadable as e:
-            raise BadRecord(f"{where} has no picture ({e})", key, "unreadable picture") from None
-        caption = self._decoded(record, where, key)
-        return {"image": images.square(picture, self.resolution), "caption": caption}
-
-    def caption(self, index: int) -> str:
-        return self._decoded(*self._record(index))
-
-    def _record(self, index: int) -> tuple[Any, str, str]:
-        """The undecoded record, how errors call it, and its key."""
+    def found(self, index: int) -> Found:
         where, key = f"{_where(self.config)}: record {index}", f"record {index}"
         try:
-            return self.records[index], where, key
+            record = self.records[index]
         except Exception as e:  # ArrayRecord's and TFDS's own, for each way to be damaged
             why = f"{where} cannot be read ({_line(e)})"
             raise BadRecord(why, key, "unreadable record") from None
-
-    def _decoded(self, record: Any, where: str, key: str) -> str:
         try:
-            return record[self.config.caption].decode()
+            caption = record[self.config.caption].decode()
         except UnicodeDecodeError:
             raise BadRecord(f"{where}: caption is not UTF-8", key, "unreadable caption") from None
+        return Found(key, where, record[self.config.image], (caption,), _columns(record))
+
+
+def _columns(record: Any) -> dict[str, Any]:
+    """What else a record says of its picture: numbers, and what `cascade data convert` has kept."""
+    found = {k: v.item() for k, v in record.items() if isinstance(v, np.generic)}
+    try:
+        kept = json.loads(record.get("columns", b"{}"))
+    except (ValueError, TypeError, RecursionError):
+        kept = {}
+    return found | (kept if isinstance(kept, dict) else {})
 
 
 def _where(config: TFDSData) -> str:

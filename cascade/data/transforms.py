@@ -91,22 +91,32 @@ class LoadExample:
                 example = self._loaded(index, rng)
             except BadRecord as e:
                 bad.append(e)
-                index = int(rng.integers(len(self.source)))
+                index = int(rng.integers(*self._like(index)))
                 continue
+            loaded: dict[str, Any] = {k: v for k, v in example.items() if k != "captions"}
             named = [(record.key, record.reason) for record in bad]
-            return {**example, BAD_RECORDS: named} if named else {**example}
+            return {**loaded, BAD_RECORDS: named} if named else loaded
         raise UserError(f"{len(bad)} examples in a row cannot be read, the first: {bad[0]}")
+
+    def _like(self, index: int) -> tuple[int, int]:
+        """The first example and the one after the last of the same part of a mixture."""
+        start = 0
+        for size, _ in self.source.parts:
+            if index < start + size:
+                return start, start + size
+            start += size
+        return 0, len(self.source)
 
     def _loaded(self, index: int, rng: np.random.Generator) -> Example | dict[str, Any]:
         if self.lowres_resolution is None:
-            return self.source[index]
+            return self.source.drawn(index, rng)
         factor = self.source.resolution // self.lowres_resolution
         if self.crop is None:
-            example = self.source[index]
+            example = self.source.drawn(index, rng)
         else:
             free = self.lowres_resolution - self.crop // factor
             y, x = (factor * int(i) for i in rng.integers(0, free + 1, 2))
-            example = self.source.window(index, y, x, self.crop)
+            example = self.source.window(index, y, x, self.crop, rng)
         if self.degradation is None:
             lowres = block_means(example["image"], factor)
         else:

@@ -120,13 +120,15 @@ def denoising_loss(
     variance: LearnedVariance | None = None,
     key: Key[Array, ""],
     part: Part | None = None,
+    between: tuple[Any, Any] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean weighted error of `predict` on a batch, at times stratified over it.
 
     predict(x_t, logsnr) returns a prediction of the `kind` named, in any float dtype; with a
     `variance`, that and the gamma of equation (3), of equal shapes. The error is taken in the
     network's space, against a target made from x0 and eps, so nothing is divided by a vanishing
-    alpha or sigma whatever space the loss is stated in. part: of which x0 is, see `draw`.
+    alpha or sigma whatever space the loss is stated in. part: of which x0 is, see `draw`. between:
+    the range of the times, a part of [0, 1], which None is the whole of.
 
     Returns the scalar to differentiate, and metrics: "loss", and "x0_mse", the unweighted error
     of x0_hat clipped to the range of the batch (unclipped, an eps network's error near t=1 is
@@ -136,6 +138,8 @@ def denoising_loss(
     k_time, k_noise = jax.random.split(key)
     x0 = x0.astype(jnp.float32)
     t = draw(lambda shape: stratified_times(k_time, shape[0]), x0.shape[:1], part)
+    if between is not None:
+        t = between[0] + (between[1] - between[0]) * t
     if variance is not None:
         t = jnp.maximum(jnp.ceil(t * variance.steps), 1) / variance.steps
     logsnr = schedule.logsnr(t)

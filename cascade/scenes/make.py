@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,7 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
             counts={data.split: count},
         )
         tfds.disable_progress_bar()  # the scenes have one of their own
-        with tempfile.TemporaryDirectory() as downloads, _told_of_full_disks(out):
+        with tempfile.TemporaryDirectory() as downloads, paths.telling_of_full_disks(out):
             builder.download_and_prepare(
                 download_dir=downloads,
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -60,17 +58,3 @@ def make(data: ScenesData, out: Path, *, count: int, resolution: int) -> dict[st
         "bytes": size,
         "files": names,
     }
-
-
-@contextlib.contextmanager
-def _told_of_full_disks(out: Path) -> Iterator[None]:
-    """UserError for a disk that is full, of which the writer of records tells in words alone."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        said = [os.strerror(code) for code in paths.FULL if os.strerror(code) in str(e)]
-        if not said:
-            raise
-        raise UserError(
-            f"{out}: cannot be written to ({said[0]}); make room, then run the same command again"
-        ) from None

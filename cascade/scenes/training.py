@@ -38,6 +38,11 @@ class ScenesTraining(StageTraining):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.validation:
+            raise ValueError(
+                "ScenesTraining.validation must be 0, as no scene is drawn twice, got "
+                f"{self.validation}"
+            )
         if self.degradation is not None:
             raise ValueError(
                 "ScenesTraining.degradation must be None, since low-resolution pictures are means "

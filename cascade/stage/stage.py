@@ -71,12 +71,17 @@ class Stage:
         batch: Mapping[str, Any],
         key: Key[Array, ""],
         part: loss.Part | None = None,
+        *,
+        between: tuple[Any, Any] | None = None,
+        dropout: bool = True,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The training loss of a batch, and scalars worth logging.
 
         batch: what the config's space and conditions take, see `StageConfig.batch_shapes`.
         part: (i, n) if it is rows i, i + n, ... of a batch n times as large: the mean of the parts'
         losses is then that batch's, dropout masks aside.
+        between: the range of the times of noise, a part of [0, 1], which None is the whole of.
+        dropout: whether the network drops channels; conditions are dropped in either case.
         """
         config = self.config
         k_drop, k_level, k_augment, k_loss, k_dropout = jax.random.split(key, 5)
@@ -87,7 +92,8 @@ class Stage:
             k_dropout = jax.random.fold_in(k_dropout, part[0])
 
         def predict(x_t, logsnr):
-            prediction, gamma = self._predict(params, x_t, logsnr, values, k_dropout)
+            dropped = k_dropout if dropout else None
+            prediction, gamma = self._predict(params, x_t, logsnr, values, dropped)
             return prediction if gamma is None else (prediction, gamma)
 
         return loss.denoising_loss(
@@ -99,6 +105,7 @@ class Stage:
             variance=config.variance,
             key=k_loss,
             part=part,
+            between=between,
         )
 
     def denoiser(

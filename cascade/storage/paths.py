@@ -136,6 +136,26 @@ def local_copy(folder: Path) -> pathlib.Path:
     return copy
 
 
+def local_file(file: Path) -> pathlib.Path:
+    """Give the file, or a local copy of it, which is removed when the process ends."""
+    if isinstance(file, pathlib.Path):
+        return file
+    copy = pathlib.Path(tempfile.mkdtemp(prefix="cascade-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    file.copy(copy / file.name)
+    return copy / file.name
+
+
+def read_part(file: Path, start: int, size: int) -> bytes:
+    """Read `size` bytes from byte `start`, here or by one ranged request; fewer at the end."""
+    opened: Any
+    with file.open("rb") as opened:
+        if is_remote(file) and hasattr(opened, "fs"):  # whose read() fetches megabytes ahead
+            return opened.fs.cat_file(opened.path, start, start + size)
+        opened.seek(start)
+        return opened.read(size)
+
+
 def copy_folder(source: pathlib.Path, target: Path) -> None:
     """Copy all files under a local folder into `target`, over files of the same names.
 
@@ -149,6 +169,21 @@ def copy_folder(source: pathlib.Path, target: Path) -> None:
     files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
     for file in sorted(files, key=order):
         _copy(source / file, target / file.as_posix())
+
+
+@contextlib.contextmanager
+def telling_of_full_disks(out: str | os.PathLike[str]) -> Iterator[None]:
+    """UserError for a disk that is full, of which writers of records tell in words alone."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        said = [os.strerror(code) for code in FULL if os.strerror(code) in str(e)]
+        if not said:
+            raise
+        raise UserError(
+            f"{os.fspath(out)}: cannot be written to ({said[0]}); make room, then run the same "
+            "command again"
+        ) from None
 
 
 class WholeFolder:

@@ -233,6 +233,16 @@ def digest_here(name: str) -> str | None:
     return digest(locate(name)) if name in SHIPPED or Path(name).is_dir() else None
 
 
+def read_tokenizer(name_or_dir: str | Path, max_tokens: int) -> Tokenizer:
+    """Read the tokenizer of an encoder as `T5Encoder.load` finds it, without the weights.
+
+    max_tokens: as there. Raises UserError as there.
+    """
+    _, config_file, vocabulary = _places(locate(name_or_dir))
+    config = _read_config(config_file)
+    return Tokenizer(_read_vocabulary(vocabulary, config), min(max_tokens, config.n_positions))
+
+
 def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
     """Copy what `read_folder` reads of `source` to a T5 folder of its own, tensor by tensor.
 

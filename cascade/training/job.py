@@ -46,6 +46,13 @@ class Running:
     """What a job needs while it runs besides its weights: data, and whatever is frozen."""
 
     batches: Batches
+    validate_every_images: int = 0
+    """Examples from one `validate` to the next; 0 is never."""
+
+    def validate(self, params: Any) -> dict[str, float]:
+        """Figures of the averaged weights on what is held out, for the next row of metrics.jsonl;
+        all processes call it."""
+        return {}
 
     def skipped(self) -> list[tuple[str, str]]:
         """The key of each record of the data that turned out to be unreadable since this was last

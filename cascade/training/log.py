@@ -121,10 +121,13 @@ class TrainingLog:
         """The figures of the steps since the last row, as JSON values."""
         return jax.tree.map(lambda x: np.asarray(x).item(), jax.device_get(self._pending))
 
-    def write(self, step: int, skipped: Mapping[str, int] = {}) -> dict[str, Any]:
+    def write(
+        self, step: int, skipped: Mapping[str, int] = {}, held_out: Mapping[str, float] = {}
+    ) -> dict[str, Any]:
         """Write and return the row of the steps since the last one.
 
         skipped: how many records of the data the run could not read by now, by reason.
+        held_out: figures of what is never trained on, if they were taken at this step.
         """
         self._check()
         pending, self._pending, self._checked = jax.device_get(self._pending), [], 0
@@ -134,6 +137,7 @@ class TrainingLog:
             row[name] = float(np.mean([float(m[name]) for m in good])) if good else None
         row["skipped"] = len(pending) - len(good)
         row |= {f"skipped_records/{reason}": count for reason, count in skipped.items()}
+        row |= held_out
         row |= self._speed(step)
         row |= {"changed": self.changed} if self.changed else {}
         self.changed = ""
@@ -262,6 +266,14 @@ def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     seen = [r for r in rows if r["loss"] is not None]
     axes.plot([r["images"] for r in seen], [r["loss"] for r in seen], marker="." * (len(seen) < 3))
     axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=title)
+    if held_out := [r for r in rows if "validation/loss" in r]:
+        images = [r["images"] for r in held_out]
+        for name in sorted(n for n in held_out[-1] if n.startswith("validation/loss")):
+            values = [r.get(name, math.nan) for r in held_out]
+            _, _, level = name.partition("_")
+            label = f"held out, t in {level}" if level else "held out"
+            axes.plot(images, values, label=label, linewidth=0.7 if level else 2)
+        axes.legend(fontsize="x-small")
     for before, row in zip([{"images": 0}, *rows], rows, strict=False):
         if "changed" in row:  # since the row before
             axes.axvline(

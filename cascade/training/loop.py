@@ -8,8 +8,8 @@ images. In order:
     1  the mesh, the folder, which nobody else may use meanwhile, the run that it holds, and what
        the job needs while it runs: all that may be wrong is found here
     2  the state: restored from the newest checkpoint, or the job's own first weights
-    3  until the last step: a batch, prepared; the step; figures, checkpoints, snapshots and
-       previews when they are due; whether somebody asked to stop
+    3  until the last step: a batch, prepared; the step; figures, the loss of what is held out,
+       checkpoints, snapshots and previews when they are due; whether somebody asked to stop
     4  the last checkpoint is waited for; a run that diverged says so, one that ended finishes
 """
 
@@ -165,9 +165,14 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             shown.update(min(job.batch_size, job.images - (step - 1) * job.batch_size))
             log.add(metrics, waited)
             ends = step >= last or log.diverged
-            if ends or _due(step, job.log_every_images, job):
+            every = running.validate_every_images
+            validates = every > 0 and (step >= last or _due(step, every, job))
+            if ends or validates or _due(step, job.log_every_images, job):
                 folder.check_there()
-                loss = log.write(step, skipped.counts)["loss"]
+                held_out = {}
+                if validates and not log.diverged:
+                    held_out = running.validate(whole(job, state, state["ema"]))
+                loss = log.write(step, skipped.counts, held_out)["loss"]
                 shown.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
             if ends:

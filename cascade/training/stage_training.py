@@ -6,20 +6,24 @@ dataset -> data -> conditions -> stage.loss -> train_step -> checkpoint
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
 from cascade import images
 from cascade.data import Batches, Data, Degradation, Source, batches
+from cascade.data.held_out import divided
 from cascade.data.pipeline import TokenizeFn
 from cascade.data.transforms import check_resolutions
 from cascade.devices import sharding
 from cascade.errors import UserError
+from cascade.models import placing
 from cascade.runner.model_folder import open_model
 from cascade.stage import Stage, StageConfig
 from cascade.storage import paths
@@ -155,12 +159,25 @@ class StageTraining(StageJob):
     most_bad: float = 0.25
     """The share of the data that may be left out: another example stands in for each one that
     cannot be read, WORKDIR/skipped.jsonl lists them, and the run ends where there are more."""
+    validation: float = 0.0
+    """Share of the pictures that is never trained on, chosen by their names, in [0, 1); its loss
+    with the averaged weights is in metrics.jsonl and loss.png, over all noise levels and over each
+    quarter of them. The same pictures meet the same noise each time."""
+    validate_every_images: int = 100_000
+    """Examples from one look at what is held out to the next."""
+    validation_images: int = 1000
+    """So many pictures of what is held out are looked at, in whole batches."""
     preview_prompts: tuple[str, ...] = ()
     """What previews of a base stage draw; super-resolution enlarges four of the batch."""
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least("text_tokens", 1)
+        for name in ("text_tokens", "validate_every_images", "validation_images"):
+            self.at_least(name, 1)
+        if not 0 <= self.validation < 1:
+            raise ValueError(
+                f"{self._kind}.validation must be a share in [0, 1), got {self.validation}"
+            )
         if not 0 <= self.most_bad <= 1:
             raise ValueError(f"StageTraining.most_bad must be in [0, 1], got {self.most_bad}")
         check_resolutions(
@@ -182,6 +199,11 @@ class StageTraining(StageJob):
     def vocabulary(self) -> Sequence[str]:
         return self.data.vocabulary
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        # Pictures that were trained on would be held out, or the other way round.
+        return {**super().fixed, "validation": self.validation}
+
     def batch_shapes(self, tokens, b=None):
         return self.stage.batch_shapes(b or self.batch_size, tokens, self.crop)
 
@@ -196,6 +218,9 @@ class RunningStage(Running):
     def __init__(self, job: StageTraining, mesh: Mesh):
         self._job, self._mesh = job, mesh
         source = job.data.open(job.stage.resolution)  # before an encoder of many GB
+        held_out = None
+        if job.validation:
+            source, held_out = divided(source, job.validation)
         self._text: Online | Stored | None = None
         if job.stage.text is not None:
             stored = job.embeddings is not None
@@ -208,6 +233,10 @@ class RunningStage(Running):
             self.batches = StoredBatches(read, self._text.store)
             if job.preview_every_images and job.stage.lowres is None:
                 self._prompts = self._text.present(self._prompts)
+        self._held_out: HeldOut | None = None
+        if held_out is not None:
+            self.validate_every_images = job.validate_every_images
+            self._held_out = HeldOut(job, held_out, reader, mesh)
 
     def read(
         self, source: Source, tokenizer: TokenizeFn | None, rows: Int[np.ndarray, " rows"]
@@ -226,6 +255,9 @@ class RunningStage(Running):
             workers=job.workers,
             most_bad=job.most_bad,
         )
+
+    def validate(self, params):
+        return {} if self._held_out is None else self._held_out.losses(params, self.prepare)
 
     def skipped(self):
         records, self._read.bad_records = self._read.bad_records, []
@@ -248,3 +280,57 @@ class RunningStage(Running):
         if sheet is not None:
             file.parent.mkdir(exist_ok=True)
             images.save_png(file, sheet)
+
+
+LEVELS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+"""The quarters of the times of noise: at 0 is the picture itself, and at 1 all noise."""
+
+
+class HeldOut:
+    """The loss of pictures that are not trained on, by noise level."""
+
+    def __init__(
+        self, job: StageTraining, source: Source, tokenizer: TokenizeFn | None, mesh: Mesh
+    ):
+        self._job, self._source, self._tokenizer, self._mesh = job, source, tokenizer, mesh
+        self._losses = jax.jit(self._by_level, out_shardings=sharding.replicated(mesh))
+
+    def losses(self, params: Any, prepared: Callable[..., dict[str, Any]]) -> dict[str, float]:
+        """{"validation/loss": over all levels, "validation/loss_0.00-0.25": over a quarter, ...}.
+
+        prepared: (batch, step) -> that on the devices with its texts embedded. The same pictures
+        meet the same noise each time.
+        """
+        job = self._job
+        size = job.batch_size // job.microbatches  # which is known to fit into memory
+        count = max(1, min(len(self._source), job.validation_images) // size)
+        found = batches(
+            self._source,
+            lowres_resolution=job.stage.lowres_resolution,
+            crop=job.crop,
+            degradation=job.degradation,
+            batch_size=size,
+            seed=job.seed,
+            tokenizer=self._tokenizer,
+            rows=sharding.process_rows(self._mesh, size),
+        )
+        total = np.zeros(len(LEVELS))
+        for step in range(count):
+            batch = prepared(next(found), step)
+            key = jax.random.fold_in(jax.random.key(job.seed), 2**31 + step)
+            total += np.asarray(self._losses(params, batch, key))
+        found.close()
+        named = {
+            f"validation/loss_{low:.2f}-{high:.2f}": float(x) / count
+            for (low, high), x in zip(LEVELS, total, strict=True)
+        }
+        return {"validation/loss": float(total.mean()) / count, **named}
+
+    def _by_level(self, params: Any, batch: dict[str, Any], key: jax.Array) -> jax.Array:
+        stage = Stage(self._job.stage)
+
+        def loss(level):
+            return stage.loss(params, batch, key, between=tuple(level), dropout=False)[0]
+
+        with placing(sharding.activations(self._mesh)):
+            return jax.lax.map(loss, jnp.asarray(LEVELS))

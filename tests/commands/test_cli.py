@@ -26,7 +26,7 @@ Text to image by cascaded pixel diffusion.
   export   collect trained stages into a model folder for `sample --model`
   convert  public weights (DeepFloyd IF, x4 upscaler) to a model folder
   eval     measure a model: facts right, sweeps, properties
-  data     make, inspect or embed a dataset
+  data     make, inspect, convert or embed a dataset
   plan     what a run needs on a TPU slice or GPUs that are not here
   bench    measure this machine: time to a picture, training speed
 """

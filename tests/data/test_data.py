@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from written import WRITERS, records
 
 from cascade import images
 from cascade.commands import data as commands
@@ -66,12 +67,15 @@ def assert_same(a, b):
             np.testing.assert_array_equal(x[name], y[name])
 
 
-def numbered(tmp_path, count=10, side=8):
-    """A folder of flat pictures: picture i has level 10 i and caption "i"."""
-    for i in range(count):
-        Image.new("RGB", (side, side), (10 * i,) * 3).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"{i}\n")
-    return FolderData(path=str(tmp_path))
+def numbered(tmp_path, count=10, kind="pairs"):
+    """A dataset of flat pictures: picture i has level 10 i and caption "i"."""
+    return WRITERS[kind](tmp_path, records(count))
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def any_kind(request, tmp_path_factory):
+    """The same ten pictures as a dataset of every kind."""
+    return numbered(tmp_path_factory.mktemp("any") / "d", kind=request.param)
 
 
 def levels(taken):
@@ -91,8 +95,11 @@ def test_batches_hold_pictures_and_tokens_of_the_same_examples():
         np.testing.assert_array_equal(batch["tokens"], Letters()(captions).ids)
 
 
-def test_every_epoch_has_each_example_once_in_another_order(tmp_path):
-    seen = levels(take(make_batches(numbered(tmp_path), batch_size=5), 6))
+def test_every_epoch_has_each_example_once_in_another_order(any_kind):
+    taken = take(make_batches(any_kind, batch_size=5), 6)
+    seen = levels(taken)
+    texts = [int(bytes(row[row > 0]).decode()) for b in taken for row in b["tokens"].astype("u1")]
+    assert texts == seen
     epochs = [seen[:10], seen[10:20], seen[20:]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -119,24 +126,39 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(workers):
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [2], [1, 4]])
-def test_a_process_loads_its_own_rows_of_every_batch(rows, tmp_path):
-    data = numbered(tmp_path)
-    whole = take(make_batches(data, batch_size=5), 4)
-    part = take(make_batches(data, batch_size=5, rows=rows), 4)
+def test_a_process_loads_its_own_rows_of_every_batch(rows, any_kind):
+    whole = take(make_batches(any_kind, batch_size=5), 4)
+    part = take(make_batches(any_kind, batch_size=5, rows=rows), 4)
     assert_same(part, [{name: x[np.array(rows)] for name, x in b.items()} for b in whole])
 
 
-def test_a_run_resumes_on_another_number_of_processes():
-    whole = take(make_batches(batch_size=4), 3)
-    two = make_batches(batch_size=4, rows=[2, 3])
+def test_a_run_resumes_on_another_number_of_processes(any_kind):
+    whole = take(make_batches(any_kind, batch_size=4), 3)
+    two = make_batches(any_kind, batch_size=4, rows=[2, 3])
     next(two)
     state = two.get_state()
     two.close()
-    one = make_batches(batch_size=4)
+    one = make_batches(any_kind, batch_size=4)
     one.set_state(state)
     assert_same(take(one, 2), whole[1:])
     with pytest.raises(UserError, match="batch size"):
-        make_batches(batch_size=3).set_state(state)
+        make_batches(any_kind, batch_size=3).set_state(state)
+
+
+def test_data_workers_read_what_threads_read(any_kind):
+    """Each has a copy of the source by pickle."""
+    source = pickle.loads(pickle.dumps(any_kind.open(8)))
+    whole = [any_kind.open(8)[i] for i in range(10)]
+    assert [source[i]["image"].tobytes() for i in range(10)] == [
+        e["image"].tobytes() for e in whole
+    ]
+    assert len(pickle.dumps(source)) < 10_000
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf parquet", "mixed"])
+def test_a_worker_process_makes_the_same_batches(kind, tmp_path):
+    data = numbered(tmp_path / "d", kind=kind)
+    assert_same(take(make_batches(data, workers=1), 3), take(make_batches(data), 3))
 
 
 @pytest.mark.parametrize(
@@ -369,8 +391,8 @@ def test_what_is_damaged_in_a_tfds_dataset_is_a_bad_record_of_its_kind(dataset):
         "unreadable picture": [{"image": file.getvalue()[:-20], "caption": b"a"}],
         "unreadable caption": [{"image": file.getvalue(), "caption": b"\xff"}],
     }
-    for reason, records in damaged.items():
-        source.records = records
+    for reason, held in damaged.items():
+        source.records = held
         with pytest.raises(BadRecord, match="TFDS dataset scenes in .* record 0") as told:
             source[0]
         assert (told.value.key, told.value.reason) == ("record 0", reason)
@@ -420,7 +442,9 @@ def test_inspect_draws_a_sheet_and_counts(tmp_path, capsys):
     with pytest.raises(UserError, match="no folder .*absent; make it first"):
         inspect(data, tmp_path / "absent" / "sheet.png")
     for numbers in ({"count": 0}, {"resolution": 0}):
-        with pytest.raises(UserError, match="count and resolution must be positive, got"):
+        with pytest.raises(
+            UserError, match="count, resolution, sample and tokens must be positive"
+        ):
             inspect(data, tmp_path / "other.png", **numbers)
 
 
@@ -468,10 +492,12 @@ def test_a_folder_that_is_given_holds_one_tfds_dataset_and_not_its_version_alone
 def test_captions_are_read_without_their_pictures(tmp_path, dataset):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "a.txt").write_text("a red circle")
-    assert FolderData(path=str(tmp_path)).open(8).caption(0) == "a red circle"
+    assert FolderData(path=str(tmp_path)).open(8).captions_of(0) == ("a red circle",)
     for data in (ScenesData(seed=3), dataset_in(str(dataset), "unseen")):
         source = data.open(8)
-        assert [source.caption(i) for i in range(3)] == [source[i]["caption"] for i in range(3)]
+        assert [source.captions_of(i) for i in range(3)] == [
+            (source[i]["caption"],) for i in range(3)
+        ]
 
 
 def test_known_words_are_those_of_closed_vocabularies_only():
@@ -487,7 +513,7 @@ def test_known_words_are_those_of_closed_vocabularies_only():
 
 
 def test_importing_the_room_loads_neither_jax_nor_grain_nor_tfds():
-    heavy = "{'jax', 'grain', 'tensorflow_datasets'}"
+    heavy = "{'jax', 'grain', 'tensorflow_datasets', 'pyarrow'}"
     code = f"import sys, cascade.data; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,188 @@
+"""Parquet and Arrow files, row by row, by pyarrow, which is imported when one is opened."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cascade.errors import UserError
+from cascade.storage import paths
+
+MOST_GROUP = 2**31
+"""Bytes that a row group may have, for it is read whole."""
+MOST_KEPT = 2**28
+"""Bytes of row groups that each process keeps from one example to the next."""
+
+
+class Rows:
+    """Random access to the rows of Parquet or Arrow files, of some columns, as dicts.
+
+    A row of a Parquet file is read with its whole row group, so many small groups are better than
+    few large ones. Arrow files are mapped into memory, and a row costs what it holds.
+    """
+
+    def __init__(self, files: Sequence[str], columns: Sequence[str]):
+        """columns: those that are wanted; what no file has is left out.
+
+        Raises UserError where a file is damaged, pyarrow is missing, or files differ in columns.
+        """
+        self._files, self.columns = list(files), ()
+        """All columns that the files have."""
+        counts: list[int] = []
+        self._groups: list[tuple[int, int]] = []
+        for number, file in enumerate(self._files):
+            opened = _open(file)
+            names = tuple(opened.names)
+            if number and names != self.columns:
+                raise UserError(
+                    f"{file}: has the columns {', '.join(names)}, and {self._files[0]} "
+                    f"{', '.join(self.columns)}; give files that are alike"
+                )
+            self.columns = names
+            self._wanted = [name for name in dict.fromkeys(columns) if name in names]
+            for group, (rows, size) in enumerate(opened.groups()):
+                if not 0 <= rows <= opened.most:
+                    raise UserError(
+                        f"{file}: says that it has {rows} rows in {opened.most} bytes; it is "
+                        "damaged, write it again"
+                    )
+                if size > MOST_GROUP:
+                    raise UserError(
+                        f"{file}: row group {group} has {size} bytes, and at most {MOST_GROUP} "
+                        "are read at once; write it with smaller row groups"
+                    )
+                counts.append(rows)
+                self._groups.append((number, group))
+        self._ends = list(itertools.accumulate(counts))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock, self._size = threading.Lock(), 0
+        self._opened: dict[int, Any] = {}
+        self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_lock", "_size", "_opened", "_kept")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: int) -> dict[str, Any] | str:
+        """The row as a dict, or why it cannot be had."""
+        group = bisect.bisect_right(self._ends, number)
+        start = self._ends[group - 1] if group else 0
+        try:
+            table = self._table(group)
+            return {name: table[name][number - start].as_py() for name in self._wanted}
+        except Exception as e:  # pyarrow's own, for each way to be damaged
+            return f"unreadable row ({_line(e)})"
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        return ((number, self[number]) for number in range(len(self)))
+
+    def only(self, columns: Sequence[str]) -> Rows:
+        """The same rows with fewer columns."""
+        other = object.__new__(Rows)
+        other.__setstate__(self.__getstate__())
+        other._wanted = [name for name in self._wanted if name in columns]
+        return other
+
+    def _table(self, group: int) -> Any:
+        """The columns that are wanted of a group of rows."""
+        with self._lock:
+            if group in self._kept:
+                self._kept.move_to_end(group)
+                return self._kept[group]
+            file, inside = self._groups[group]
+            if file not in self._opened:
+                self._opened[file] = _open(self._files[file])
+            table = self._opened[file].read(inside, self._wanted)
+            self._kept[group] = table
+            self._size += table.nbytes
+            while self._size > MOST_KEPT and len(self._kept) > 1:
+                self._size -= self._kept.popitem(last=False)[1].nbytes
+            return table
+
+
+class _Parquet:
+    def __init__(self, file: str):
+        import pyarrow.parquet
+
+        path = paths.path(file)
+        found: Any = path.stat()
+        self.most = found.length if paths.is_remote(path) else found.st_size
+        """How many rows it can have: each has a picture, or the name of one."""
+        source: Any = path.open("rb") if paths.is_remote(path) else file
+        self._file = pyarrow.parquet.ParquetFile(source)
+        self.names = self._file.schema_arrow.names
+
+    def groups(self) -> Iterator[tuple[int, int]]:
+        """The rows and bytes of each group."""
+        # Not of each column: pyarrow ends the process where a column's statistics are damaged.
+        for number in range(self._file.num_row_groups):
+            group = self._file.metadata.row_group(number)
+            yield group.num_rows, group.total_byte_size
+
+    def read(self, group: int, columns: Sequence[str]) -> Any:
+        table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
+        table.validate(full=True)
+        return table
+
+
+class _Arrow:
+    def __init__(self, file: str):
+        import pyarrow.ipc
+
+        mapped = pyarrow.memory_map(file)
+        try:
+            self._table = pyarrow.ipc.open_stream(mapped).read_all()
+        except pyarrow.ArrowInvalid:
+            self._table = pyarrow.ipc.open_file(mapped).read_all()
+        self.names, self.most = self._table.column_names, mapped.size()
+
+    def groups(self) -> Iterator[tuple[int, int]]:
+        yield self._table.num_rows, 0
+
+    def read(self, group: int, columns: Sequence[str]) -> Any:
+        table = self._table.select(list(columns))
+        table.validate(full=True)  # offsets of a stranger may lead anywhere
+        return _Mapped(table)
+
+
+class _Mapped(dict):
+    """Columns of a mapped file, which take no memory of their own."""
+
+    nbytes = 0
+
+    def __init__(self, table: Any):
+        super().__init__(zip(table.column_names, table.columns, strict=True))
+
+
+def _open(file: str) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(f"{file}: needs pyarrow; pip install 'cascade-diffusion[data]'") from None
+    path = paths.path(file)
+    paths.check_regular(path)
+    try:
+        return _Arrow(file) if file.endswith(".arrow") else _Parquet(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as e:
+        raise UserError(
+            f"{file}: cannot be read ({_line(e)}); it is damaged or of another format"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
