@@ -493,7 +493,10 @@ def test_captions_are_read_without_their_pictures(tmp_path, dataset):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "a.txt").write_text("a red circle")
     assert FolderData(path=str(tmp_path)).open(8).captions_of(0) == ("a red circle",)
-    for data in (ScenesData(seed=3), dataset_in(str(dataset), "unseen")):
+    for data in (
+        ScenesData(seed=3),
+        TFDSData(name="scenes", data_dir=str(dataset), split="unseen"),
+    ):
         source = data.open(8)
         assert [source.captions_of(i) for i in range(3)] == [
             (source[i]["caption"],) for i in range(3)

@@ -298,7 +298,7 @@ def test_a_run_goes_on_with_any_source_of_the_same_text_and_tells_of_another(
     assert "another store" not in capsys.readouterr().err
     fit(dataclasses.replace(config, embeddings=moved), tmp_path / "run", until=72)
     said = capsys.readouterr().err
-    assert f"embeddings: {stores['float32']} there, {moved} here" in said
+    assert f"embeddings: {stores['float32']} before, {moved} now" in said
     assert "another store" not in said
     fit(dataclasses.replace(config, embeddings=stores["bfloat16"]), tmp_path / "run", until=80)
     assert "the run goes on with another store (SHA-256 " in capsys.readouterr().err
