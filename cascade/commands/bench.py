@@ -71,6 +71,24 @@ class CompileOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingsOptions:
+    """Time how one thread of this machine reads a store of embeddings, at random, as a data worker
+    does: texts found by their hashes, padded, in batches of 64.
+
+    Files that are in memory already are read from there; the second half of the reads is timed.
+    """
+
+    store: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")] = None
+    """A store that `cascade data embed` made; None makes one for the time being, of 2048 texts as
+    long as COCO's captions (11 words, give or take 2.4, of 1.25 tokens each, and the end of
+    sequence), whose embeddings are random and 4096 wide."""
+    reads: int = 4096
+    """Texts that are read."""
+    tokens: int = 128
+    """Length in tokens that texts are padded to."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Time the reading of a dataset as training reads it, in one process, and tell if it is enough.
 
@@ -88,24 +106,6 @@ class DataOptions:
     """Examples that are read, after ten more."""
     trainer: float | None = None
     """Images a second that a trainer takes; it is then told whether it would wait."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingsOptions:
-    """Time how one thread of this machine reads a store of embeddings, at random, as a data worker
-    does: texts found by their hashes, padded, in batches of 64.
-
-    Files that are in memory already are read from there; the second half of the reads is timed.
-    """
-
-    store: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")] = None
-    """A store that `cascade data embed` made; None makes one for the time being, of 2048 texts as
-    long as COCO's captions (11 words, give or take 2.4, of 1.25 tokens each, and the end of
-    sequence), whose embeddings are random and 4096 wide."""
-    reads: int = 4096
-    """Texts that are read."""
-    tokens: int = 128
-    """Length in tokens that texts are padded to."""
 
 
 USAGE = """usage: cascade bench sample [--model NAME|DIR] [--prompt TEXT]

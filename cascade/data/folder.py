@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import cast
 
 from cascade.data.pictures import MOST_CAPTION, Found, PictureData, PictureSource, told
@@ -59,7 +59,7 @@ class _FolderSource(PictureSource):
             self.filtered[reason] += bool(reason)
             kept += [] if reason else [(path, text)]
         self.filtered = +self.filtered
-        self.paths, self._texts = [str(path) for path, _ in kept], [text for _, text in kept]
+        self.paths, self.captions = [str(path) for path, _ in kept], [text for _, text in kept]
         told(self, f"data folder {self._folder}")
 
     def __len__(self) -> int:
@@ -75,10 +75,7 @@ class _FolderSource(PictureSource):
             _check_within(path, self._folder, where)  # now, too
         except UserError as e:
             raise BadRecord(str(e), key, "unreadable picture") from None
-        return Found(key, where, path, (self._texts[index],))
-
-    def captions(self, index: int) -> Sequence[str]:
-        return (self._texts[index],)
+        return Found(key, where, path, (self.captions[index],))
 
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

@@ -53,14 +53,11 @@ class _Part(Source):
     def hashes(self):
         return self._source.hashes()[self._indices]
 
-    def caption(self, index: int) -> str:
-        return self._source.caption(int(self._indices[index]))
-
-    def captions(self, index: int) -> Sequence[str]:
-        return self._source.captions(int(self._indices[index]))
-
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._indices[index])]
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        return self._source.captions_of(int(self._indices[index]))
 
     def drawn(self, index: int, rng: np.random.Generator) -> Example:
         return self._source.drawn(int(self._indices[index]), rng)

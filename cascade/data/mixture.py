@@ -76,17 +76,13 @@ class _Mixed(Source):
     def hashes(self):
         return np.concatenate([source.hashes() for source in self._sources])
 
-    def caption(self, index: int) -> str:
-        source, inside = self._at(index)
-        return source.caption(inside)
-
-    def captions(self, index: int) -> Sequence[str]:
-        source, inside = self._at(index)
-        return source.captions(inside)
-
     def __getitem__(self, index: int) -> Example:
         source, inside = self._at(index)
         return source[inside]
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        source, inside = self._at(index)
+        return source.captions_of(inside)
 
     def drawn(self, index: int, rng: np.random.Generator) -> Example:
         source, inside = self._at(index)

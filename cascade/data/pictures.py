@@ -79,11 +79,7 @@ class PictureSource(Source):
     def __getitem__(self, index: int) -> Example:
         return self._example(index, None)
 
-    def caption(self, index: int) -> str:
-        return self.captions(index)[0]
-
-    def captions(self, index: int) -> Sequence[str]:
-        """The captions that filters leave."""
+    def captions_of(self, index: int) -> Sequence[str]:
         found = self.found(index)
         captions, reason = self.config.filters.passing(found.captions)
         if not captions:

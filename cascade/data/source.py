@@ -76,21 +76,18 @@ class Source:
         """Example `index` in 0..len - 1. Raises BadRecord if it cannot be read."""
         raise NotImplementedError
 
-    def caption(self, index: int) -> str:
-        """The caption of example `index`, without its picture where that can be. Raises BadRecord
-        if it cannot be read."""
-        return self[index]["caption"]
-
-    def captions(self, index: int) -> Sequence[str]:
-        """All captions of example `index`, of which `drawn` takes one; otherwise as `caption`."""
-        return (self.caption(index),)
-
     def hashes(self) -> UInt32[np.ndarray, " n"]:
         """A number of 32 bits for each example, which it keeps when others come or go.
 
         Where examples have no names of their own, it is made of their place.
         """
         return hashes_of(map(str, range(len(self))))
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        """All captions that example `index` may be trained with, without its picture where that can
+        be. Raises BadRecord if they cannot be read."""
+        example = self[index]
+        return example.get("captions") or (example["caption"],)
 
     def drawn(self, index: int, rng: np.random.Generator) -> Example:
         """Example `index` as it is trained on: what is random of it is drawn from `rng`.

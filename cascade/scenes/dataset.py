@@ -94,8 +94,8 @@ class _ScenesSource(Source):
     def __getitem__(self, index: int) -> Example:
         return self.window(index, 0, 0, self.resolution)
 
-    def caption(self, index: int) -> str:
-        return self.config.scene(index)[1].text
+    def captions_of(self, index: int) -> tuple[str]:
+        return (self.config.scene(index)[1].text,)
 
     def window(
         self, index: int, y: int, x: int, size: int, rng: np.random.Generator | None = None

@@ -204,16 +204,6 @@ def read_config(folder: Path) -> T5Config:
     return _read_config(_weights_folder(folder) / "config.json")
 
 
-def read_tokenizer(name_or_dir: str | Path, max_tokens: int) -> Tokenizer:
-    """Read the tokenizer of an encoder as `T5Encoder.load` finds it, without the weights.
-
-    max_tokens: as there. Raises UserError as there.
-    """
-    _, config_file, vocabulary = _places(locate(name_or_dir))
-    config = _read_config(config_file)
-    return Tokenizer(_read_vocabulary(vocabulary, config), min(max_tokens, config.n_positions))
-
-
 def digest(folder: Path) -> str:
     """The SHA-256 that stands for an encoder: of its config.json, its spiece.model and the files of
     its weights, as a folder that `read_folder` takes has them.
@@ -241,6 +231,16 @@ def digest_here(name: str) -> str | None:
         except UserError:  # begun to be downloaded, no more
             return None
     return digest(locate(name)) if name in SHIPPED or Path(name).is_dir() else None
+
+
+def read_tokenizer(name_or_dir: str | Path, max_tokens: int) -> Tokenizer:
+    """Read the tokenizer of an encoder as `T5Encoder.load` finds it, without the weights.
+
+    max_tokens: as there. Raises UserError as there.
+    """
+    _, config_file, vocabulary = _places(locate(name_or_dir))
+    config = _read_config(config_file)
+    return Tokenizer(_read_vocabulary(vocabulary, config), min(max_tokens, config.n_positions))
 
 
 def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:

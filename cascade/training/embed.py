@@ -36,8 +36,7 @@ class EmbedOptions:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The dataset: `scenes` (made now, with --count), a folder of pictures with captions, or a
-    folder of a TFDS dataset."""
+    """The dataset, as for `cascade data inspect`; of `scenes`, made now, with --count."""
     out: str
     """The store to write, here or in object storage (gs://BUCKET/NAME, s3://BUCKET/NAME): a new or
     empty folder, or one that this command has begun."""
@@ -184,7 +183,7 @@ def _gather(gathered: Gathered, source: Source, count: int, prompts: Iterable[st
     with bar(total=count, unit="captions", desc="reading", leave=False) as shown:
         for index in range(count):
             try:
-                for caption in source.captions(index):
+                for caption in source.captions_of(index):
                     gathered.add(caption)
             except BadRecord as e:
                 if not bad:

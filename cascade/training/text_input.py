@@ -277,8 +277,8 @@ def _check_captions(store: Store, source: Source) -> None:
     count = min(CHECKED, len(source))
     for i in range(count):
         try:
-            text = source.caption(i * len(source) // count)
+            texts = source.captions_of(i * len(source) // count)
         except BadRecord:
             continue  # the run will say so, in its time
-        if text not in store:
-            store.read([text], store.config.max_tokens)
+        if missing := [text for text in texts if text not in store]:
+            store.read(missing[:1], store.config.max_tokens)

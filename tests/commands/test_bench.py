@@ -91,26 +91,6 @@ def test_whatever_learns_can_be_timed():
     assert got["stage"] == "text encoder" and got["images_per_second"] > 0
 
 
-def test_the_reading_of_a_dataset_is_measured(tmp_path, capsys):
-    found = records(4)
-    found[2] = ("002", b"no picture", "2", {})
-    tar(tmp_path / "d", found)
-    words = ["data", f"tar:{tmp_path}/d", "--resolution", "8", "--count", "40"]
-    bench.main([*words, "--trainer", "1e-3"])
-    told = json.loads(capsys.readouterr().out)
-    assert told["examples"] == 4 and told["read"] + told["bad_records"] == 40
-    assert 0 < told["bad_records"] < 40
-    assert told["images_per_second_per_core"] > 0 and told["images_per_second_of_a_reader"] > 0
-    assert told["trainer_waits"] is False
-    bench.main([*words, "--trainer", "1e12"])
-    assert json.loads(capsys.readouterr().out)["trainer_waits"] is True
-    with pytest.raises(UserError, match="must be 1 or more"):
-        bench.main(["data", f"tar:{tmp_path}/d", "--count", "0"])
-    tar(tmp_path / "d", [("a", b"no picture", "a", {})])
-    with pytest.raises(UserError, match="none of 40 examples can be read"):
-        bench.main(["data", f"tar:{tmp_path}/d/00000.tar", *words[2:]])
-
-
 def test_reads_of_a_store_are_counted_against_padded_float16(tmp_path, capsys):
     """Of a store of the encoder that ships, of captions of 10 scenes."""
     out = str(tmp_path / "s")
@@ -129,3 +109,23 @@ def test_reads_of_a_store_are_counted_against_padded_float16(tmp_path, capsys):
         bench.bench_embeddings(bench.EmbeddingsOptions(store=out, reads=0))
     with pytest.raises(UserError, match="no such folder"):
         bench.main(["embeddings", str(tmp_path / "none")])
+
+
+def test_the_reading_of_a_dataset_is_measured(tmp_path, capsys):
+    found = records(4)
+    found[2] = ("002", b"no picture", "2", {})
+    tar(tmp_path / "d", found)
+    words = ["data", f"tar:{tmp_path}/d", "--resolution", "8", "--count", "40"]
+    bench.main([*words, "--trainer", "1e-3"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["examples"] == 4 and told["read"] + told["bad_records"] == 40
+    assert 0 < told["bad_records"] < 40
+    assert told["images_per_second_per_core"] > 0 and told["images_per_second_of_a_reader"] > 0
+    assert told["trainer_waits"] is False
+    bench.main([*words, "--trainer", "1e12"])
+    assert json.loads(capsys.readouterr().out)["trainer_waits"] is True
+    with pytest.raises(UserError, match="must be 1 or more"):
+        bench.main(["data", f"tar:{tmp_path}/d", "--count", "0"])
+    tar(tmp_path / "d", [("a", b"no picture", "a", {})])
+    with pytest.raises(UserError, match="none of 40 examples can be read"):
+        bench.main(["data", f"tar:{tmp_path}/d/00000.tar", *words[2:]])

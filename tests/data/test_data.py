@@ -492,10 +492,15 @@ def test_a_folder_that_is_given_holds_one_tfds_dataset_and_not_its_version_alone
 def test_captions_are_read_without_their_pictures(tmp_path, dataset):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "a.txt").write_text("a red circle")
-    assert FolderData(path=str(tmp_path)).open(8).caption(0) == "a red circle"
-    for data in (ScenesData(seed=3), commands.dataset(str(dataset), "unseen")):
+    assert FolderData(path=str(tmp_path)).open(8).captions_of(0) == ("a red circle",)
+    for data in (
+        ScenesData(seed=3),
+        TFDSData(name="scenes", data_dir=str(dataset), split="unseen"),
+    ):
         source = data.open(8)
-        assert [source.caption(i) for i in range(3)] == [source[i]["caption"] for i in range(3)]
+        assert [source.captions_of(i) for i in range(3)] == [
+            (source[i]["caption"],) for i in range(3)
+        ]
 
 
 def test_known_words_are_those_of_closed_vocabularies_only():

@@ -16,8 +16,7 @@ from cascade.scenes.training import ScenesTraining
 from cascade.stage import Stage, StageConfig
 from cascade.training.job import Optimizer
 from cascade.training.loop import fit
-from cascade.training.stage_training import StageTraining
-from cascade.training.validation import LEVELS
+from cascade.training.stage_training import LEVELS, StageTraining
 
 
 def textless() -> StageConfig:
