@@ -128,7 +128,7 @@ def captioned(
 
 def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
     h, w = image.shape[:2]
-    size = max(10, h // 16)
+    size = max(10, min(h, w) // 16)
     font = ImageFont.load_default(size)
     wrapped = _wrapped(caption[:2000], font, w - 4)
     lines = wrapped if len(wrapped) <= MOST_LINES else [*wrapped[: MOST_LINES - 1], "..."]

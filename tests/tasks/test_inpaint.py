@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cascade import cli, images, testing
+from cascade import cli, config, images, testing
 from cascade.data import FolderData
 from cascade.errors import UserError
 from cascade.models import Level, UNetConfig
@@ -18,6 +18,7 @@ from cascade.stage import Stage, Text
 from cascade.stage.conditions import Keys, TextInput
 from cascade.tasks.inpaint.hole import Hole
 from cascade.tasks.inpaint.training import InpaintTraining, widened
+from cascade.training.job import Job
 
 
 def plain_stage(**network):
@@ -170,6 +171,16 @@ def test_the_exported_model_draws_with_and_without_a_mask(run):
     (edited,) = model("a red circle", init=init, mask=mask)
     np.testing.assert_array_equal(edited.image[4:], init[4:])
     assert free.image.shape == (8, 8, 3) and (edited.image[:4] != init[:4]).any()
+
+
+def test_its_kinds_survive_json():
+    stage = with_hole(plain_stage(), least=0.3)
+    job = InpaintTraining(stage=stage, data=FolderData(path="x"), images=8, batch_size=8)
+    written = json.loads(json.dumps(config.to_json(job)))
+    assert config.from_json(Job, written) == job
+    kinds = (written["type"], written["stage"]["conditions"][-1]["type"])
+    place = "cascade.tasks.inpaint"
+    assert kinds == (f"{place}.training.InpaintTraining", f"{place}.hole.Hole")
 
 
 def test_a_stage_without_a_hole_is_no_job_of_inpainting():
