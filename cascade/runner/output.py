@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,18 +27,15 @@ def folder_of(name: Path) -> paths.Path:
     Raises UserError for a file, and where nothing can be written.
     """
     out = paths.path(name)
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise UserError(f"--out {out}: is a file; name a folder")
     if not isinstance(out, Path):
         return out
     parent = next(p for p in [out, *out.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--out {out}: cannot be written there")
-    made = [p for p in (out, *out.absolute().parents) if not p.exists()]
     try:  # some folders, such as /proc, say that they can and cannot
-        out.mkdir(parents=True, exist_ok=True)
-        for folder in made:
-            folder.rmdir()
+        os.rmdir(tempfile.mkdtemp(prefix=".cascade-", dir=parent))
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written there ({e.strerror})") from None
     return out

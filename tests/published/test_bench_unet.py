@@ -40,7 +40,9 @@ def test_cores_are_held_to_before_anything_starts():
         assert bench_unet._hold(1) == 1 and len(os.sched_getaffinity(0)) == 1
     finally:
         os.sched_setaffinity(0, own)
-    with pytest.raises(UserError, match=f"--cores must be in 1..{len(own)}"):
+    with pytest.raises(
+        UserError, match=f"--cores must be 1, or up to the number of cores here, {len(own)}"
+    ):
         bench_unet._hold(len(own) + 1)
     with pytest.raises(UserError, match="--repeats must be 1 or more"):
         bench_unet.bench_unet(UNetOptions(repeats=0))

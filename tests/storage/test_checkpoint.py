@@ -108,14 +108,14 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_and_its_file_is_nam
 
 def test_a_checkpoint_with_a_file_that_the_system_cannot_read_is_passed_over(tmp_path, monkeypatch):
     saved(tmp_path)
-    digest = checksums._digest
+    digest = checksums.digest
 
     def fails(file):
         if "/checkpoints/2/ema/" in str(file):
             raise OSError(errno.EIO, "Input/output error")
         return digest(file)
 
-    monkeypatch.setattr(checksums, "_digest", fails)
+    monkeypatch.setattr(checksums, "digest", fails)
     with pytest.warns(UserWarning, match="Input/output error"):
         assert Checkpoints(tmp_path).restore_ema()[0] == 1
 

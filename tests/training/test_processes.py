@@ -77,10 +77,10 @@ def run(workdir, seconds_a_step=0.0, config=CONFIG):
     load = stage_training.batches
 
     class Slow:
-        def __init__(self, **options):
+        def __init__(self, source, **options):
             rows = [int(r) for r in options["rows"]]
             (workdir / f"rows_{jax.process_index()}").write_text(json.dumps(rows))
-            self.batches = load(config.data, **options)
+            self.batches = load(source, **options)
             self.get_state, self.set_state = self.batches.get_state, self.batches.set_state
             self.bad_records = []
 
@@ -89,7 +89,7 @@ def run(workdir, seconds_a_step=0.0, config=CONFIG):
             time.sleep(seconds_a_step)
             return next(self.batches)
 
-    stage_training.batches = lambda _, **options: Slow(**options)
+    stage_training.batches = Slow
     with distributed.processes():
         ended = fit(config, workdir)
     if not ended:
