@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_folders import model_folder
 
-from cascade import cli, config, images, testing
+from cascade import config, images, testing
+from cascade.commands.export import export
 from cascade.data import FolderData
 from cascade.errors import UserError
 from cascade.models import Level, UNetConfig
 from cascade.runner.cascade import Cascade
 from cascade.runner.edits import Edit
-from cascade.stage import Stage, Text
+from cascade.stage import Stage, StageConfig, Text
 from cascade.stage.conditions import Keys, TextInput
 from cascade.tasks.inpaint.hole import Hole
 from cascade.tasks.inpaint.training import InpaintTraining, widened
 from cascade.training.job import Job
+from cascade.training.loop import fit
 
 
 def plain_stage(**network):
@@ -111,55 +114,36 @@ def test_drawing_tells_the_mask_of_the_edit_and_without_one_that_all_is_hole():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny stage that was trained, exported, and fine-tuned to fill holes."""
+    """A tiny stage that was fine-tuned to fill holes, and exported."""
     folder = tmp_path_factory.mktemp("inpaint")
+    stage = dataclasses.replace(plain_stage(), conditions=(Text(width=128, head_width=8),))
+    model_folder(folder / "plain", stage)
     (folder / "data").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
     for i, picture in enumerate(pixels):
         images.save_png(folder / "data" / f"{i}.png", picture)
         (folder / "data" / f"{i}.txt").write_text("a red circle")
-    (folder / "config.py").write_text(
-        f"""
-import dataclasses
-from cascade import testing
-from cascade.data import FolderData
-from cascade.stage import Text
-from cascade.tasks.inpaint.hole import Hole
-from cascade.tasks.inpaint.training import InpaintTraining
-from cascade.training.stage_training import StageTraining
-
-
-def config(init: str = ""):
-    stage = testing.base_stage()
-    stage = dataclasses.replace(stage, conditions=(Text(width=128, head_width=8),))
-    fields = dict(data=FolderData(path={str(folder / "data")!r}), images=16, batch_size=8,
-                  log_every_images=8, save_every_images=8)
-    if not init:
-        return StageTraining(stage=stage, **fields)
-    stage = dataclasses.replace(stage, conditions=(*stage.conditions, Hole()))
-    return InpaintTraining(stage=stage, init=init, preview_prompts=("a",), **fields)
-"""
+    job = InpaintTraining(
+        stage=with_hole(stage),
+        init=str(folder / "plain"),
+        data=FolderData(path=str(folder / "data")),
+        preview_prompts=("a",),
+        images=16,
+        batch_size=8,
+        log_every_images=8,
     )
-    config = str(folder / "config.py")
-    cli.main(["train", config, "--workdir", str(folder / "a")])
-    cli.main(["export", str(folder / "a"), str(folder / "plain")])
-    init = ["--init", str(folder / "plain")]
-    cli.main(["train", config, *init, "--workdir", str(folder / "b"), "--until", "8"])
-    cli.main(["train", config, *init, "--workdir", str(folder / "b")])
-    cli.main(["export", str(folder / "b"), str(folder / "filled")])
+    fit(job, folder / "run")
+    export([folder / "run"], folder / "filled")
     return folder
 
 
-def test_it_trains_goes_on_draws_previews_and_is_exported(run):
-    rows = [json.loads(line) for line in (run / "b" / "metrics.jsonl").open()]
+def test_it_trains_draws_previews_and_is_exported(run):
+    rows = [json.loads(line) for line in (run / "run" / "metrics.jsonl").open()]
     assert [row["images"] for row in rows] == [8, 16]
-    config = json.loads((run / "filled" / "base8" / "config.json").read_text())
-    kinds = (
-        [c["type"] for c in config["stage"]["conditions"]]
-        if "stage" in config
-        else [c["type"] for c in config["conditions"]]
-    )
-    assert kinds[-1] == "cascade.tasks.inpaint.hole.Hole"
+    assert len(list((run / "run" / "previews").glob("*.png"))) == 1
+    told = config.read_json(run / "filled" / "base8" / "config.json")
+    stage = config.from_json(StageConfig, told)
+    assert isinstance(stage.conditions[-1], Hole)
 
 
 def test_the_exported_model_draws_with_and_without_a_mask(run):
