@@ -187,7 +187,7 @@ class StoredBatches:
         if had != self._digest and jax.process_index() == 0:
             print(
                 f"embeddings {self._store.name}: the run goes on with another store (SHA-256 "
-                f"{had:.12} there, {self._digest:.12} here)",
+                f"{had:.12} before, {self._digest:.12} now)",
                 file=sys.stderr,
             )
         self._batches.set_state(state)
