@@ -93,6 +93,10 @@ def tasks() -> dict[str, list[Path]]:
     return found
 
 
+VERBS = {"restore"}
+"""Tasks whose names are words for what is done elsewhere too: checkpoints are restored."""
+
+
 def test_every_room_is_on_the_plan():
     assert set(rooms()) == set(PLAN)
 
@@ -145,9 +149,12 @@ def test_a_task_imports_no_other_and_nothing_names_it():
             for module in modules_of_ours(file):
                 if module.startswith("cascade.tasks"):
                     assert f"{module}.".startswith(f"cascade.tasks.{name}."), (file, module)
+        word = rf"\b{name}\b"
+        if name in VERBS:  # only as a string, a path or a command does it name the task
+            word = rf"[\"']{name}[\"']|[./]{name}\b(?!\()|cascade {name}\b"
         for file in ROOT.rglob("*.py"):
             if file not in files:
-                named = re.search(rf"\b{name}\b", file.read_text())
+                named = re.search(word, file.read_text())
                 assert not named, f"{file.relative_to(ROOT.parent)} names the task {name}"
 
 

@@ -29,8 +29,10 @@ class Options:
 
     picture: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
     """The picture to enlarge, at least as large as a tile on both sides."""
-    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
-    """What it shows."""
+    prompt: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")
+    ] = ""
+    """What it shows, for a model that reads a text."""
     out: Path
     """The PNG to write; gs:// and s3:// names are understood."""
     model: str = "scenes"
@@ -60,8 +62,6 @@ def main(argv: Sequence[str]) -> None:
     if out.suffix.lower() != ".png" or out.exists():
         raise UserError(f"--out {out}: must be a new file whose name ends in .png")
     output.folder_of(options.out.parent)
-    if not options.prompt.strip():
-        raise UserError("the prompt is empty; write what the picture shows")
     use_compilation_cache()
     from cascade.images import load_image
     from cascade.runner.cascade import Cascade, default_batch_size
@@ -72,6 +72,10 @@ def main(argv: Sequence[str]) -> None:
     picture = load_image(options.picture)
     model = Cascade.load(options.model, dtype=options.dtype)
     (stage, _) = model.stages[-1]
+    if not options.prompt.strip() and stage.config.text is not None:
+        raise UserError("the prompt is missing: behind the picture, write what it shows")
+    if options.prompt and stage.config.text is None:
+        raise UserError(f"model {options.model}: reads no text; leave the prompt out")
     lists = {name: getattr(options, name) for name in ("steps", "guidance", "aug_level", "sampler")}
     (settings,) = override([stage.config], **lists)
     batch_size = options.batch_size or default_batch_size()
@@ -80,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     with Bar(-(-tiles // batch_size), steps, shown=not options.quiet) as bar:
         drawn = enlarge(
             model,
-            options.prompt,
+            options.prompt or options.picture.stem,
             picture,
             seed=options.seed,
             settings=[settings],

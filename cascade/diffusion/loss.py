@@ -58,6 +58,9 @@ class Loss:
     """Which line of equation (2): how the weight on the x0 error depends on the SNR."""
     gamma: float = 5.0
     """The cap of min_snr, an SNR (not a log-SNR) above 0; 5 is that of Hang et al. 2023."""
+    norm: Literal["l2", "l1"] = "l2"
+    """"l2" takes the squared error with that weight, "l1" the absolute error with its root: what is
+    drawn is then less varied (Saharia et al. 2022, "Palette", sec. 4.2)."""
 
     def __post_init__(self):
         if self.weighting not in ("plain", "min_snr", "truncated_snr", "debiased"):
@@ -65,6 +68,8 @@ class Loss:
                 'Loss.weighting: "plain", "min_snr", "truncated_snr" or "debiased", '
                 f"got {self.weighting!r}"
             )
+        if self.norm not in ("l2", "l1"):
+            raise ValueError(f'Loss.norm: "l2" or "l1", got {self.norm!r}')
         ranges.real(self, -1e12, 1e12, "gamma")
         if self.gamma <= 0:
             raise ValueError(f"Loss.gamma must be positive (an SNR), got {self.gamma}")
@@ -121,6 +126,7 @@ def denoising_loss(
     key: Key[Array, ""],
     part: Part | None = None,
     between: tuple[Any, Any] | None = None,
+    where: Float[Array, " b *k"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean weighted error of `predict` on a batch, at times stratified over it.
 
@@ -128,7 +134,9 @@ def denoising_loss(
     `variance`, that and the gamma of equation (3), of equal shapes. The error is taken in the
     network's space, against a target made from x0 and eps, so nothing is divided by a vanishing
     alpha or sigma whatever space the loss is stated in. part: of which x0 is, see `draw`. between:
-    the range of the times, a part of [0, 1], which None is the whole of.
+    the range of the times, a part of [0, 1], which None is the whole of. where: 1 where errors
+    count and 0 where they do not, of a shape that broadcasts with x0's; None is everywhere. Each
+    example's error is the mean over where they count.
 
     Returns the scalar to differentiate, and metrics: "loss", and "x0_mse", the unweighted error
     of x0_hat clipped to the range of the batch (unclipped, an eps network's error near t=1 is
@@ -149,8 +157,11 @@ def denoising_loss(
     prediction, gamma = output if variance is not None else (output, jnp.zeros(()))
     prediction = prediction.astype(jnp.float32)
 
-    error = _mean_square(prediction - _target(kind, x0, eps, logsnr))
-    value = jnp.mean(loss.weight(logsnr, kind) * error)
+    error, weight = prediction - _target(kind, x0, eps, logsnr), loss.weight(logsnr, kind)
+    if loss.norm == "l1":
+        value = jnp.mean(jnp.sqrt(weight) * _mean(jnp.abs(error), where))
+    else:
+        value = jnp.mean(weight * _mean(jnp.square(error), where))
     x0_hat = jax.lax.stop_gradient(to_x0(prediction, kind, x_t, logsnr))
     metrics = {}
     if variance is not None:
@@ -158,7 +169,8 @@ def denoising_loss(
         value += variance.weight * variance.steps * vb
         metrics["vb"] = vb
     largest = jnp.max(jnp.abs(x0))
-    x0_mse = jnp.mean(_mean_square(jnp.clip(x0_hat, -largest, largest) - x0))
+    off = jnp.square(jnp.clip(x0_hat, -largest, largest) - x0)
+    x0_mse = jnp.mean(_mean(off, where))
     return value, {"loss": value, "x0_mse": x0_mse, **metrics}
 
 
@@ -265,5 +277,10 @@ def _log_likelihood(
     return jnp.where(x0 < -0.999, log_ndtr(above), jnp.where(x0 > 0.999, log_ndtr(-below), inside))
 
 
-def _mean_square(x: Float[Array, " b *d"]) -> Float[Array, " b"]:
-    return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
+def _mean(x: Float[Array, " b *d"], where: Float[Array, " b *k"] | None) -> Float[Array, " b"]:
+    """Each example's mean, over where `where` is 1; 0 where it is 1 nowhere."""
+    over = tuple(range(1, x.ndim))
+    if where is None:
+        return jnp.mean(x, axis=over)
+    where = jnp.broadcast_to(where.astype(x.dtype), x.shape)
+    return jnp.sum(where * x, axis=over) / jnp.maximum(jnp.sum(where, axis=over), 1)

@@ -125,6 +125,11 @@ class Condition:
         """A first guess of x0 to which the network's prediction is added; None for none."""
         return None
 
+    def where(self, value: tuple[Any, ...]) -> Array | None:
+        """Where errors count in training, 1 and elsewhere 0, of a shape that broadcasts with x0's;
+        None is everywhere."""
+        return None
+
 
 class TextInput(NamedTuple):
     """tokens [b, l, d] float32 embeddings, mask [b, l] bool, False on padding."""

@@ -106,6 +106,7 @@ class Stage:
             key=k_loss,
             part=part,
             between=between,
+            where=_where(config, values),
         )
 
     def denoiser(
@@ -263,6 +264,13 @@ class Stage:
             if (guess := condition.guess(values[condition.name])) is not None:
                 prediction += guess
         return prediction, gamma
+
+
+def _where(config: StageConfig, values: Values) -> Array | None:
+    """Where errors count: where all conditions that say so agree."""
+    said = [c.where(values[c.name]) for c in config.conditions]
+    told = [where for where in said if where is not None]
+    return functools.reduce(jnp.multiply, told) if told else None
 
 
 def _held(network: Any, conditions: dict[str, Any], space: Any) -> dict[str, Any]:

@@ -309,3 +309,64 @@ def test_mistakes_are_refused_by_name():
         LearnedVariance(steps=1)
     with pytest.raises(ValueError, match="LearnedVariance.weight"):
         LearnedVariance(weight=0.0)
+
+
+def constant_guess(loss, x0, where=None):
+    """The constant, of 0, .01 ... 1, that costs least as a prediction of x0 at all times."""
+
+    def value(guess):
+        def predict(x_t, logsnr):
+            return jnp.full_like(x_t, guess)
+
+        options = {"schedule": Cosine(logsnr_min=-3.0, logsnr_max=3.0), "where": where}
+        key = jax.random.key(0)
+        return denoising_loss(predict, x0, kind="x0", loss=loss, key=key, **options)[0]
+
+    guesses = jnp.linspace(0.0, 1.0, 101)
+    return float(guesses[jnp.argmin(jax.jit(jax.vmap(value))(guesses))])
+
+
+def test_l2_is_least_at_the_mean_and_l1_at_the_median():
+    x0 = jnp.tile(jnp.array([0.1, 0.1, 1.0]), (512, 1))
+    assert constant_guess(Loss(space="x0"), x0) == pytest.approx(0.4)
+    assert constant_guess(Loss(space="x0", norm="l1"), x0) == pytest.approx(0.1)
+
+
+def test_l1_weighs_an_error_with_the_root_of_what_its_square_weighs():
+    """Twice |error| in one space is twice |error| in any, so with one weight the two norms of an
+    error that is the same everywhere are root and square."""
+    x0 = jnp.zeros((64, 5))
+
+    def value(norm, between):
+        return denoising_loss(
+            lambda x_t, logsnr: jnp.full_like(x_t, 0.25),
+            x0,
+            kind="x0",
+            schedule=Cosine(logsnr_min=-3.0, logsnr_max=3.0),
+            loss=Loss(space="v", norm=norm),
+            key=jax.random.key(0),
+            between=between,
+        )[0]
+
+    for t in (0.3, 0.7):
+        squared, absolute = (value(norm, (t, t)) for norm in ("l2", "l1"))
+        assert absolute**2 == pytest.approx(float(squared), rel=1e-5)
+
+
+def test_errors_count_where_they_are_said_to_and_each_example_as_much():
+    x0 = jnp.array([[0.2, 0.9, 0.9], [0.4, 0.4, 0.9]] * 256)
+    where = jnp.array([[1.0, 0, 0], [1, 1, 0]] * 256)
+    # The mean of .2 and .4, not of .2, .4 and .4.
+    assert constant_guess(Loss(space="x0"), x0, where) == pytest.approx(0.3)
+    assert constant_guess(Loss(space="x0"), x0) > 0.5
+    nowhere = jnp.zeros_like(where)
+    value, metrics = denoising_loss(
+        lambda x_t, logsnr: x_t,
+        x0,
+        kind="x0",
+        schedule=Cosine(),
+        loss=Loss(space="x0"),
+        key=jax.random.key(0),
+        where=nowhere,
+    )
+    assert value == metrics["x0_mse"] == 0

@@ -11,7 +11,7 @@ from cascade import cli, testing
 from cascade.errors import UserError
 from cascade.runner.cascade import Cascade
 from cascade.runner.tiles import enlarge, starts
-from cascade.stage import Pixels
+from cascade.stage import Pixels, Stage
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +118,25 @@ def test_the_command_writes_a_png_and_says_what_it_is(monkeypatch, tmp_path, cap
         with pytest.raises(SystemExit):
             cli.main([*words, *more])
         assert message in capsys.readouterr().err
+
+
+def test_a_model_that_reads_no_text_enlarges_without_a_prompt_and_others_ask_for_it(
+    monkeypatch, tmp_path, capsys, picture
+):
+    def without_text(cls, name, **options):
+        stage = Stage(testing.super_resolution_stage(8, text_width=0))
+        return Cascade([(stage, testing.lively(stage))], None, name=name)
+
+    monkeypatch.setattr("cascade.commands.enlarge.use_compilation_cache", lambda: None)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    words = ["enlarge", str(tmp_path / "a.png"), "--out", str(tmp_path / "big.png")]
+    for load, more, message in (
+        (lambda cls, *a, **k: testing.cascade(), [], "the prompt is missing"),
+        (without_text, ["red"], "model scenes: reads no text; leave the prompt out"),
+    ):
+        monkeypatch.setattr(Cascade, "load", classmethod(load))
+        with pytest.raises(SystemExit):
+            cli.main([*words[:2], *more, *words[2:]])
+        assert message in capsys.readouterr().err
+    cli.main(words)
+    assert Image.open(tmp_path / "big.png").size == (80, 46)

@@ -1,0 +1,138 @@
+"""What `cascade eval restore` measures: pictures are damaged, restored and compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cascade import images
+from cascade.commands.data import dataset
+from cascade.devices.terminal import bar
+from cascade.errors import UserError
+from cascade.evaluation.claims import Property, above
+from cascade.evaluation.quality import features, frechet_distance
+from cascade.runner.cascade import Cascade
+from cascade.scenes.judge import share
+from cascade.tasks.restore.damage import Damage, Jpeg, Picture
+from cascade.tasks.restore.restoring import source_of
+from cascade.tasks.restore.tints import SHARE, TintsData, is_common
+from cascade.tasks.restore.training import restored
+
+SETS = 2
+"""Sets of pictures; claims are about both."""
+SHOWN = 4
+"""Rows of each task on the sheet."""
+AT_ONCE = 16
+WORST = Jpeg(quality=(5, 5))
+"""The JPEG that restored pictures are compared with."""
+
+
+def pictures(model: Cascade, data: str, count: int) -> UInt8[np.ndarray, "n s s 3"]:
+    """SETS * count pictures of a dataset, spread evenly over it, at the size of the model's."""
+    source = dataset(data).open(model.stages[0][0].config.resolution)
+    wanted = SETS * count
+    if len(source) < wanted:
+        raise UserError(f"--data {data}: holds {len(source)} pictures, and {wanted} are needed")
+    apart = min(len(source) // wanted, 1000)
+    return np.stack([source[i * apart]["image"] for i in range(wanted)])
+
+
+def tasks_of(model: Cascade) -> list[Damage]:
+    """What a model undoes, JPEG at its worst. Raises UserError for a model that undoes nothing."""
+    source = source_of(model)
+    return [WORST if isinstance(damage, Jpeg) else damage for damage in source.damages]
+
+
+def restorations(model: Cascade, true: UInt8[np.ndarray, "n s s 3"]) -> tuple[dict, list]:
+    """{task: Property} of the root mean squared error of what is drawn, in levels, before and
+    after; and a sheet's tiles, three for a row."""
+    found, tiles = {}, []
+    for damage in tasks_of(model):
+        source, hole = damaged(damage, true)
+        drawn = drawn_of(model, source, hole, desc=damage.name)
+        if not np.array_equal(np.where(hole, 0, drawn), np.where(hole, 0, source)):
+            raise AssertionError(f"{damage.name} has changed what was known")
+        part = ~hole.all(axis=(1, 2, 3), keepdims=True)
+        blank = np.where(hole & part, 128, source).astype(np.uint8)
+        before, after = (_error(x, true, hole).reshape(SETS, -1) for x in (blank, drawn))
+        real = features(true)
+        found[damage.name] = Property(
+            title="nearer to the true pictures than the damaged ones",
+            unit="root of the mean squared error where the picture is drawn, in levels",
+            how=f"{len(true)} pictures, holes are grey in the damaged ones; FD-proxy to the true "
+            f"ones {frechet_distance(features(blank), real):.4f} before, "
+            f"{frechet_distance(features(drawn), real):.4f} after",
+            figures={"damaged": before, "restored": after},
+            claims=[above("damaged above restored", before, after)],
+        )
+        for i in range(SHOWN):
+            tiles += [blank[i], drawn[i], true[i]]
+    return found, tiles
+
+
+def variety(model: Cascade, other: Cascade, true: UInt8[np.ndarray, "n s s 3"]) -> Property:
+    """How much two draws of one hole differ, and whether another model's differ less."""
+    holes = [d for d in tasks_of(model) if d.name in {x.name for x in tasks_of(other)}]
+    holes = [d for d in holes if not damaged(d, true[:1])[1].all()]
+    if not holes:
+        raise UserError("--less-varied: both models must fill holes")
+    source, hole = damaged(holes[0], true)
+    apart = {}
+    for name, one in (("this", model), ("the other", other)):
+        first, second = (
+            drawn_of(one, source, hole, seed=s, desc=f"variety of {name}") for s in (0, 10**6)
+        )
+        apart[name] = _error(first, second, hole).reshape(SETS, -1)
+    return Property(
+        title="more varied than the other model",
+        unit="root of the mean squared difference of two draws in the hole, in levels",
+        how=f"{len(true)} pictures, {holes[0].name}",
+        figures=apart,
+        claims=[above("this above the other", apart["this"], apart["the other"])],
+    )
+
+
+def proportion(model: Cascade, count: int = 512) -> dict[str, Any]:
+    """How often squares, whose grey says nothing of their colour, get that of most of them."""
+    side = model.stages[0][0].config.resolution
+    source = TintsData().open(side)
+    true = np.stack([source[10**5 + i]["image"] for i in range(count)])
+    (damage,) = tasks_of(model)
+    drawn = drawn_of(model, *damaged(damage, true), desc="tints")
+    return {"share_of_training": SHARE, "drawn": share(is_common(picture) for picture in drawn)}
+
+
+def damaged(damage: Damage, true: UInt8[np.ndarray, "n s s 3"]) -> tuple[Any, Any]:
+    """(sources uint8 [n, s, s, 3], holes bool [n, s, s, 1]) of the pictures, each its own."""
+    made = [damage(picture, np.random.default_rng([7, i])) for i, picture in enumerate(true)]
+    return np.stack([m.source for m in made]), np.stack([m.hole for m in made])[..., None]
+
+
+def drawn_of(
+    model: Cascade, source: Any, hole: Any, *, desc: str, seed: int = 0
+) -> UInt8[np.ndarray, "n s s 3"]:
+    """The pictures restored, some at once."""
+    stage, params = model.stages[0]
+    drawn = []
+    with bar(total=len(source), unit="picture", desc=desc) as shown:
+        for first in range(0, len(source), AT_ONCE):
+            rows = np.minimum(np.arange(first, first + AT_ONCE), len(source) - 1)
+            made = restored(stage, params, source[rows], hole[rows], seed + first)
+            drawn += list(np.asarray(made)[: len(source) - first])
+            shown.update(min(AT_ONCE, len(source) - first))
+    return np.stack(drawn)
+
+
+def sheet(path: Any, tiles: list[Picture]) -> None:
+    """Write a PNG of the tiles, each pixel twice: in a row two pictures, of three tiles each."""
+    large = [jnp.asarray(t).repeat(2, 0).repeat(2, 1) for t in tiles]
+    images.save_png(path, images.grid([np.asarray(t) for t in large], 6))
+
+
+def _error(a: Any, b: Any, hole: Any) -> Float[np.ndarray, " n"]:
+    """The root of the mean squared difference in holes, picture by picture, in levels."""
+    squared = np.where(hole, (a.astype(np.float64) - b) ** 2, 0).sum(axis=(1, 2, 3))
+    return np.sqrt(squared / (3 * hole.sum(axis=(1, 2, 3))))
