@@ -10,6 +10,7 @@ from PIL import Image
 
 from cascade import cli, images, testing
 from cascade.runner.cascade import Cascade
+from cascade.runner.picture import Picture
 from cascade.tasks.ilvr.steering import ILVR, coarse
 
 
@@ -117,3 +118,38 @@ def test_a_reference_that_cannot_be_held_is_one_line(words, message, folder, cap
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (folder / "samples").exists()
+
+
+def test_the_evaluation_finds_pictures_held_to_less_more_varied(monkeypatch, tmp_path, capsys):
+    """A model of noise alone, each of whose blocks is the reference's: the larger they are, the
+    more of the noise is left."""
+
+    def drawn(self, prompts, *, seed, until, num, steering):
+        for i in range(num):
+            own = np.random.default_rng(seed + i).normal(0, 0.3, (1, until, until, 3))
+            y, down = jnp.asarray(steering[0].reference)[None], steering[0].down
+            held = own + coarse(y - own, down, "box")
+            yield Picture(prompts, seed + i, {until: images.to_uint8(held)[0]}, {})
+
+    monkeypatch.setattr(Cascade, "load", classmethod(lambda cls, *a, **k: testing.cascade()))
+    monkeypatch.setattr(Cascade, "__call__", lambda self, *a, **k: list(drawn(self, *a, **k)))
+    words = ["eval", "ilvr", "--references", "3", "--downs", "8,2,4", "--out"]
+    cli.main([*words, str(tmp_path / "out")])
+    told = json.loads(capsys.readouterr().out)
+    means = [one["mean"] for one in told["diversity"]["figures"].values()]
+    assert means == sorted(means) and told["diversity"]["holds"]
+    # Of independent noise, blocks of N x N leave the share 1 - 1/N^2 of the variance.
+    assert means[0] / means[1] == pytest.approx((0.75 / (15 / 16)) ** 0.5, abs=0.05)
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {
+        "diversity.png",
+        "results.json",
+        "sheet.png",
+    }
+    for more, message in (
+        (["--downs", "3,4"], "must divide the model's 8 px"),
+        (["--downs", "4"], "must be two or more above 1"),
+        (["--references", "1"], "must be 2 to 10,000"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*words, str(tmp_path / "other"), *more])
+        assert message in capsys.readouterr().err and not (tmp_path / "other").exists()

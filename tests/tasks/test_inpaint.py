@@ -70,6 +70,34 @@ def test_the_first_output_is_that_of_the_stage_it_begins_from(network):
     assert (Stage(wide).denoiser(other, told, **options)(x, logsnr) - after > 0.01).any()
 
 
+def test_a_super_resolution_stage_begins_as_it_was_and_is_told_both_pictures():
+    """Its channels are the small picture's first, and the hole's behind them."""
+    stage = testing.super_resolution_stage(4)
+    wide = with_hole(stage)
+    params = testing.lively(Stage(stage))
+    more = widened(params, Stage(wide).abstract(), stage)
+    x, logsnr = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.zeros(2)
+    small = jax.random.normal(jax.random.key(3), (2, 8, 8, 3)), jnp.full((2,), 3.0)
+    told = {"text": text_of(stage, 2), "lowres": small}
+    hole = jax.random.normal(jax.random.key(2), (2, 8, 8, 4))
+    options = {"threshold": stage.sampling.threshold}
+    before = Stage(stage).denoiser(params, told, **options)(x, logsnr)
+    told_more = {**told, "hole": (hole[..., :3], hole[..., 3:])}
+    after = Stage(wide).denoiser(more, told_more, **options)(x, logsnr)
+    np.testing.assert_allclose(before, after, atol=1e-5)
+    given = {"text": told["text"], "lowres": (jnp.zeros((2, 4, 4, 3)),)}
+    mask = jnp.zeros((2, 8, 8, 1), bool).at[:, :4].set(True)
+    picture = jax.random.uniform(jax.random.key(4), (2, 8, 8, 3), minval=-1)
+    drawn = Stage(wide).sample(
+        more,
+        given,
+        jax.random.split(jax.random.key(0), 2),
+        settings=stage.sampling,
+        steering=Edit(picture=picture, repaint=mask),
+    )
+    np.testing.assert_allclose(drawn[:, 4:], picture[:, 4:], atol=1e-6)
+
+
 def test_weights_of_another_stage_are_refused():
     stage = plain_stage()
     params = Stage(dataclasses.replace(stage, network=PATCHED)).init(jax.random.key(0))

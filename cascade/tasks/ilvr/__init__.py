@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from cascade import config
 from cascade.errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -106,3 +108,61 @@ class SampleOptions:
                 "filter": ilvr.filter,
             }
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Measure how much pictures of one reference differ, by how coarsely they are held to it.
+
+    OUT gets diversity.png, sheet.png (a row for each N: references, and pictures drawn of them) and
+    results.json, which is also on stdout. It must be new or empty. The first stage alone draws.
+    """
+
+    out: Path
+    """The folder to write."""
+    model: str = "scenes"
+    """A model that ships (scenes), or a folder that `cascade export` wrote."""
+    downs: str = "4,8,16,32"
+    """Values of --ilvr-down, two or more, with commas between."""
+    references: int = 12
+    """True scenes of each of two sets, 2 or more."""
+    until: float = 0.2
+    """As --ilvr-until."""
+    seed: int = 0
+    """Which scenes, 0 or more."""
+
+
+def evaluate(argv: Sequence[str]) -> dict[str, Any]:
+    """Diversity of ILVR's pictures over N, and what they keep of the reference."""
+    options = config.parse(EvalOptions, argv, prog="cascade eval ilvr")
+    if not 2 <= options.references <= 10_000:
+        raise OptionError("references", options.references, "must be 2 to 10,000")
+    if not 0 <= options.until < 1:
+        raise OptionError("until", options.until, "must be in [0, 1)")
+    if not 0 <= options.seed < 2**31:
+        raise OptionError("seed", options.seed, "must be in [0, 2^31)")
+    words = options.downs.split(",")
+    if not all(word.isdecimal() and int(word) > 1 for word in words) or len(set(words)) < 2:
+        raise OptionError("downs", options.downs, "must be two or more above 1, as in 4,8,16")
+    from cascade.runner.cascade import Cascade
+    from cascade.storage.paths import WholeFolder, write_json
+    from cascade.tasks.ilvr import figures
+
+    downs = sorted({int(word) for word in words})
+    with WholeFolder(options.out) as folder:
+        model = Cascade.load(options.model)
+        side = model.stages[0][0].config.resolution
+        if wrong := [down for down in downs if side % down or down > side]:
+            raise OptionError("downs", wrong[0], f"must divide the model's {side} px")
+        found, tiles = figures.held(model, downs, options.references, options.until, options.seed)
+        figures.plot(folder / "diversity.png", downs, found)
+        figures.sheet(folder / "sheet.png", downs, tiles)
+        report = {
+            "model": options.model,
+            "model_sha256": model.digest,
+            "references": figures.SETS * options.references,
+            "until": options.until,
+            **{name: one.as_json() for name, one in found.items()},
+        }
+        write_json(folder / "results.json", report)
+    return report

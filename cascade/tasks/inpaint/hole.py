@@ -65,6 +65,11 @@ class Hole(Condition):
         draw = functools.partial(_boxes, jax.random.fold_in(keys.drop, 7), self)
         return _told(picture, loss.draw(draw, picture.shape[:3], part)[..., None])
 
+    def of_examples(self, batch):
+        """Nothing of the picture: previews draw all of it."""
+        b, h, w, _ = batch["image"].shape
+        return self.of_steering(None, b, (h, w, 3))
+
     def of_steering(self, steering, b, shape):
         picture = getattr(steering, "picture", None)
         if picture is None or steering.repaint is None:
