@@ -143,20 +143,17 @@ class EvalOptions:
     """The model that ships (restore), or a folder that `cascade export` wrote."""
     data: str = "scenes:seen"
     """The pictures, which it must not have learned from: KIND:PLACE as for `cascade train`."""
-    less_varied: Annotated[
-        str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: none)")
-    ] = None
-    """A model whose pictures are claimed to vary less in holes: one trained with --norm l1."""
     tints: Annotated[
-        str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: none)")
-    ] = None
-    """A model of configs/restore/tints16.py: how often does it colour squares red?"""
+        tuple[str, ...], tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="(default: none)")
+    ] = ()
+    """Models of configs/restore/tints16.py: how often does each colour squares red, and how varied
+    are its pictures?"""
     pictures: int = 32
     """Pictures of each of two sets, 2 or more."""
 
 
 def evaluate(argv: Sequence[str]) -> dict[str, Any]:
-    """Palette's tasks on pictures known whole: against the damaged ones, and in variety."""
+    """Palette's tasks on pictures known whole, and on colours that nothing tells of."""
     options = config.parse(EvalOptions, argv, prog="cascade eval restore")
     if not 2 <= options.pictures <= 10_000:
         raise OptionError("pictures", options.pictures, "must be 2 to 10,000")
@@ -175,11 +172,8 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
             "pictures": figures.SETS * options.pictures,
             "tasks": {task: one.as_json() for task, one in found.items()},
         }
-        if options.less_varied is not None:
-            other = Cascade.load(options.less_varied)
-            report["variety"] = figures.variety(model, other, true).as_json()
-        if options.tints is not None:
-            report["tints"] = figures.proportion(Cascade.load(options.tints))
+        if options.tints:
+            report["tints"] = {m: figures.proportion(Cascade.load(m)) for m in options.tints}
         figures.sheet(folder / "sheet.png", tiles)
         write_json(folder / "results.json", report)
     return report

@@ -73,36 +73,21 @@ def restorations(model: Cascade, true: UInt8[np.ndarray, "n s s 3"]) -> tuple[di
     return found, tiles
 
 
-def variety(model: Cascade, other: Cascade, true: UInt8[np.ndarray, "n s s 3"]) -> Property:
-    """How much two draws of one hole differ, and whether another model's differ less."""
-    holes = [d for d in tasks_of(model) if d.name in {x.name for x in tasks_of(other)}]
-    holes = [d for d in holes if not damaged(d, true[:1])[1].all()]
-    if not holes:
-        raise UserError("--less-varied: both models must fill holes")
-    source, hole = damaged(holes[0], true)
-    apart = {}
-    for name, one in (("this", model), ("the other", other)):
-        first, second = (
-            drawn_of(one, source, hole, seed=s, desc=f"variety of {name}") for s in (0, 10**6)
-        )
-        apart[name] = _error(first, second, hole).reshape(SETS, -1)
-    return Property(
-        title="more varied than the other model",
-        unit="root of the mean squared difference of two draws in the hole, in levels",
-        how=f"{len(true)} pictures, {holes[0].name}",
-        figures=apart,
-        claims=[above("this above the other", apart["this"], apart["the other"])],
-    )
-
-
 def proportion(model: Cascade, count: int = 512) -> dict[str, Any]:
-    """How often squares, whose grey says nothing of their colour, get that of most of them."""
+    """How often squares, whose grey says nothing of their colour, get that of most of them; and how
+    often two get two."""
     side = model.stages[0][0].config.resolution
     source = TintsData().open(side)
     true = np.stack([source[10**5 + i]["image"] for i in range(count)])
     (damage,) = tasks_of(model)
     drawn = drawn_of(model, *damaged(damage, true), desc="tints")
-    return {"share_of_training": SHARE, "drawn": share(is_common(picture) for picture in drawn)}
+    red = [is_common(picture) for picture in drawn]
+    first, second = red[::2], red[1::2]
+    return {
+        "share_in_training": SHARE,
+        "red": share(red),
+        "two_differ": share(a != b for a, b in zip(first, second, strict=True)),
+    }
 
 
 def damaged(damage: Damage, true: UInt8[np.ndarray, "n s s 3"]) -> tuple[Any, Any]:
