@@ -11,17 +11,19 @@ from model_folders import model_folder
 
 from cascade import cli, config, images, testing
 from cascade.data import FolderData
+from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.process import Cosine
 from cascade.errors import UserError
-from cascade.models import Network
+from cascade.models import AutoencoderConfig, Network
 from cascade.runner.cascade import Cascade
 from cascade.runner.model_folder import open_model
 from cascade.scenes.spec import scene_at
 from cascade.stage import Text, TextInput
+from cascade.stage.space import Latents
 from cascade.tasks.classify import classifier as classifiers
 from cascade.tasks.classify.classifier import ClassifierConfig, labels
 from cascade.tasks.classify.scenes import ATTRIBUTES, ListedScenes, listed
-from cascade.tasks.classify.steering import ClassifierGuidance, guiding
+from cascade.tasks.classify.steering import ClassifierGuidance, guided, guiding
 from cascade.tasks.classify.training import ClassifierTraining, accuracy
 from cascade.training.job import Job, Optimizer
 from cascade.training.loop import fit
@@ -355,6 +357,20 @@ def test_what_cannot_be_guided_is_one_line(words, message, folder, capsys):
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (folder / "samples").exists()
+
+
+def test_a_stage_that_draws_in_latents_is_not_guided():
+    autoencoder = AutoencoderConfig(widths=(8, 8), blocks=1, groups=4, scaling=0.2)
+    base = testing.base_stage()
+    latent = dataclasses.replace(
+        base,
+        space=Latents(resolution=8, autoencoder=autoencoder),
+        network=dataclasses.replace(base.network, in_channels=4, out_channels=4),
+        sampling=dataclasses.replace(base.sampling, threshold=Threshold(kind="none")),
+    )
+    assert guided(latent) == latent and guided(base).sampling.threshold.kind == "static"
+    with pytest.raises(UserError, match="stage base8 draws in Latents, and a classifier is of"):
+        guiding(latent, own(), "dark", 1.0)
 
 
 # What ships.

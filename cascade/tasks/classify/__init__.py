@@ -108,11 +108,11 @@ def check_scale(option: str, scale: float) -> None:
 class EvalOptions:
     """Measure classifier guidance with a model that draws scenes.
 
-    Objects of one colour and shape are asked for. OUT gets sweep.png (how many pictures show what
-    was asked for, and how far those of one request are apart, over the scale), sheet.png (a row for
-    each weight and scale) and results.json, which is also on stdout, with 95 % intervals and the
-    claims that a larger scale has more right and is less varied. It must be new or empty. The first
-    stage alone draws.
+    A colour and a background are asked for. OUT gets sweep.png (how many pictures show both, and
+    how far those of one request are apart, over the scale), sheet.png (a row for each scale, at the
+    least weight and the largest) and results.json, which is also on stdout, with 95 % intervals and
+    the claims that a larger scale has more right and is less varied. It must be new or empty. The
+    first stage alone draws.
     """
 
     out: Path
@@ -123,7 +123,7 @@ class EvalOptions:
         str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the one that ships)")
     ] = None
     """RUN/classifier of a training (configs/classify)."""
-    requests: int = 6
+    requests: int = 8
     """Requests of each of two seeds, 2 to 35; of each, six pictures are drawn."""
     scales: str = "0,1,2,4,8"
     """Scales of the guidance, two or more, the least first, with commas between."""
@@ -167,7 +167,8 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
                 found |= {(weight, scale): one for scale, one in own.items()}
         rows = [figures.row(weight, scale, one) for (weight, scale), one in found.items()]
         figures.plot(folder / "sweep.png", rows)
-        figures.sheet(folder / "sheet.png", found)
+        ends = {key: one for key, one in found.items() if key[0] in (weights[0], weights[-1])}
+        figures.sheet(folder / "sheet.png", ends)
         report = {
             "model": options.model,
             "model_sha256": model.digest,
