@@ -141,6 +141,15 @@ def test_mistakes_of_the_command_are_one_line(words, message, painter, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_whose_pictures_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Cascade, "load", classmethod(lambda cls, *a, **k: testing.cascade()))
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "classify", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert "its first stage draws 8 px" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_classifier_of_another_size_is_told(painter, tmp_path):
     other = dataclasses.replace(SMALL, resolution=32)
     with pytest.raises(ValueError, match="draws 64 px, and the classifier is of 32 px"):

@@ -146,12 +146,18 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         raise OptionError("scales", options.scales, "must be two or more")
     weights = numbers("guidance", options.guidance)
     from cascade.runner.cascade import Cascade
+    from cascade.scenes.reading import SIDES
     from cascade.storage.paths import WholeFolder, write_json
     from cascade.tasks.classify import figures
     from cascade.tasks.classify.classifier import load
 
     with WholeFolder(options.out) as folder:
         model, classifier = Cascade.load(options.model), load(options.classifier)
+        if (side := model.stages[0][0].config.resolution) not in SIDES:
+            raise UserError(
+                f"--model {options.model}: its first stage draws {side} px, and pictures are read "
+                f"at {', '.join(map(str, SIDES))}; give a model of scenes"
+            )
         asked = figures.requests(options.seed, options.requests)
         count = figures.SEEDS * options.requests * figures.PER_REQUEST
         total = count * len(weights) * len(scales)

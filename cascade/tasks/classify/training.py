@@ -23,9 +23,7 @@ from cascade.runner.model_folder import open_model
 from cascade.tasks.classify import classifier
 from cascade.tasks.classify.classifier import ClassifierConfig
 from cascade.training.job import Job, Optimizer, Running
-
-LEVELS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
-"""The quarters of the times of noise by which accuracy is logged: 0 is the picture, 1 noise."""
+from cascade.training.stage_training import LEVELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,7 @@ class ClassifierTraining(Job):
     Each picture is noised to a random time of the schedule, and the cross-entropy of its attributes
     taken (Dhariwal & Nichol 2021, sec. 4.1). `accuracy` in metrics.jsonl is the mean of two shares:
     how many of the attributes that are there get more than one half, and how many of those that are
-    not get less. Whoever looks away has 0.5.
+    not get less. Whoever looks away has 0.5. It is also there by quarters of the times of noise.
     """
 
     classifier: ClassifierConfig
