@@ -5,6 +5,8 @@ wrapping is the order of Imagen (Saharia et al. 2022, sec. 2.3), guidance inside
 
     x0_hat = Threshold()(guide(x0_cond, x0_uncond, 7.0))
 
+Guidance by the gradient of something else (`pulled`) comes between the two.
+
 Samplers re-derive eps from x_t and the x0 they are given, so that after clipping the two agree.
 What else is known of an estimate, a Detailed denoiser says to the sampler that asks with
 `estimate_of`: x0 as it was before the threshold, and the variance of the step, if the network has
@@ -18,11 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cascade import ranges
-from cascade.diffusion.process import expand
+from cascade.diffusion.process import alpha_sigma, expand
 
 Denoiser = Callable[[Float[Array, " b *d"], Float[Array, " b"]], Float[Array, " b *d"]]
 """(x_t [b, *d], logsnr [b]) -> x0_hat [b, *d], float32."""
@@ -71,6 +74,36 @@ def changed(denoiser: Denoiser, change: Callable[[Array, Array, Array], Array]) 
     def estimate(x_t, logsnr):
         x0, free, gamma = estimate_of(denoiser, x_t, logsnr)
         return Estimate(change(x0, x_t, logsnr), change(free, x_t, logsnr), gamma)
+
+    return Detailed(estimate)
+
+
+def pulled(
+    denoiser: Denoiser,
+    log_p: Callable[[Float[Array, " b *d"], Float[Array, " b"]], Float[Array, " b"]],
+    scale: Weight,
+) -> Denoiser:
+    """The denoiser of p(x_t) p(c | x_t)^scale, given that of p(x_t) and log p(c | x_t).
+
+    log_p: (x_t, logsnr) -> one number an example, of which each depends on its own example alone.
+    scale: 0 is the denoiser as it was, 1 that of p(x_t | c), more than 1 sharpens c. By the score,
+    (alpha x0_hat - x_t) / sigma^2 = grad log p(x_t), the estimate moves along the gradient:
+
+        x0_hat + scale (sigma^2 / alpha) grad log p(c | x_t)
+
+    which is eps_hat - scale sigma grad log p(c | x_t) (Dhariwal & Nichol 2021, alg. 2; Song et al.
+    2021, "Score-Based Generative Modeling through SDEs", eq. 14). Any other energy that falls where
+    x_t is to go has its negative here for log_p. The variance is as it was. Threshold what this
+    returns, not what it is given.
+    """
+
+    def estimate(x_t, logsnr):
+        found = estimate_of(denoiser, x_t, logsnr)
+        gradient = jax.grad(lambda x: jnp.sum(log_p(x, logsnr)))(x_t)
+        alpha, sigma = alpha_sigma(expand(logsnr, x_t))
+        s = jnp.asarray(scale, jnp.float32)
+        shift = (expand(s, x_t) if s.ndim else s) * (sigma**2 / alpha) * gradient
+        return found._replace(x0=found.x0 + shift, free=found.free + shift)
 
     return Detailed(estimate)
 

@@ -200,7 +200,7 @@ def alike(steering: Sequence[Steering | None]) -> Steered:
     """What steers all pictures as one. steering: with arrays of one picture."""
 
     def steered(rows: Sequence[int]) -> list[Steering | None]:
-        return jax.tree.map(lambda x: np.broadcast_to(x, (len(rows), *x.shape)), list(steering))
+        return [None if one is None else one.repeated(len(rows)) for one in steering]
 
     return steered
 

@@ -118,13 +118,15 @@ class Stage:
         rescale: float = 0.0,
         threshold: denoise.Threshold,
         negative: Values | None = None,
+        around: Callable[[denoise.Denoiser], denoise.Denoiser] | None = None,
     ) -> denoise.Denoiser:
         """(x_t, logsnr) -> x0, guided in one batched pass of the network, then thresholded.
 
         values: of all conditions. negative: values that guidance moves away from; of conditions
         that it leaves out, their null. ValueError for a condition that has none.
         guidance: a weight, or the weight as a function of the log-SNR; the Python number 1.0 runs
-        the conditional half alone. rescale: phi of `denoise.rescale`.
+        the conditional half alone. rescale: phi of `denoise.rescale`. around: what is put around
+        the guided denoiser before the threshold, as `Start` has it.
         It is `denoise.Detailed`, with a variance if the network has learned that.
         """
         away = dict(negative or {})
@@ -167,7 +169,8 @@ class Stage:
             gamma = None if gamma is None else gamma[: len(x_t)]
             return estimate(mixed, gamma, x_t, logsnr)
 
-        return denoise.thresholded(denoise.Detailed(conditional if plain else guided), threshold)
+        denoiser = denoise.Detailed(conditional if plain else guided)
+        return denoise.thresholded(denoiser if around is None else around(denoiser), threshold)
 
     def sample(
         self,
@@ -189,7 +192,8 @@ class Stage:
         the steering tells it. negative: the same, of
         those that guidance moves away from; see `denoiser`. keys: [b], one a picture; a picture
         depends on its own key and row alone. sides: height and width of the pictures drawn, if not
-        the stage's resolution (crops). steering: begin from elsewhere, change x after every step.
+        the stage's resolution (crops). steering: begin from elsewhere, change x after every step,
+        or what x0 is thought to be.
         place: puts activations on several devices, as for `models.placing`, and as the role "run"
         what is carried from step to step; programs are kept by its hash. noise: N(0, 1) to begin
         from in the stage's space, in place of that of the keys. each: called before the first step
@@ -311,6 +315,11 @@ def _carried(
     def weight(logsnr):
         return settings.guidance_plan(scalars["guidance"], logsnr, starts)
 
+    own = samplers.initial_noise(k_noise, tuple(shape))
+    x = jnp.where(scalars["own_noise"], own, run.x)
+    start = Start(x, times)
+    if steering is not None:
+        start = steering.start(x, config.schedule, times)
     denoiser = stage.denoiser(
         params,
         values,
@@ -318,12 +327,8 @@ def _carried(
         rescale=settings.guidance_rescale,
         threshold=settings.threshold,
         negative=negative,
+        around=start.around,
     )
-    own = samplers.initial_noise(k_noise, tuple(shape))
-    x = jnp.where(scalars["own_noise"], own, run.x)
-    start = Start(x, times)
-    if steering is not None:
-        start = steering.start(x, config.schedule, times)
     run = _placed(run._replace(x=jnp.where(steps[0] == 0, start.x, run.x)), place)
     run = samplers.walk(
         denoiser,

@@ -190,7 +190,7 @@ def test_what_stays_is_as_noisy_as_the_rest_unless_the_network_is_ifs(tmp_path):
             repaint=mask.at[:, :, 16:].set(True),
             clean=clean,
         )
-        x, left_times, after_step, _ = edit.start(start, config.schedule, times)
+        x, left_times, after_step, *_ = edit.start(start, config.schedule, times)
         np.testing.assert_array_equal(left_times, times)
         logsnr = config.schedule.logsnr(times)
         np.testing.assert_allclose(
