@@ -142,6 +142,7 @@ def test_errors_count_in_holes_alone():
     truth, hole = noisy(4), np.zeros((4, 8, 8, 1), bool)
     hole[:, :4] = True
 
+    @jax.jit
     def loss(image):
         batch = {"image": jnp.asarray(image), "source": truth, "hole": hole}
         return stage.loss(params, batch, jax.random.key(1))[0]
