@@ -10,11 +10,9 @@ FINETUNE.md tells all of it, from a folder of twenty pictures to samples.
                What it is decides network, text encoder and captions. Without it, scenes.
 --stage NAME   which of its stages learns; without it, the first. `cascade models` names them.
 
---lora-rank R  adapters of another rank; 0 trains all weights, for which a tenth of the rate is
-               enough (--optimizer.learning-rate 1e-4).
-
-The weights of a stage of more than 100M parameters stay as they are in bfloat16, two bytes each,
-and T5 in int8; with `--lora-rank 0` all of them learn in twenty bytes (float32 with its average,
+A stage of up to 100M parameters learns all its weights. A larger one learns adapters of rank 16,
+and its weights stay as they are in bfloat16, two bytes each, and T5 in int8; all of them learn
+with `--lora-rank 0 --optimizer.learning-rate 1e-5`, in twenty bytes (float32 with its average,
 Adam's moments and gradients). Nobody has trained this file on the public weights of DeepFloyd IF,
 which are gated; its tests do on random ones.
 """
@@ -31,7 +29,7 @@ from cascade.runner.model_folder import open_model
 from cascade.stage import Stage
 from cascade.training.job import Optimizer
 from cascade.training.stage_training import StageTraining
-from cascade.training.trainable import LoRA
+from cascade.training.trainable import LoRA, Weights
 
 
 def config(init: str = "scenes", stage: str = "") -> StageTraining:
@@ -56,14 +54,14 @@ def config(init: str = "scenes", stage: str = "") -> StageTraining:
         captions=model.captions,
         text_int8=large,
         init=init,
-        trainable=LoRA(rank=16),
-        images=16_000,
+        trainable=LoRA(rank=16) if large else Weights(),
+        images=16_000 if large else 3_200,
         batch_size=8 if enlarges else 16,
-        optimizer=Optimizer(name="adamw", learning_rate=1e-4 if large else 1e-3, warmup_images=800),
+        optimizer=Optimizer(name="adamw", learning_rate=1e-4 if large else 1e-3, warmup_images=320),
         ema_decay=0.99,
         mesh=MeshConfig(data=-1),
         log_every_images=160,
-        save_every_images=4_000,
-        preview_every_images=4_000,
+        save_every_images=1_600,
+        preview_every_images=1_600,
         preview_captions=4,
     )

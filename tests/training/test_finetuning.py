@@ -29,7 +29,7 @@ from cascade.training import lora
 from cascade.training.stage_training import StageTraining
 from cascade.training.step import begin
 from cascade.training.text_input import make_embedder
-from cascade.training.trainable import LoRA
+from cascade.training.trainable import LoRA, Weights
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "finetune.py")
 
@@ -311,4 +311,12 @@ def test_any_stage_of_any_model_is_taken_as_its_model_reads_texts(folder):
     assert (large.stage.name, large.crop, large.text_int8) == ("sr1024", 256, False)
     public, _ = load_with(CONFIG, ["--init", str(folder / "if")])
     assert (public.stage, public.text_tokens, public.captions) == (IF8, 77, "clean")
-    assert public.trainable == LoRA(rank=16)
+    assert base.trainable == Weights()  # what is small
+
+
+def test_what_is_large_learns_adapters_beside_weights_of_two_bytes(monkeypatch):
+    shapes = {"kernel": jax.ShapeDtypeStruct((10_000, 20_000), jnp.float32)}
+    monkeypatch.setattr(Stage, "abstract", lambda self: shapes)
+    large, _ = load_with(CONFIG, [])
+    assert large.trainable == LoRA(rank=16) and large.text_int8
+    assert large.stage.network.compute_dtype == large.frozen_dtype == "bfloat16"
