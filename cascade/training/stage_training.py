@@ -234,7 +234,9 @@ class RunningStage(Running):
         reader = None if self._text is None else self._text.reader
         read = self.read(source, reader, sharding.process_rows(mesh, job.batch_size))
         self._read = self.batches = read
-        self._prompts = [*first_captions(source, job.preview_captions), *job.preview_prompts]
+        drawn = job.preview_every_images and job.stage.lowres is None
+        own = first_captions(source, job.preview_captions) if drawn else []
+        self._prompts = [*own, *job.preview_prompts]
         if isinstance(self._text, Stored):
             self.batches = StoredBatches(read, self._text.store)
             if job.preview_every_images and job.stage.lowres is None:
