@@ -87,7 +87,7 @@ _SAMPLE = np.dtype([*_PLACES, ("hash", "u4")])
 """Where the members of a sample lie, in bytes from the shard's beginning; 0 where there is none."""
 _HEAD, _REST = slice(tarfile.BLOCKSIZE), slice(tarfile.BLOCKSIZE, None)
 _VERSION = 2
-"""Of an index: its SHA-256, a line of JSON, and the samples."""
+"""An index is its SHA-256, a line of JSON, and the samples."""
 _DIGEST = hashlib.sha256().digest_size
 
 

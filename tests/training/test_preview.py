@@ -2,10 +2,14 @@
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from cascade import images, testing
+from cascade.data import FolderData
+from cascade.data.source import BadRecord
 from cascade.stage import Stage
 from cascade.training import preview
+from cascade.training.stage_training import first_captions
 
 
 def test_a_preview_shows_small_drawn_and_true():
