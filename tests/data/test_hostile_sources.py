@@ -482,6 +482,33 @@ def test_a_row_group_that_is_too_large_to_read_at_once_is_refused(tmp_path, monk
         HFData(path=str(tmp_path / "a.parquet")).open(8)
 
 
+def test_one_long_value_in_every_row_takes_no_more_memory_than_a_row_group_may(
+    tmp_path, monkeypatch
+):
+    """The file says it once, in 10 kB, and says that its row group is as small."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from cascade.data import parquet
+
+    n, zeros = 5000, np.zeros(5000, np.int32)
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array(zeros), pyarrow.array(["x" * 40_000]))
+    rows = pyarrow.table({"image": [PNG + bytes([i % 256]) for i in range(n)], "text": text})
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet", store_schema=False)
+    monkeypatch.setattr(parquet, "MOST_GROUP", 2**25)
+    source = HFData(path=str(tmp_path / "a.parquet")).open(8)
+    before, reads = pyarrow.default_memory_pool().max_memory(), []
+    read = parquet._Parquet.read
+    monkeypatch.setattr(
+        parquet._Parquet, "read", lambda self, *given: reads.append(given) or read(self, *given)
+    )
+    for index in (0, 1, n - 1):
+        with pytest.raises(BadRecord, match="its row group has more than .* bytes in memory"):
+            source[index]
+    assert len(reads) == 1  # of 200 MB, which need not be met again
+    assert pyarrow.default_memory_pool().max_memory() < max(before, 2**26 + 2**24)
+
+
 def test_a_file_that_claims_more_rows_than_it_has_bytes_is_refused(tmp_path, monkeypatch):
     from cascade.data import parquet
 
