@@ -29,7 +29,7 @@ BELOW = {
     },
     "training": {
         *("config", "data", "devices", "diffusion", "errors", "images", "models", "published"),
-        *("runner", "stage", "storage", "text"),
+        *("ranges", "runner", "stage", "storage", "text"),
     },
     "scenes": {
         *("config", "data", "devices", "errors", "images", "models", "ranges", "storage", "text"),

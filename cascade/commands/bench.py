@@ -46,7 +46,7 @@ class TrainOptions:
     """Time the train step of a config on random pictures and text: no data, no text encoder.
 
     FILE is a config as `cascade train` takes it, with its overrides (--batch-size 4), and with the
-    arguments of its function config(), such as the --init MODEL of configs/if/finetune_base64.py;
+    arguments of its function config(), such as the --init MODEL of configs/finetune.py;
     weights are random, whatever that names. The mesh is the config's, over all devices. MFU counts
     the FLOPs of matrix products and convolutions, forward and backward, without what remat computes
     again.

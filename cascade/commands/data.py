@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from cascade import config
-from cascade.data import Data, Filters, uri
+from cascade.data import Data, Filters, Mixture, uri
 from cascade.data.conversion import Format, convert
 from cascade.data.inspection import inspect
 from cascade.devices import distributed, xla_flags
@@ -60,8 +60,9 @@ class InspectOptions:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The dataset: KIND:PLACE, where KIND is folder, table, tar, parquet, hf, tfds (NAME@DIR) or
-    scenes (rendered now); or a folder of pictures with captions, or of a TFDS dataset."""
+    """The dataset: KIND:PLACE, where KIND is folder, table, tar, parquet, hf, tfds (NAME@DIR),
+    samples (of `cascade sample`) or scenes (rendered now); a folder of pictures with captions, or
+    of a TFDS dataset; or a mixture, "3*KIND:PLACE + 1*KIND:PLACE"."""
     out: Path
     """The PNG to write, which must not exist yet."""
     split: str = "train"
@@ -171,7 +172,16 @@ def dataset(source: str, split: str = "train", seed: int = 0) -> Data:
     """
     if source == "scenes" and not Path(source).is_dir():
         source = "scenes:"
-    data: Any = uri.parse(source, {"scenes": lambda place: _scenes(place or split, seed)})
+    return _of_split(
+        uri.parse(source, {"scenes": lambda place: _scenes(place or split, seed)}), split
+    )
+
+
+def _of_split(data: Any, split: str) -> Data:
+    """The dataset, or each of a mixture, at a split where it has several and names none."""
+    if isinstance(data, Mixture):
+        sources = tuple(_of_split(source, split) for source in data.sources)
+        return dataclasses.replace(data, sources=sources)
     if hasattr(data, "split") and not isinstance(data, ScenesData) and data.split == "train":
         return dataclasses.replace(data, split=split)
     return data
@@ -181,6 +191,9 @@ def _filtered(data: Any, filters: Filters) -> Data:
     """The dataset with those filters."""
     if filters == Filters():
         return data
+    if isinstance(data, Mixture):
+        sources = tuple(_filtered(source, filters) for source in data.sources)
+        return dataclasses.replace(data, sources=sources)
     if not hasattr(data, "filters"):
         raise UserError(f"--filters: a {type(data).__name__} has no picture files to filter")
     return dataclasses.replace(data, filters=filters)

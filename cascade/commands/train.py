@@ -25,12 +25,13 @@ Train one stage of a cascade, or a text encoder, as the config file says.
                  If it holds a checkpoint, the run continues from there. Here, or in object storage:
                  gs://BUCKET/NAME, s3://BUCKET/NAME (pip install 'cascade-diffusion[storage]').
   --data SOURCE  train on these pictures: KIND:PLACE, where KIND is folder, table, tar, parquet, hf,
-                 tfds (NAME@DIR) or scenes; --data.FIELD VALUE then overrides a field of theirs
+                 tfds (NAME@DIR), samples (of `cascade sample`) or scenes; or a mixture,
+                 "3*KIND:PLACE + 1*KIND:PLACE"; --data.FIELD VALUE overrides a field of theirs
   --until N      stop, with a checkpoint, after N images (of a text encoder: captions) in all
   --lora-rank R  train adapters of rank R to the projections of attention (LoRA) instead of the
                  weights of --init MODEL; 0 trains all weights
   --FIELD VALUE  override a field of the config; or an argument of its function config(), such as
-                 the --init MODEL of configs/if/finetune_base64.py
+                 the --init MODEL of configs/finetune.py
 
 `cascade train CONFIG --help` lists the config's fields with their values. The exit status is 0 at
 the end, 143 if the run was told to stop (SIGTERM, Ctrl-C) and saved a checkpoint, 130 after a

@@ -6,6 +6,7 @@ from cascade.data.folder import FolderData
 from cascade.data.hf import HFData
 from cascade.data.mixture import Mixture
 from cascade.data.pipeline import Batches, batches
+from cascade.data.samples import SamplesData
 from cascade.data.source import Data, Example, Source, known_words
 from cascade.data.table import TableData
 from cascade.data.tar import TarData
@@ -22,6 +23,7 @@ __all__ = [
     "FolderData",
     "HFData",
     "Mixture",
+    "SamplesData",
     "Source",
     "TFDSData",
     "TableData",

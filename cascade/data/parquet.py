@@ -14,8 +14,15 @@ from cascade.storage import paths
 
 MOST_GROUP = 2**31
 """Bytes that a row group may have, for it is read whole."""
+_TOLD = f"its row group has more than {MOST_GROUP} bytes in memory"
+_ROWS = 256
+"""Rows of a group that are read at once."""
 MOST_KEPT = 2**28
 """Bytes of row groups that each process keeps from one example to the next."""
+
+
+class TooLarge(ValueError):
+    """A row group that is larger in memory than MOST_GROUP."""
 
 
 class Rows:
@@ -63,10 +70,11 @@ class Rows:
     def _begin(self) -> None:
         self._lock, self._size = threading.Lock(), 0
         self._opened: dict[int, Any] = {}
+        self._too_large: set[int] = set()
         self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_lock", "_size", "_opened", "_kept")
+        own = ("_lock", "_size", "_opened", "_kept", "_too_large")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,10 +110,16 @@ class Rows:
             if group in self._kept:
                 self._kept.move_to_end(group)
                 return self._kept[group]
+            if group in self._too_large:  # to find that out again takes as long
+                raise TooLarge(_TOLD)
             file, inside = self._groups[group]
             if file not in self._opened:
                 self._opened[file] = _open(self._files[file])
-            table = self._opened[file].read(inside, self._wanted)
+            try:
+                table = self._opened[file].read(inside, self._wanted)
+            except TooLarge:
+                self._too_large.add(group)
+                raise
             self._kept[group] = table
             self._size += table.nbytes
             while self._size > MOST_KEPT and len(self._kept) > 1:
@@ -133,7 +147,17 @@ class _Parquet:
             yield group.num_rows, group.total_byte_size
 
     def read(self, group: int, columns: Sequence[str]) -> Any:
-        table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
+        import pyarrow
+
+        # A value that is said once may stand in every row: what a group says of its size is less.
+        found: dict[str, Any] = {"row_groups": [group], "columns": list(columns)}
+        parts, size = [], 0
+        for part in self._file.iter_batches(_ROWS, use_threads=False, **found):
+            size += part.nbytes
+            if size > MOST_GROUP:
+                raise TooLarge(_TOLD)
+            parts.append(part)
+        table = pyarrow.Table.from_batches(parts)
         table.validate(full=True)
         return table
 

@@ -86,7 +86,7 @@ def batches(
             f"of {most_bad:g} that may be left out; the first: {source.left_out[0]}"
         )
     load = LoadExample(source, lowres_resolution, crop, degradation)
-    examples = _order(source, seed).random_map(load)
+    examples = order(source, seed).random_map(load)
     if len(own) < batch_size:
         examples = grain.MapDataset.source(cast(Any, _Rows(examples, own, batch_size)))
     dataset = examples.batch(len(own), batch_fn=_Collate(tokenizer))
@@ -193,8 +193,8 @@ class Batches(Iterator[Batch]):
         return iter(rest.to_iter_dataset(options).mp_prefetch(multi))
 
 
-def _order(source: Source, seed: int) -> Any:
-    """A Grain MapDataset of the indices of examples, endless in effect."""
+def order(source: Source, seed: int) -> Any:
+    """A Grain MapDataset of the indices of examples, shuffled in each epoch; endless in effect."""
     import grain
 
     # The sys.maxsize elements of a bare repeat() overflow in batches of one.

@@ -10,12 +10,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import re
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -88,7 +86,9 @@ _PLACES = [(f"{m}_{of}", kind) for m in _MEMBERS for of, kind in (("at", "i8"), 
 _SAMPLE = np.dtype([*_PLACES, ("hash", "u4")])
 """Where the members of a sample lie, in bytes from the shard's beginning; 0 where there is none."""
 _HEAD, _REST = slice(tarfile.BLOCKSIZE), slice(tarfile.BLOCKSIZE, None)
-_VERSION = 1
+_VERSION = 2
+"""An index is its SHA-256, a line of JSON, and the samples."""
+_DIGEST = hashlib.sha256().digest_size
 
 
 class _TarSource(PictureSource):
@@ -209,17 +209,17 @@ def _indexed(shard: Path, folder: str | None) -> _Index:
     if folder is not None:
         paths.make_folder(paths.path(folder))
         named = hashlib.sha256(str(shard).encode(errors="surrogateescape")).hexdigest()[:16]
-        kept = paths.path(folder) / f"{named}.npz"
+        kept = paths.path(folder) / f"{named}.index"
         if (known := _read_index(kept, size, changed)) is not None:
             return known
     opened: Any
     with shard.open("rb") as opened:
         index = _gone_through(opened, size, str(shard))
     if kept is not None:
+        head = json.dumps({"stamp": [_VERSION, size, changed], "bad": index.bad}).encode()
+        body = head + b"\n" + index.samples.tobytes()
         with paths.writing(kept) as file, file.open("wb") as written:
-            stamp = np.array([_VERSION, size, changed], np.int64)
-            bad = np.frombuffer(json.dumps(index.bad).encode(), np.uint8)
-            np.savez(written, stamp=stamp, samples=index.samples, bad=bad)
+            written.write(hashlib.sha256(body).digest() + body)
     return index
 
 
@@ -235,17 +235,27 @@ def _stamp(shard: Path) -> tuple[int, int]:
 def _read_index(file: Path, size: int, changed: int) -> _Index | None:
     """What was noted of a shard; None if nothing was, of another shard, or it is damaged."""
     try:
+        paths.check_regular(file)
         with file.open("rb") as opened:
-            with np.load(io.BytesIO(opened.read()), allow_pickle=False) as kept:
-                stamp, samples, bad = kept["stamp"], kept["samples"], kept["bad"]
-        if stamp.tolist() != [_VERSION, size, changed] or samples.dtype != _SAMPLE:
+            content = opened.read(size + MOST_JSON + 1)
+    except (OSError, UserError):
+        return None
+    digest, body = content[:_DIGEST], content[_DIGEST:]
+    if hashlib.sha256(body).digest() != digest:
+        return None
+    head, _, rest = body.partition(b"\n")
+    try:
+        noted = json.loads(head.decode())
+        listed = [(str(key), str(why)) for key, why in noted["bad"]]
+        samples = np.frombuffer(rest, _SAMPLE)
+        if noted["stamp"] != [_VERSION, size, changed]:
             return None
-        listed = [(str(key), str(why)) for key, why in json.loads(bad.tobytes().decode())]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     for name in _MEMBERS:
         at, n = samples[f"{name}_at"], samples[f"{name}_n"]
-        if samples.ndim != 1 or (at < 0).any() or (n < 0).any() or (at + n > size).any():
+        least = tarfile.BLOCKSIZE if name == "picture" else 0  # the head before it is read too
+        if ((at < least) | (at > size) | (n < 0) | (n > size - at)).any():
             return None
     return _Index(samples, listed)
 

@@ -1,4 +1,8 @@
-"""How a dataset is named in a word on the command line: KIND:PLACE?FIELD=VALUE&FIELD=VALUE."""
+"""How a dataset is named in a word on the command line.
+
+KIND:PLACE?FIELD=VALUE&FIELD=VALUE
+WEIGHT*KIND:PLACE + WEIGHT*KIND:PLACE      a mixture; without weights, by numbers of examples
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from typing import Any
 from cascade.data.folder import FolderData
 from cascade.data.hf import HFData
 from cascade.data.inspection import dataset_in
+from cascade.data.mixture import Mixture
+from cascade.data.samples import SamplesData
 from cascade.data.source import Data
 from cascade.data.table import TableData
 from cascade.data.tar import TarData
@@ -22,11 +28,24 @@ def parse(uri: str, more: Mapping[str, Callable[[str], Data]] = {}) -> Data:
     """The configuration that KIND:PLACE means, or a folder without a kind.
 
     After a question mark there may be fields of the configuration that are text, as in
-    "table:list.csv?file_column=file_name&caption_column=text".
+    "table:list.csv?file_column=file_name&caption_column=text". Several with " + " between them are
+    a Mixture, each with its weight and a star before it, or none of them.
     more: kinds beside KINDS, each with what makes a configuration of a place. Raises UserError for
     an unknown kind or field, and for a place that makes no sense.
     """
     known = {**KINDS, **more}
+    parts = _BETWEEN.split(uri)
+    weights = [weight for weight, _ in map(_weighed, parts)]
+    if len(parts) > 1 or weights[0]:
+        if any(weights) and not all(weights):
+            raise UserError(
+                f"{uri}: give a weight to each dataset, as '3*folder:a + 1*tar:b', or to none"
+            )
+        sources = tuple(parse(part, more) for _, part in map(_weighed, parts))
+        try:
+            return Mixture(sources=sources, weights=tuple(float(w) for w in weights if w))
+        except ValueError as e:
+            raise UserError(f"{uri}: {e}") from None
     found = re.match(r"([A-Za-z_]\w*):(.*)", uri, re.DOTALL)
     if found is None or found[1] in ("gs", "s3"):
         return dataset_in(uri)
@@ -57,6 +76,17 @@ def _with(data: Any, fields: dict[str, str], uri: str) -> Data:
     return dataclasses.replace(data, **fields)
 
 
+_WEIGHT = r"\d+(?:\.\d+)?\*"
+_BETWEEN = re.compile(rf" +\+ +(?=(?:{_WEIGHT})?[A-Za-z_]\w*:)")
+"""Between the datasets of a mixture; a plus in a name is followed by no kind."""
+
+
+def _weighed(part: str) -> tuple[str, str]:
+    """The weight of a dataset, empty if it has none, and the dataset."""
+    found = re.match(_WEIGHT, part)
+    return ("", part) if found is None else (found[0][:-1], part[found.end() :])
+
+
 _FIELDS = re.compile(r"\?(\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
 
 
@@ -73,6 +103,7 @@ KINDS: Mapping[str, Callable[[str], Data]] = {
     "tar": lambda place: TarData(path=place),
     "parquet": lambda place: HFData(path=place),
     "hf": lambda place: HFData(path=place),
+    "samples": lambda place: SamplesData(path=place),
     "tfds": _tfds,
 }
 """The kinds of datasets by the word that names them."""

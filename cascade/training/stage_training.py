@@ -5,6 +5,7 @@ dataset -> data -> conditions -> stage.loss -> train_step -> checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from cascade import images
 from cascade.data import Batches, Data, Degradation, Source, batches
 from cascade.data.held_out import divided
 from cascade.data.pipeline import TokenizeFn
+from cascade.data.source import BadRecord
 from cascade.data.transforms import check_resolutions
 from cascade.devices import sharding
 from cascade.errors import UserError
@@ -167,6 +169,9 @@ class StageTraining(StageJob):
     """Examples from one look at what is held out to the next."""
     validation_images: int = 1000
     """So many pictures of what is held out are looked at, in whole batches."""
+    preview_captions: int = 0
+    """So many captions of the data, the first that differ, are drawn in previews of a base stage
+    too, before preview_prompts; 0 is none."""
     preview_prompts: tuple[str, ...] = ()
     """What previews of a base stage draw; super-resolution enlarges four of the batch."""
 
@@ -174,6 +179,7 @@ class StageTraining(StageJob):
         super().__post_init__()
         for name in ("text_tokens", "validate_every_images", "validation_images"):
             self.at_least(name, 1)
+        self.at_least("preview_captions", 0)
         if not 0 <= self.validation < 1:
             raise ValueError(
                 f"{self._kind}.validation must be a share in [0, 1), got {self.validation}"
@@ -228,7 +234,9 @@ class RunningStage(Running):
         reader = None if self._text is None else self._text.reader
         read = self.read(source, reader, sharding.process_rows(mesh, job.batch_size))
         self._read = self.batches = read
-        self._prompts = list(job.preview_prompts)
+        drawn = job.preview_every_images and job.stage.lowres is None
+        own = first_captions(source, job.preview_captions) if drawn else []
+        self._prompts = [*own, *job.preview_prompts]
         if isinstance(self._text, Stored):
             self.batches = StoredBatches(read, self._text.store)
             if job.preview_every_images and job.stage.lowres is None:
@@ -280,6 +288,17 @@ class RunningStage(Running):
         if sheet is not None:
             file.parent.mkdir(exist_ok=True)
             images.save_png(file, sheet)
+
+
+def first_captions(source: Source, count: int) -> list[str]:
+    """The first captions that differ, at most so many; a thousand examples are looked at."""
+    found: dict[str, None] = {}
+    for index in range(min(len(source), 1000) if count else 0):
+        with contextlib.suppress(BadRecord):  # the run will say so, in its time
+            found.setdefault(source.captions_of(index)[0])
+        if len(found) == count:
+            break
+    return list(found)
 
 
 LEVELS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))

@@ -1,7 +1,9 @@
 """Shards, tables and datasets of strangers: none ends a run, takes memory, or leads elsewhere."""
 
+import hashlib
 import io
 import json
+import os
 import random
 import tarfile
 import time
@@ -216,23 +218,60 @@ def test_a_flipped_bit_anywhere_in_a_shard_ends_nothing(tmp_path):
                 assert "\n" not in str(e) and e.reason and e.key
 
 
-def test_an_index_of_a_stranger_holds_arrays_alone_and_leads_nowhere_else(tmp_path):
+def indexed(tmp_path):
+    """Shards of three pictures whose index is kept, and its one file."""
     data = tar(tmp_path / "d", records(3))
     kept = TarData(path=data.path, index=str(tmp_path / "i"))
     kept.open(8)
     (file,) = (tmp_path / "i").iterdir()
-    with np.load(file) as found:
-        parts = dict(found)
-    for change in (
-        {"samples": np.array([object()], dtype=object)},
-        {"samples": parts["samples"].astype([(n, "f8") for n in parts["samples"].dtype.names])},
-        {"samples": np.array([(10**12, 9, 0, 0, 0, 0, 0)], parts["samples"].dtype)},
-        {"samples": np.array([(-5, 9, 0, 0, 0, 0, 0)], parts["samples"].dtype)},
-        {"bad": np.frombuffer(b"[[1]]", np.uint8)},
-        {"stamp": np.zeros(3)},
+    return kept, file
+
+
+def test_every_flipped_byte_of_an_index_and_every_cut_makes_it_anew(tmp_path, monkeypatch):
+    kept, file = indexed(tmp_path)
+    true, gone = file.read_bytes(), tar_module._gone_through
+    anew = []
+    monkeypatch.setattr(
+        tar_module, "_gone_through", lambda *given: anew.append(given) or gone(*given)
+    )
+    kept.open(8)
+    assert not anew
+    for at in range(len(true)):
+        file.write_bytes(true[:at] + bytes([true[at] ^ 1 << at % 8]) + true[at + 1 :])
+        kept.open(8)
+        assert file.read_bytes() == true and len(anew) == 2 * at + 1
+        file.write_bytes(true[:at])
+        kept.open(8)
+        assert len(anew) == 2 * at + 2
+
+
+def test_an_index_of_a_stranger_leads_nowhere_else(tmp_path):
+    """Whose checksum is right: it is damaged on purpose."""
+    kept, file = indexed(tmp_path)
+    head, _, rest = file.read_bytes()[32:].partition(b"\n")
+    noted, kind = json.loads(head), tar_module._SAMPLE
+    first = int(np.frombuffer(rest, kind)[0]["picture_at"])
+
+    def sample(at, n, text=(0, 0)):
+        return np.array([(at, n, *text, 0, 0, 0)], kind).tobytes()
+
+    for changed, samples in (
+        *((noted, sample(at, 9)) for at in (10**12, -5, 0, 511, 2**63 - 1)),
+        *((noted, sample(first, n)) for n in (-1, 2**31 - 1)),
+        *((noted, sample(first, 9, text)) for text in ((2**63 - 1, 9), (-1, 5), (0, -1))),
+        (noted, rest[:-1]),
+        (noted | {"bad": [[1]]}, rest),
+        (noted | {"bad": 3}, rest),
+        (noted | {"stamp": [0]}, rest),
+        ([], rest),
+        ({}, rest),
     ):
-        np.savez(file, **{**parts, **change})
+        body = json.dumps(changed).encode() + b"\n" + samples
+        file.write_bytes(hashlib.sha256(body).digest() + body)
         assert [kept.open(8)[i]["caption"] for i in range(3)] == ["0", "1", "2"]
+    file.unlink()
+    os.mkfifo(file)  # which would be read without end
+    assert len(kept.open(8)) == 3
 
 
 # Tables.
@@ -441,6 +480,33 @@ def test_a_row_group_that_is_too_large_to_read_at_once_is_refused(tmp_path, monk
     monkeypatch.setattr(parquet, "MOST_GROUP", 100)
     with pytest.raises(UserError, match="row group 0 has .* at most 100 are read at once"):
         HFData(path=str(tmp_path / "a.parquet")).open(8)
+
+
+def test_one_long_value_in_every_row_takes_no_more_memory_than_a_row_group_may(
+    tmp_path, monkeypatch
+):
+    """The file says it once, in 10 kB, and says that its row group is as small."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from cascade.data import parquet
+
+    n, zeros = 5000, np.zeros(5000, np.int32)
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array(zeros), pyarrow.array(["x" * 40_000]))
+    rows = pyarrow.table({"image": [PNG + bytes([i % 256]) for i in range(n)], "text": text})
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet", store_schema=False)
+    monkeypatch.setattr(parquet, "MOST_GROUP", 2**25)
+    source = HFData(path=str(tmp_path / "a.parquet")).open(8)
+    before, reads = pyarrow.default_memory_pool().max_memory(), []
+    read = parquet._Parquet.read
+    monkeypatch.setattr(
+        parquet._Parquet, "read", lambda self, *given: reads.append(given) or read(self, *given)
+    )
+    for index in (0, 1, n - 1):
+        with pytest.raises(BadRecord, match="its row group has more than .* bytes in memory"):
+            source[index]
+    assert len(reads) == 1  # of 200 MB, which need not be met again
+    assert pyarrow.default_memory_pool().max_memory() < max(before, 2**26 + 2**24)
 
 
 def test_a_file_that_claims_more_rows_than_it_has_bytes_is_refused(tmp_path, monkeypatch):

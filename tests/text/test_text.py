@@ -22,27 +22,20 @@ from cascade import cli, testing
 from cascade.commands.train import STOPPED
 from cascade.errors import UserError
 from cascade.models.t5 import T5Config
-from cascade.scenes import text_pretraining
 from cascade.scenes.captions import VOCABULARY, caption_at, mentions
 from cascade.scenes.dataset import ScenesData
-from cascade.scenes.text_pretraining import (
-    SENTINELS,
-    TextPretraining,
-    batches,
-    description,
-    example,
-    shares_right,
-    span_corruption,
-)
+from cascade.scenes.text_pretraining import TextPretraining, description
 from cascade.storage.checkpoint import Checkpoints
 from cascade.text import T5Encoder, Tokenizer, captions
 from cascade.text.captions import prepared
 from cascade.text.t5 import SHIPPED, read_folder, write_folder
 from cascade.text.tokenizer import EOS_ID, PAD_ID
+from cascade.training import text_job
 from cascade.training.log import TrainingLog
 from cascade.training.loop import fit
 from cascade.training.stage_training import StageTraining
 from cascade.training.step import begin
+from cascade.training.text_job import SENTINELS, batches, padded, shares_right, span_corruption
 from cascade.training.trainable import Only
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "t5"
@@ -354,7 +347,7 @@ def test_the_linear_reading_learns_which_words_are_told(pretrained):
     tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
     held_out = dataclasses.replace(TINY, seed=5)
     surprise = []
-    for made in itertools.islice(batches(held_out, tokenizer, 0), 4):
+    for made in itertools.islice(batches(held_out, held_out.texts(), tokenizer, 0), 4):
         ids, told = jnp.asarray(made["inputs"]), made["targets"] != PAD_ID
         encoded = encoder.apply(encoder.params, ids, ids != PAD_ID).values
         mean = np.mean(encoded, axis=1, where=made["visible"][:, :, None])
@@ -436,10 +429,10 @@ def test_eight_devices_make_the_losses_of_one(pretrained, begun, monkeypatch):
 def test_parts_of_a_batch_have_its_loss_though_not_its_tokens(pretrained):
     tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
     params, key = jax.tree.map(jnp.asarray, averaged(pretrained)), jax.random.key(0)
-    mixed = [example(TINY, tokenizer, i) for i in range(16)]
+    mixed = [TINY.texts().example(tokenizer, i) for i in range(16)]
     for i, one in enumerate(mixed):
         mixed[i] = dataclasses.replace(one, target=one.target[: 2 + i % 4])
-    batch = text_pretraining._padded(mixed)
+    batch = padded(mixed)
     rows = [{k: v[i::4] for k, v in batch.items()} for i in range(4)]
     whole = jax.jit(TINY.loss)(params, batch, key)
     loss = jax.jit(lambda rows, i: TINY.loss(params, rows, key, (i, 4)))
@@ -506,11 +499,12 @@ def test_its_previews_are_pictures_of_the_shares_right(pretrained, monkeypatch):
         said = jnp.where(corrupted | (at % 2 == 0), targets, targets + 1)
         return None, jax.nn.one_hot(said, config.vocab_size)
 
-    monkeypatch.setattr(text_pretraining, "logits", perfect_but_in_one)
-    shares = shares_right(TINY, tokenizer, {})
+    monkeypatch.setattr(text_job, "logits", perfect_but_in_one)
+    shares = shares_right(TINY, TINY.texts(), tokenizer, {})
     assert list(shares) == ["description", wrong, "span corruption"]
     assert shares["span corruption"] == 1 and 0.5 <= shares[wrong] < 0.6
-    assert wrong not in shares_right(dataclasses.replace(TINY, retold=0.0), tokenizer, {})
+    without = dataclasses.replace(TINY, retold=0.0)
+    assert wrong not in shares_right(without, without.texts(), tokenizer, {})
 
 
 def test_what_a_run_cannot_change_is_refused_by_name(pretrained):
@@ -556,7 +550,7 @@ def test_pretraining_that_cannot_be_is_refused(name, least):
 def test_hidden_outputs_are_a_share_and_never_all(pretrained):
     tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
     config = dataclasses.replace(TINY, hidden=0.5, described=0.0)
-    made = list(itertools.islice(batches(config, tokenizer, 0), 8))
+    made = list(itertools.islice(batches(config, config.texts(), tokenizer, 0), 8))
     given = sum((b["inputs"] != PAD_ID).sum() for b in made)
     assert all((b["visible"] <= (b["inputs"] != PAD_ID)).all() for b in made)
     assert all(b["visible"].any(1).all() for b in made)
@@ -581,8 +575,10 @@ def test_a_description_is_told_from_its_noun_alone(pretrained):
 
 def test_batches_are_a_pure_function_of_the_step(pretrained):
     tokenizer = Tokenizer((pretrained / "spiece.model").read_bytes(), 64)
-    whole = list(itertools.islice(batches(TINY, tokenizer, 30), 5))  # across a border of groups
-    one = next(batches(TINY, tokenizer, 33))
+    whole = list(
+        itertools.islice(batches(TINY, TINY.texts(), tokenizer, 30), 5)
+    )  # across a border of groups
+    one = next(batches(TINY, TINY.texts(), tokenizer, 33))
     assert len(whole) == 5
     for name, value in one.items():
         np.testing.assert_array_equal(value, whole[3][name])

@@ -14,7 +14,7 @@ from pipelines import IF8, IF16, T5, write_model, write_pipeline
 
 from cascade import cli, testing
 from cascade.commands.export import export
-from cascade.config import load, load_with, read_json, to_json
+from cascade.config import load_with, read_json, to_json
 from cascade.errors import UserError
 from cascade.runner.cascade import Cascade
 from cascade.runner.model_folder import open_model
@@ -29,10 +29,9 @@ from cascade.training import lora
 from cascade.training.stage_training import StageTraining
 from cascade.training.step import begin
 from cascade.training.text_input import make_embedder
-from cascade.training.trainable import LoRA
+from cascade.training.trainable import LoRA, Weights
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "if"
-CONFIG, CONFIG_2 = (str(CONFIGS / f"finetune_{name}.py") for name in ("base64", "sr256"))
+CONFIG = str(Path(__file__).parents[2] / "configs" / "finetune.py")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +148,8 @@ def _without(words, flag):
 
 def test_the_second_stage_trains_beside_its_weights_and_goes_beside_the_first(folder, tmp_path):
     run, base = tmp_path / "run", folder / "if"
-    words = [*("train", CONFIG_2, "--init", base, "--workdir", run, "--lora-rank", 2)]
+    words = [*("train", CONFIG, "--init", base, "--stage", "if16", "--workdir", run)]
+    words += ["--lora-rank", 2]
     words += ["--data.path", folder / "pictures", "--images", 320, "--batch-size", 16]
     words += ["--stage.network.compute-dtype", "float32", "--stage.network.remat", "False"]
     words += ["--optimizer.learning-rate", 0.1, "--preview-every-images", 0]
@@ -289,12 +289,34 @@ def test_a_start_is_read_in_either_layout(folder, tmp_path):
         started(converted, dataclasses.replace(IF8, name="if32"))
 
 
-def test_a_config_that_needs_a_start_says_so(tmp_path, capsys):
-    with pytest.raises(UserError, match="finetune_base64.py: --init is missing"):
-        load(CONFIG)
-    base = write_pipeline(tmp_path, 1)
-    with pytest.raises(UserError, match=f"init={base}: has no super-resolution stage"):
-        load_with(CONFIG_2, ["--init", str(base)])
-    with pytest.raises(SystemExit):
-        cli.main(["train", CONFIG, "--workdir", "x", "--init", "no/such"])
-    assert "model no/such: no such folder" in capsys.readouterr().err
+def test_a_start_that_is_not_there_is_one_line(folder, capsys):
+    for words, told in (
+        (["--init", "no/such"], "model no/such: no such folder"),
+        (["--stage", "sr"], "stage=sr: scenes has no such stage, only base64, sr256, sr1024"),
+        (["--data", "folder:nowhere"], "data folder nowhere: no such folder"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            cli.main(["train", CONFIG, "--workdir", str(folder / "refused"), *words])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.startswith("error: ") and told in err
+        assert not (folder / "refused").exists()
+
+
+def test_any_stage_of_any_model_is_taken_as_its_model_reads_texts(folder):
+    """A crop where a whole picture would be large, and the types of what is large."""
+    base, _ = load_with(CONFIG, [])
+    assert (base.init, base.stage.name, base.crop) == ("scenes", "base64", None)
+    assert base.text_encoder.endswith("scenes/text_encoder") and base.text_tokens == 128
+    large, _ = load_with(CONFIG, ["--stage", "sr1024"])
+    assert (large.stage.name, large.crop, large.text_int8) == ("sr1024", 256, False)
+    public, _ = load_with(CONFIG, ["--init", str(folder / "if")])
+    assert (public.stage, public.text_tokens, public.captions) == (IF8, 77, "clean")
+    assert base.trainable == Weights()  # what is small
+
+
+def test_what_is_large_learns_adapters_beside_weights_of_two_bytes(monkeypatch):
+    shapes = {"kernel": jax.ShapeDtypeStruct((10_000, 20_000), jnp.float32)}
+    monkeypatch.setattr(Stage, "abstract", lambda self: shapes)
+    large, _ = load_with(CONFIG, [])
+    assert large.trainable == LoRA(rank=16) and large.text_int8
+    assert large.stage.network.compute_dtype == large.frozen_dtype == "bfloat16"

@@ -2,10 +2,14 @@
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from cascade import images, testing
+from cascade.data import FolderData
+from cascade.data.source import BadRecord
 from cascade.stage import Stage
 from cascade.training import preview
+from cascade.training.stage_training import first_captions
 
 
 def test_a_preview_shows_small_drawn_and_true():
@@ -25,3 +29,23 @@ def test_a_preview_shows_small_drawn_and_true():
         np.testing.assert_array_equal(row[:, :16], low[i])
         assert (row[:, 18:34] == 255).all()
         np.testing.assert_array_equal(row[:, 36:52], batch["image"][i])
+
+
+def test_the_first_captions_that_differ_are_previewed(tmp_path):
+    """Without those that cannot be read."""
+    for i, caption in enumerate(("a cat", "a cat", "", "a dog", "a cow")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    source = FolderData(path=str(tmp_path)).open(8)
+    there = source.captions_of
+
+    def damaged(index):
+        if index == 3:
+            raise BadRecord("3.png: gone", "3.png", "gone")
+        return there(index)
+
+    source.captions_of = damaged
+    assert first_captions(source, 3) == ["a cat", "", "a cow"]
+    assert first_captions(source, 2) == ["a cat", ""]
+    assert first_captions(source, 9) == ["a cat", "", "a cow"]
+    assert first_captions(source, 0) == []

@@ -22,7 +22,7 @@ from cascade.errors import UserError
 from cascade.models.t5 import T5Config
 from cascade.runner import cascade as runner
 from cascade.scenes.dataset import ScenesData
-from cascade.scenes.text_pretraining import SENTINELS, TextPretraining
+from cascade.scenes.text_pretraining import TextPretraining
 from cascade.stage import Stage
 from cascade.storage.checkpoint import Checkpoints
 from cascade.text.t5 import read_folder
@@ -31,6 +31,7 @@ from cascade.training import stage_training
 from cascade.training.job import Optimizer
 from cascade.training.loop import fit
 from cascade.training.stage_training import StageTraining
+from cascade.training.text_job import SENTINELS
 
 STEPS = 12
 SETTINGS = dict(
