@@ -25,6 +25,8 @@ HELD_OUT = ("chelsea", "china")
 SIDE = 64
 SHRUNK = (1, 2, 4)
 """By how much, before windows are cut."""
+MOST = 240
+"""So many windows of a photograph at most, evenly spread, or a large one would outweigh others."""
 
 
 def photograph(name: str) -> Image.Image:
@@ -41,7 +43,7 @@ def photograph(name: str) -> Image.Image:
 
 
 def windows(picture: Image.Image) -> list[np.ndarray]:
-    """Windows of the picture at each size, half of each shared with the next, but for flat ones."""
+    """Windows of the picture at each size, each sharing half with the next, without flat ones."""
     found = []
     for factor in SHRUNK:
         size = picture.width // factor, picture.height // factor
@@ -49,7 +51,8 @@ def windows(picture: Image.Image) -> list[np.ndarray]:
         for y in range(0, small.shape[0] - SIDE + 1, SIDE // 2):
             for x in range(0, small.shape[1] - SIDE + 1, SIDE // 2):
                 found.append(small[y : y + SIDE, x : x + SIDE])
-    return [window for window in found if window.std(axis=(0, 1)).max() > 5]
+    found = [window for window in found if window.std(axis=(0, 1)).max() > 5]
+    return [found[i] for i in sorted({round(i) for i in np.linspace(0, len(found) - 1, MOST)})]
 
 
 def main(out: Path) -> None:

@@ -71,12 +71,14 @@ def describe(name: str) -> dict[str, Any]:
             }
         )
     known = len(set(model.known_words))
+    captions = f"of {known} words alone" if known else "of any words"
+    reads = any(stage.text is not None for stage in model.stages)
     return {
         "model": model.name,
         "stages": stages,
-        "text_encoder": model.text_encoder,
-        "max_tokens": model.max_tokens,
-        "captions": f"of {known} words alone" if known else "of any words",
+        "text_encoder": model.text_encoder if reads else None,
+        "max_tokens": model.max_tokens if reads else None,
+        "captions": captions if reads else None,
         "licence": _licence(files[0].parents[1]),
         "model_sha256": digest.hexdigest(),
     }
@@ -107,6 +109,9 @@ def _table(told: dict[str, Any]) -> str:
             f"{stage['parameters'] / 1e6:8.1f} M parameters  {stage['bytes'] / 1e6:8.1f} MB  "
             f"{stage['steps']} steps, guidance {stage['guidance']:g}"
         )
-    lines.append(f"  reads captions {told['captions']}, up to {told['max_tokens']} tokens")
+    if told["captions"] is None:
+        lines.append("  reads no text")
+    else:
+        lines.append(f"  reads captions {told['captions']}, up to {told['max_tokens']} tokens")
     lines.append(f"  licence: {told['licence'] or 'the folder says nothing of one'}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from model_folders import model_folder
 
 from cascade import cli, testing
 from cascade.runner.cascade import Cascade
-from cascade.runner.model_folder import open_model
+from cascade.runner.model_folder import open_model, shipped
 
 
 def told(capsys, *words):
@@ -18,8 +18,9 @@ def told(capsys, *words):
 
 
 def test_it_tells_of_what_ships(capsys):
-    (about,), table = told(capsys)
-    assert about["model"] == "scenes"
+    every, table = told(capsys)
+    assert [one["model"] for one in every] == shipped()
+    (about,) = [one for one in every if one["model"] == "scenes"]
     assert [(s["from"], s["draws"]) for s in about["stages"]] == [
         (None, 64),
         (64, 256),
@@ -48,3 +49,10 @@ def test_it_tells_what_the_folder_says_of_its_licence(tmp_path, capsys, name, te
     (about,), _ = told(capsys, folder)
     assert about["licence"] == licence
     assert [stage["stage"] for stage in about["stages"]] == ["base8"]
+
+
+def test_a_model_that_reads_no_text_has_no_encoder(tmp_path, capsys):
+    folder = model_folder(tmp_path / "mine", testing.super_resolution_stage(8, text_width=0))
+    (about,), table = told(capsys, folder)
+    assert about["text_encoder"] is about["captions"] is about["max_tokens"] is None
+    assert "  reads no text\n" in table

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,15 @@ from cascade.diffusion.grids import Karras
 from cascade.errors import UserError
 from cascade.models import EfficientLevel, EfficientUNetConfig
 from cascade.runner.cascade import Cascade
+from cascade.runner.model_folder import open_model
 from cascade.stage import Augmentation, LowRes, Pixels, Sampling, Stage, StageConfig
 from cascade.tasks.sr3 import figures
 from cascade.tasks.sr3.regression import RegressionTraining
 from cascade.training.job import Job, Optimizer
 from cascade.training.loop import fit
 from cascade.training.stage_training import StageTraining
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "sr3"
 
 
 def stage_of(steps=2):
@@ -78,7 +82,7 @@ def test_a_regression_is_trained_where_all_is_noise(folder):
 
 def test_the_regression_draws_the_mean_of_what_may_be(folder):
     """Stripes of two phases are one grey when they are small: their mean is grey."""
-    fit(job_of(RegressionTraining, folder / "data", 1, images=1600), folder / "regression")
+    fit(job_of(RegressionTraining, folder / "data", 1, images=640), folder / "regression")
     cli.main(["export", str(folder / "regression"), str(folder / "mean")])
     model = Cascade.load(folder / "mean")
     true = np.zeros((4, 8, 8, 3), np.uint8)
@@ -165,3 +169,17 @@ def test_a_model_that_reads_text_is_none():
     other = dataclasses.replace(stage_of(), conditions=())
     with pytest.raises(UserError, match="told a smaller picture"):
         figures.lowres_of(Cascade([(Stage(other), {})], None, name="other"))
+
+
+def test_the_model_that_ships_is_what_its_config_trains_and_enlarges(tmp_path, capsys):
+    (stage,) = open_model("sr3").stages
+    assert stage == config.load(str(CONFIGS / "sr64.py")).stage
+    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    picture[:] = picture.mean(axis=(0, 1))
+    images.save_png(tmp_path / "small.png", picture)
+    out = tmp_path / "large.png"
+    cli.main(["enlarge", str(tmp_path / "small.png"), "--model", "sr3", "--out", str(out)])
+    drawn = np.asarray(images.load_image(out)).astype(int)
+    # Means over blocks of what is drawn are what was enlarged.
+    assert drawn.shape == (64, 96, 3)
+    assert np.abs(drawn.reshape(16, 4, 24, 4, 3).mean((1, 3)) - picture).mean() < 6

@@ -57,7 +57,8 @@ def restorations(model: Cascade, true: UInt8[np.ndarray, "n s s 3"]) -> tuple[di
             raise AssertionError(f"{damage.name} has changed what was known")
         part = ~hole.all(axis=(1, 2, 3), keepdims=True)
         blank = np.where(hole & part, 128, source).astype(np.uint8)
-        before, after = (_error(x, true, hole).reshape(SETS, -1) for x in (blank, drawn))
+        # Sets take turns, for neighbours in a dataset are alike.
+        before, after = (_error(x, true, hole).reshape(-1, SETS).T for x in (blank, drawn))
         real = features(true)
         found[damage.name] = Property(
             title="nearer to the true pictures than the damaged ones",
