@@ -1,6 +1,5 @@
 """Palette: pictures are damaged, and drawn while the damaged one is shown."""
 
-import dataclasses
 import io
 import json
 
@@ -177,18 +176,6 @@ def test_what_is_drawn_depends_on_what_is_known():
     whole = np.ones_like(hole)
     one, two = (restored(stage, params, noisy(1, seed=s), whole)[0] for s in (0, 1))
     assert (one != two).any()
-
-
-def test_an_untrained_residual_stage_draws_what_is_left():
-    stage = Stage(stage_of(residual=True))
-    params = stage.init(jax.random.key(0))
-    source, hole = noisy(1), np.ones((1, 8, 8, 1), bool)
-    np.testing.assert_array_equal(restored(stage, params, source, hole), source)
-    hole[:, 4:] = False
-    drawn = restored(stage, params, source, hole)
-    assert (np.abs(drawn[0, :4].astype(int) - 128) <= 1).all()
-    with pytest.raises(ValueError, match=r'Source.residual is for prediction="x0"'):
-        dataclasses.replace(stage_of(residual=True), prediction="v")
 
 
 def test_squares_of_two_tints_have_one_grey_and_seven_in_ten_are_red():
