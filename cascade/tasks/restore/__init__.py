@@ -70,7 +70,7 @@ class Options:
 def main(argv: Sequence[str]) -> None:
     """Run `cascade restore` with the words after it. Raises UserError for a person's mistake."""
     options = config.parse(Options, argv, prog="cascade restore")
-    from cascade.commands.sample import use_compilation_cache
+    from cascade.devices.programs import use_compilation_cache
     from cascade.runner import output
     from cascade.storage import paths
 
@@ -146,8 +146,8 @@ class EvalOptions:
     tints: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="(default: none)")
     ] = ()
-    """Models of configs/restore/tints16.py: how often does each colour squares red, and how varied
-    are its pictures?"""
+    """Models of configs/restore/tints16.py, of which is told how often they colour squares red, and
+    how varied their pictures are."""
     pictures: int = 32
     """Pictures of each of two sets, 2 or more."""
 

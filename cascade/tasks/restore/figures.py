@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from cascade import images
-from cascade.commands.data import dataset
 from cascade.devices.terminal import bar
 from cascade.errors import UserError
 from cascade.evaluation.claims import Property, above
 from cascade.evaluation.quality import features, frechet_distance
 from cascade.runner.cascade import Cascade
 from cascade.scenes.judge import share
+from cascade.scenes.named import dataset
 from cascade.tasks.restore.damage import Damage, Jpeg, Picture
 from cascade.tasks.restore.restoring import source_of
 from cascade.tasks.restore.tints import SHARE, TintsData, is_common

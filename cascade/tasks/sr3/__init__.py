@@ -53,7 +53,7 @@ class EvalOptions:
     search_steps: int = 6
     """How many steps a schedule that is searched for has."""
     seed: int = 0
-    """Of what is drawn and tried, 0 or more."""
+    """Seed of what is drawn and of the schedules tried, 0 or more."""
 
 
 def evaluate(argv: Sequence[str]) -> dict[str, Any]:

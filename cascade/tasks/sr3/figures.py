@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from cascade import images
-from cascade.commands.data import dataset
 from cascade.data.transforms import block_means
 from cascade.devices.terminal import bar
 from cascade.diffusion.grids import Grid, Karras
@@ -26,6 +25,7 @@ from cascade.evaluation.quality import (
     psnr,
 )
 from cascade.runner.cascade import Cascade
+from cascade.scenes.named import dataset
 from cascade.stage import LowRes, Sampling, Stage
 
 Pictures = UInt8[np.ndarray, "n s s 3"]
