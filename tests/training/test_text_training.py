@@ -79,6 +79,9 @@ def test_it_learns_and_writes_an_encoder_whose_pieces_are_the_captions_words(mad
     assert len({row.tobytes() for row in values}) == 4
     with Image.open(made / "previews" / "0000000640.png") as drawn:
         assert drawn.format == "PNG"
+        levels = np.asarray(drawn.convert("L"))
+    for edge in (levels[:3], levels[-3:], levels[:, :3], levels[:, -3:]):
+        assert (edge == 255).all()  # where words run out of it, there is ink
 
 
 def test_a_picture_without_a_caption_is_listed_by_the_run(made):
@@ -201,6 +204,19 @@ def test_few_texts_have_a_vocabulary_of_their_words_and_many_letters_are_refused
         train_vocabulary(with_words(signs), 360)
     more = int(str(e.value).split("vocab_size by ")[1].split()[0])
     assert train_vocabulary(with_words(signs), 360 + more)
+
+
+def test_where_no_spaces_are_written_letters_are_pieces_and_marks_belong_to_words():
+    """A caption without spaces would be one piece, and a new one of its letters in bytes."""
+    told = [f"一个{c}色的{s}形, 猫" for c in "红蓝绿" for s in "圆方"]
+    tokenizer = Tokenizer(train_vocabulary(with_words(told * 3), 3996), 64)
+    known = {piece for text in told[:-1] for piece in tokenizer.pieces(text)}
+    assert len(tokenizer.pieces(told[-1])) == 1 + len(told[-1])
+    assert set(tokenizer.pieces("一个绿色的方形")) <= known
+    tokenizer = Tokenizer(train_vocabulary(with_words(["ラベンダー ﾗﾍﾞﾝﾀﾞｰ สีแดง"] * 9), 3996), 64)
+    assert [len(tokenizer.pieces(text)) for text in ("ラン", "สี")] == [3, 3]
+    tokenizer = Tokenizer(train_vocabulary(with_words(["लाल किताब, नीला फूल"] * 9), 3996), 64)
+    assert [len(tokenizer.pieces(word)) for word in ("लाल", "किताब", "नीला", "फूल")] == [1] * 4
 
 
 def test_the_config_that_ships_takes_any_dataset_and_is_read_back(folder):
