@@ -70,7 +70,8 @@ def test_a_picture_without_its_prompt_is_left_out_and_told(tmp_path, capsys):
 def test_a_folder_that_has_no_samples_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder; give one that `cascade sample` has"):
         SamplesData(path=str(tmp_path / "no")).open(8)
-    with pytest.raises(UserError, match="holds no pictures"):
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    with pytest.raises(UserError, match="folder:PATH for pictures of your own"):
         SamplesData(path=str(tmp_path)).open(8)
 
 
@@ -79,6 +80,9 @@ def test_a_word_names_a_mixture_with_weights_or_without():
     assert dataset("folder:a + tar:b + c.tar") == Mixture(sources=(a, b))
     assert dataset("3*folder:a + 0.5*tar:b + c.tar") == Mixture(sources=(a, b), weights=(3.0, 0.5))
     assert dataset("folder:a + b") == FolderData(path="a + b")
+    assert dataset("3*folder:a+1*tar:b") == dataset("3*folder:a +1*tar:b")
+    assert dataset("3*folder:a+1*tar:b") == dataset("3*folder:a + 1*tar:b")
+    assert dataset("folder:a+b") == FolderData(path="a+b")
     for word, told in (
         ("3*folder:a + tar:b", "give a weight to each dataset"),
         ("0*folder:a + 1*tar:b", "Mixture.weights must be above 0"),
