@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import itertools
 import struct
 import threading
@@ -40,6 +41,7 @@ class Rows:
 
         Raises UserError where a file is damaged, pyarrow is missing, or files differ in columns.
         """
+        self._more: list[str] = []
         self._files, self.columns = list(files), ()
         """All columns that the files have."""
         counts: list[int] = []
@@ -93,8 +95,11 @@ class Rows:
         start = self._ends[group - 1] if group else 0
         try:
             table = self._table(group)
-            row = {name: table[name][number - start] for name in self._wanted}
-            return {name: _bounded(value).as_py() for name, value in row.items()}
+            row = {name: _bounded(table[name][number - start]).as_py() for name in self._wanted}
+            for name in self._more:
+                with contextlib.suppress(ValueError):
+                    row[name] = _bounded(table[name][number - start]).as_py()
+            return row
         except Exception as e:  # pyarrow's own, for each way to be damaged
             return f"unreadable row ({_line(e)})"
 
@@ -106,6 +111,13 @@ class Rows:
         other = object.__new__(Rows)
         other.__setstate__(self.__getstate__())
         other._wanted = [name for name in self._wanted if name in columns]
+        return other
+
+    def whole(self) -> Rows:
+        """The same rows with all columns; of those that were not wanted, without what is long."""
+        other = object.__new__(Rows)
+        other.__setstate__(self.__getstate__())
+        other._more = [name for name in self.columns if name not in self._wanted]
         return other
 
     def _table(self, group: int) -> Any:
@@ -120,7 +132,7 @@ class Rows:
             if file not in self._opened:
                 self._opened[file] = _open(self._files[file])
             try:
-                table = self._opened[file].read(inside, self._wanted)
+                table = self._opened[file].read(inside, [*self._wanted, *self._more])
             except TooLarge:
                 self._too_large.add(group)
                 raise
