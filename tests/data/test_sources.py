@@ -110,6 +110,10 @@ def test_an_index_in_a_folder_is_used_until_the_shard_changes(tmp_path, monkeypa
     for file in (tmp_path / "index").iterdir():
         file.write_bytes(file.read_bytes()[:-30])
     assert len(captions(kept)) == 3
+    gone.clear()
+    assert len(captions(kept)) == 3 and not gone
+    monkeypatch.setattr(tar_module, "_VERSION", tar_module._VERSION + 1)  # of another meaning
+    assert len(captions(kept)) == 3 and gone
     assert not list((tmp_path / "d").glob("*.npz"))
 
 
