@@ -288,7 +288,7 @@ class _RunningTextEncoder(Running):
         if jax.process_index() == 0:
             file.parent.mkdir(exist_ok=True)
             shares = shares_right(self._job, self._texts, self._tokenizer, params)
-            _plot_shares(shares, f"tokens right of {self._texts.others}", file)
+            _plot_shares(shares, f"% of tokens right, of {self._texts.others}", file)
 
     def finish(self, params):
         params = jax.device_get(sharding.fetch(params["encoder"]))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cascade import cli, testing
 from cascade.commands.data import dataset
-from cascade.data import FolderData, Mixture, SamplesData, TableData, TarData, batches, uri
+from cascade.data import Filters, FolderData, Mixture, SamplesData, TableData, TarData, batches, uri
 from cascade.data.source import BadRecord
 from cascade.errors import UserError
 from cascade.runner import cascade as runner
@@ -114,6 +114,18 @@ def test_the_words_weights_are_the_shares_of_a_run(tmp_path):
     levels = next(found)["image"][:, 0, 0, 0]
     found.close()
     assert (levels == 8).sum() == pytest.approx(300, abs=4)
+
+
+def test_what_filters_take_out_of_each_of_a_mixture_is_added_up(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        for i in range(3 + number):
+            Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text("cat" if i == 0 else "dog")
+    cats = Filters(caption_regex="cat")
+    sources = tuple(FolderData(path=str(folder), filters=cats) for folder in folders)
+    assert list(Mixture(sources=sources).open(8).filtered.values()) == [2 + 3]
 
 
 def test_a_split_and_filters_are_for_each_of_a_mixture(tmp_path, capsys):

@@ -117,6 +117,13 @@ def test_an_index_in_a_folder_is_used_until_the_shard_changes(tmp_path, monkeypa
     assert not list((tmp_path / "d").glob("*.npz"))
 
 
+def test_shards_of_one_name_have_an_index_each(tmp_path):
+    for name, count in (("a", 3), ("b", 2)):
+        data = tar(tmp_path / name, records(count))
+        TarData(path=data.path, index=str(tmp_path / "index")).open(8)
+    assert len(list((tmp_path / "index").iterdir())) == 2
+
+
 def test_an_index_of_a_shard_takes_little_memory_for_each_example(tmp_path):
     import webdataset
 
