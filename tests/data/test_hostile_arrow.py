@@ -84,3 +84,10 @@ def test_as_many_captions_as_a_row_may_have_are_read(tmp_path):
     text = pyarrow.array([["a", "b"] * 5000, ["c"]])
     source = saved(tmp_path / "d", rows(text)).open(8)
     assert len(source.captions_of(0)) == 10**4
+
+
+def test_files_of_other_columns_are_refused_together(tmp_path):
+    hf_dataset(records(2)).to_parquet(tmp_path / "a.parquet")
+    hf_dataset(records(2)).rename_column("number", "count").to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: has the columns .*; give files that are alike"):
+        HFData(path=str(tmp_path)).open(8)
