@@ -129,7 +129,7 @@ def captioned(
 def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
     h, w = image.shape[:2]
     size = max(10, min(h, w) // 16)
-    font = ImageFont.load_default(size)
+    font = _font(caption, size)
     wrapped = _wrapped(caption[:2000], font, w - 4)
     lines = wrapped if len(wrapped) <= MOST_LINES else [*wrapped[: MOST_LINES - 1], "..."]
     line_height = round(1.2 * size)
@@ -139,6 +139,15 @@ def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
     for number, line in enumerate(lines):
         draw.text((2, h + 2 + line_height * number), line, fill="black", font=font)
     return np.asarray(canvas)
+
+
+def _font(text: str, size: int) -> Any:
+    """The font that a text is written in; matplotlib's where Pillow's lacks letters, as umlauts."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:

@@ -114,6 +114,14 @@ def test_captions_are_cut_and_lie_right_below_their_pictures(monkeypatch):
     np.testing.assert_array_equal(as_it_is, images.captioned(pictures[:1], [words])[0])
 
 
+def test_captions_of_europe_are_written_in_letters():
+    """What a font lacks is drawn as one and the same box."""
+    blank = [np.full((64, 64, 3), 255, np.uint8)]
+    letters = "äöüßéñçłžбдя"
+    drawn = {images.captioned(blank, [letter])[0].tobytes() for letter in letters}
+    assert len(drawn) == len(letters)
+
+
 def smooth(mode="RGB", size=(256, 192)):
     levels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC).convert(mode)

@@ -89,8 +89,9 @@ class ConvertOptions:
     """Write a dataset as tar shards, or as a TFDS dataset in ArrayRecord files.
 
     DST must be new or empty, and appears whole or not at all; gs:// and s3:// names are understood.
-    What cannot be read is left out and listed in DST/skipped.jsonl. Prints what was written as
-    JSON.
+    What cannot be read is left out and listed in DST/skipped.jsonl. All captions and all columns
+    are kept, but for values that JSON has not, such as dates, bytes and NaN, lists of more than
+    10,000 values, and the columns of a mixture. Prints what was written as JSON.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]

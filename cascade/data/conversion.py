@@ -44,11 +44,12 @@ def convert(
     per_shard: examples in a tar shard.
 
     The captions are the .txt, or the feature `caption`; where there are several that is the first,
-    and all are in the column `captions`. Columns that the dataset gives with an example are kept,
-    and its own name in `key`. Each picture is decoded once, and what cannot be read is left out and
-    listed in skipped.jsonl. A SHA256SUMS lies beside the files. Returns what was written, as JSON
-    values. Raises UserError for an `out` that holds something, for numbers that are not positive,
-    for a dataset without files where there is no resolution, and as `Data.open` does.
+    and all are in the column `captions`. Columns of the dataset are kept where JSON can hold them,
+    which has no dates, bytes and NaN, and its own name in `key`. Each picture is decoded once, and
+    what cannot be read is left out and listed in skipped.jsonl. A SHA256SUMS lies beside the files.
+    Returns what was written, as JSON values. Raises UserError for an `out` that holds something,
+    for numbers that are not positive, for a dataset without files where there is no resolution, and
+    as `Data.open` does.
     """
     if (resolution is not None and resolution < 1) or per_shard < 1:
         raise UserError(
@@ -59,6 +60,8 @@ def convert(
         raise UserError(
             f"a {type(data).__name__} has no picture files to keep as they are; give --resolution"
         )
+    if isinstance(source, PictureSource):
+        source.read_all_columns()
     bad: list[BadRecord] = []
     records = _records(source, resolution, bad)
     shown = bar(iterable=records, total=len(source), desc="convert", unit="img")

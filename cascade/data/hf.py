@@ -74,6 +74,9 @@ class _HFSource(PictureSource):
     def __len__(self) -> int:
         return len(self._rows if self._kept is None else self._kept)
 
+    def read_all_columns(self):
+        self._rows = self._rows.whole()
+
     def hashes(self):
         return super().hashes() if self._kept is None else hashes_of(map(str, self._kept))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import itertools
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +21,8 @@ _ROWS = 256
 """Rows of a group that are read at once."""
 MOST_KEPT = 2**28
 """Bytes of row groups that each process keeps from one example to the next."""
+MOST_VALUES = 10**4
+"""Values that a row may have in a column: a list of nulls takes no bytes, however long it is."""
 
 
 class TooLarge(ValueError):
@@ -37,6 +41,7 @@ class Rows:
 
         Raises UserError where a file is damaged, pyarrow is missing, or files differ in columns.
         """
+        self._more: list[str] = []
         self._files, self.columns = list(files), ()
         """All columns that the files have."""
         counts: list[int] = []
@@ -90,7 +95,11 @@ class Rows:
         start = self._ends[group - 1] if group else 0
         try:
             table = self._table(group)
-            return {name: table[name][number - start].as_py() for name in self._wanted}
+            row = {name: _bounded(table[name][number - start]).as_py() for name in self._wanted}
+            for name in self._more:
+                with contextlib.suppress(ValueError):
+                    row[name] = _bounded(table[name][number - start]).as_py()
+            return row
         except Exception as e:  # pyarrow's own, for each way to be damaged
             return f"unreadable row ({_line(e)})"
 
@@ -102,6 +111,13 @@ class Rows:
         other = object.__new__(Rows)
         other.__setstate__(self.__getstate__())
         other._wanted = [name for name in self._wanted if name in columns]
+        return other
+
+    def whole(self) -> Rows:
+        """The same rows with all columns; of those that were not wanted, without what is long."""
+        other = object.__new__(Rows)
+        other.__setstate__(self.__getstate__())
+        other._more = [name for name in self.columns if name not in self._wanted]
         return other
 
     def _table(self, group: int) -> Any:
@@ -116,7 +132,7 @@ class Rows:
             if file not in self._opened:
                 self._opened[file] = _open(self._files[file])
             try:
-                table = self._opened[file].read(inside, self._wanted)
+                table = self._opened[file].read(inside, [*self._wanted, *self._more])
             except TooLarge:
                 self._too_large.add(group)
                 raise
@@ -167,10 +183,16 @@ class _Arrow:
         import pyarrow.ipc
 
         mapped = pyarrow.memory_map(file)
-        try:
-            self._table = pyarrow.ipc.open_stream(mapped).read_all()
-        except pyarrow.ArrowInvalid:
-            self._table = pyarrow.ipc.open_file(mapped).read_all()
+        # The random access file is the stream after its name, and a footer that is not needed.
+        start = 8 if mapped.read(6) == b"ARROW1" else 0
+        mapped.seek(start)
+        if any(map(_is_compressed, pyarrow.ipc.MessageReader.open_stream(mapped))):
+            raise UserError(
+                f"{file}: its columns are compressed, and Arrow unpacks all of them at once; save "
+                "it without compression, as `datasets` does, or as Parquet"
+            )
+        mapped.seek(start)
+        self._table = pyarrow.ipc.open_stream(mapped).read_all()
         self.names, self.most = self._table.column_names, mapped.size()
 
     def groups(self) -> Iterator[tuple[int, int]]:
@@ -191,6 +213,51 @@ class _Mapped(dict):
         super().__init__(zip(table.column_names, table.columns, strict=True))
 
 
+_DAMAGED = OSError, ValueError, OverflowError, MemoryError, struct.error
+
+
+def _is_compressed(message: Any) -> bool:
+    """Whether a message of an Arrow stream has columns that are to be unpacked."""
+    if message.type not in ("record batch", "dictionary"):
+        return False
+    content = message.metadata.to_pybytes()
+    header = _of_table(content, struct.unpack_from("<I", content)[0], 2)
+    if message.type == "dictionary":
+        header = _of_table(content, header, 1)
+    return _of_table(content, header, 3) > 0
+
+
+def _of_table(content: bytes, table: int, field: int) -> int:
+    """Where a flatbuffer has a field, itself a table, of a table; 0 if it has none.
+
+    pyarrow has verified the message, and gives no access to it. The numbers of fields are those of
+    Arrow's format/Message.fbs.
+    """
+    fields = table - struct.unpack_from("<i", content, table)[0]
+    place = 4 + 2 * field
+    if place >= struct.unpack_from("<H", content, fields)[0]:
+        return 0
+    offset = struct.unpack_from("<H", content, fields + place)[0]
+    return table + offset + struct.unpack_from("<I", content, table + offset)[0] if offset else 0
+
+
+def _bounded(scalar: Any) -> Any:
+    """The value of a row. Raises ValueError where it has more than MOST_VALUES parts."""
+    import pyarrow
+
+    rest, count = [scalar], 0
+    while rest:
+        one = rest.pop()
+        if isinstance(one, pyarrow.ListScalar) and one.is_valid:
+            count += len(one.values)
+            if count > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES} values in a column")
+            rest += one.values
+        elif isinstance(one, pyarrow.StructScalar) and one.is_valid:
+            rest += one.values()
+    return scalar
+
+
 def _open(file: str) -> Any:
     try:
         import pyarrow
@@ -202,7 +269,9 @@ def _open(file: str) -> Any:
         return _Arrow(file) if file.endswith(".arrow") else _Parquet(file)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as e:
+    except UserError:  # which is a ValueError too
+        raise
+    except (pyarrow.ArrowException, *_DAMAGED) as e:
         raise UserError(
             f"{file}: cannot be read ({_line(e)}); it is damaged or of another format"
         ) from None

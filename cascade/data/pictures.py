@@ -76,6 +76,9 @@ class PictureSource(Source):
         """Example `index`, undecoded. Raises BadRecord if it cannot be read."""
         raise NotImplementedError
 
+    def read_all_columns(self) -> None:
+        """From now on `found` has all columns of the dataset, and not those alone that are used."""
+
     def __getitem__(self, index: int) -> Example:
         return self._example(index, None)
 

@@ -60,6 +60,11 @@ class _SamplesSource(PictureSource):
                     f"picture {self._folder / picture}: has no {number}.json, which has its prompt"
                 )
                 self.left_out.append(BadRecord(why, picture, "without a caption"))
+        if not sides:
+            raise UserError(
+                f"samples {self._folder}: holds no picture of `cascade sample` (as 0000_64.png); "
+                "give a folder that it has written, or folder:PATH for pictures of your own"
+            )
         told(self, f"samples {self._folder}")
 
     def __len__(self) -> int:

@@ -100,6 +100,10 @@ class _TableSource(PictureSource):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def read_all_columns(self):
+        if isinstance(self._rows, parquet.Rows):  # others have all of them
+            self._rows = self._rows.whole()
+
     def hashes(self):
         return self._hashes
 

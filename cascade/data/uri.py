@@ -77,8 +77,8 @@ def _with(data: Any, fields: dict[str, str], uri: str) -> Data:
 
 
 _WEIGHT = r"\d+(?:\.\d+)?\*"
-_BETWEEN = re.compile(rf" +\+ +(?=(?:{_WEIGHT})?[A-Za-z_]\w*:)")
-"""Between the datasets of a mixture; a plus in a name is followed by no kind."""
+_BETWEEN = re.compile(rf" +\+ +(?=[A-Za-z_]\w*:)| *\+ *(?={_WEIGHT}[A-Za-z_]\w*:)")
+"""Between the datasets of a mixture; a plus in a name is followed by no kind, nor a weight."""
 
 
 def _weighed(part: str) -> tuple[str, str]:

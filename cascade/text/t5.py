@@ -149,6 +149,9 @@ class T5Encoder:
         return nnx.graphdef(nnx.eval_shape(lambda: T5EncoderModel(self.config, nnx.Rngs(0))))
 
 
+_OTHERS = "give one that `cascade train` has made (WORKDIR/text_encoder), or a name on the hub"
+
+
 def is_hub_name(name: str) -> bool:
     """Tell whether `T5Encoder.load(name)` would ask the Hugging Face hub."""
     if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?" + hub.REVISION, name) is None:
@@ -168,7 +171,7 @@ def locate(name_or_dir: str | Path) -> Path:
         return _downloaded(name)
     folder = paths.path(name).expanduser()
     if not folder.is_dir():
-        raise UserError(f"text encoder {name}: no such folder")
+        raise UserError(f"text encoder {name}: no such folder; {_OTHERS}")
     return paths.local_copy(folder)
 
 
@@ -384,7 +387,7 @@ def _places(folder: Path) -> tuple[Path, Path, Path]:
 def _weights_folder(folder: Path) -> Path:
     """Find the folder of the weights: this one, or the text_encoder/ in that of a pipeline."""
     if not folder.is_dir():
-        raise UserError(f"text encoder {folder}: no such folder")
+        raise UserError(f"text encoder {folder}: no such folder; {_OTHERS}")
     if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
         return folder / "text_encoder"
     return folder

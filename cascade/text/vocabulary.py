@@ -3,6 +3,7 @@
 import io
 import re
 import string
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
@@ -12,19 +13,31 @@ from cascade.text.tokenizer import EOS_ID, PAD_ID
 
 MOST_TEXT = 2**16
 """Bytes of the longest text that counts; longer ones are left out."""
+_SPACELESS = re.compile(
+    "(?=[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff])"
+)
+"""Before each letter of a script without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer,
+Japanese, Chinese."""
+_BOUND = "\ue000"
+"""No piece goes across this sign, which is for private use and in no text."""
 
 
 def train_vocabulary(texts: Iterable[str], pieces: int) -> bytes:
     """A SentencePiece unigram model with T5's ids: 0 padding, 1 end of sequence, 2 unknown.
 
     Letter case is folded. Characters that the texts do not have are spelled in bytes, so that no
-    two words become one. Deterministic. pieces: at most so many; few texts have fewer. Raises
-    UserError where the texts have no letters, or more kinds of them than pieces.
+    two words become one. Letters of scripts without spaces are pieces of their own: a caption would
+    else be one word, and another caption of the same words unknown. Deterministic.
+
+    pieces: at most so many; few texts have fewer. Raises UserError where the texts have no letters,
+    or more kinds of them than pieces.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=(_SPACELESS.sub(_BOUND, text) for text in texts),
+            pretokenization_delimiter=_BOUND,
             model_writer=model,
             model_type="unigram",
             vocab_size=pieces,
@@ -64,7 +77,13 @@ def with_words(texts: Iterable[str]) -> Iterator[str]:
     """
     words: dict[str, None] = {}
     for text in texts:
-        words.update(dict.fromkeys(re.findall(r"\w+", text)))
+        words.update(dict.fromkeys(_words(text)))
         yield text
     for word in words:
         yield f"{word} {word}, {word}."
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters, digits and the marks on them, which are no letters in Hindi for one."""
+    kept = (c if c == "_" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    return "".join(kept).split()

@@ -288,7 +288,7 @@ class _RunningTextEncoder(Running):
         if jax.process_index() == 0:
             file.parent.mkdir(exist_ok=True)
             shares = shares_right(self._job, self._texts, self._tokenizer, params)
-            _plot_shares(shares, f"tokens right of {self._texts.others}", file)
+            _plot_shares(shares, f"% of tokens right, of {self._texts.others}", file)
 
     def finish(self, params):
         params = jax.device_get(sharding.fetch(params["encoder"]))
@@ -468,6 +468,7 @@ def _plot_shares(shares: Mapping[str, float], label: str, path: Path) -> None:
     axes = figure.subplots()
     bars = axes.bar(list(shares), [100 * share for share in shares.values()])
     axes.bar_label(bars, fmt="%.0f%%")
-    axes.set(ylabel=label, ylim=(0, 105))
+    axes.set(ylim=(0, 105))
+    figure.suptitle(label, fontsize="medium")
     with paths.writing(path) as file:
         figure.savefig(file, dpi=120, format="png")

@@ -1,5 +1,6 @@
 """Datasets written anew: whole or not at all, and read again by our sources and by others."""
 
+import datetime
 import io
 import json
 import subprocess
@@ -10,7 +11,7 @@ from PIL import Image
 from written import WRITERS, flat, pairs, records, tar
 
 from cascade.commands import data as command
-from cascade.data import FolderData, TableData, TarData, TFDSData, conversion
+from cascade.data import FolderData, HFData, TableData, TarData, TFDSData, conversion
 from cascade.data.source import BadRecord
 from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
@@ -83,6 +84,33 @@ def test_all_captions_are_kept_in_a_column(tmp_path, capsys):
     source = command.dataset(told["read_with"] + "?caption_column=captions").open(8)
     assert source[0]["captions"] == ("one", "two")
     assert command.dataset(told["read_with"]).open(8)[0]["caption"] == "one"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "hf", "hf parquet", "tar"])
+def test_all_columns_that_json_can_hold_are_kept(kind, tmp_path):
+    """Of files of columns too, of which training reads those alone that it needs."""
+    conversion.convert(WRITERS[kind](tmp_path / "d", records(3)), tmp_path / "out")
+    source = TarData(path=str(tmp_path / "out")).open(8)
+    assert [int(source.found(i).values["number"]) for i in range(3)] == [0, 1, 2]
+
+
+def test_what_json_cannot_hold_of_a_column_is_left_out_and_the_row_stays(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = {"image": [flat(1), flat(2)], "text": ["a", "b"], "score": [0.5, float("nan")]}
+    rows |= {"raw": [b"1", b"2"], "long": [list(range(10_001)), [3]]}
+    rows["at"] = [datetime.date(2020, 1, 1)] * 2
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    conversion.convert(HFData(path=str(tmp_path / "a.parquet")), tmp_path / "out")
+    source = TarData(path=str(tmp_path / "out")).open(8)
+    beside = [dict(source.found(i).values) for i in range(2)]
+    for values in beside:
+        assert {values.pop(name) for name in ("width", "height")} == {8}
+    assert beside == [
+        {"text": "a", "score": 0.5, "key": "row 0"},
+        {"text": "b", "long": [3], "key": "row 1"},
+    ]
 
 
 def test_what_cannot_be_read_is_left_out_and_listed(tmp_path, capsys):

@@ -526,7 +526,12 @@ def test_few_row_groups_stay_in_memory(tmp_path, monkeypatch):
     source = HFData(path=str(tmp_path / "a.parquet")).open(8)
     for index in [*range(12), *range(12)]:
         assert source[index]["caption"] == str(index)
-    assert 1 <= len(source._rows._kept) < 6
+    kept = source._rows._kept
+    assert 1 <= len(kept) < 6 and source._rows._size == sum(one.nbytes for one in kept.values())
+    monkeypatch.setattr(parquet, "MOST_KEPT", 2**20)
+    for index in (0, 2, 0):
+        source[index]
+    assert list(kept)[-2:] == [1, 0]  # the one that was asked for last goes last
 
 
 # On the command line.

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cascade import cli, testing
 from cascade.commands.data import dataset
-from cascade.data import FolderData, Mixture, SamplesData, TarData, batches
+from cascade.data import Filters, FolderData, Mixture, SamplesData, TableData, TarData, batches, uri
 from cascade.data.source import BadRecord
 from cascade.errors import UserError
 from cascade.runner import cascade as runner
@@ -70,7 +70,8 @@ def test_a_picture_without_its_prompt_is_left_out_and_told(tmp_path, capsys):
 def test_a_folder_that_has_no_samples_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder; give one that `cascade sample` has"):
         SamplesData(path=str(tmp_path / "no")).open(8)
-    with pytest.raises(UserError, match="holds no pictures"):
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    with pytest.raises(UserError, match="folder:PATH for pictures of your own"):
         SamplesData(path=str(tmp_path)).open(8)
 
 
@@ -79,13 +80,27 @@ def test_a_word_names_a_mixture_with_weights_or_without():
     assert dataset("folder:a + tar:b + c.tar") == Mixture(sources=(a, b))
     assert dataset("3*folder:a + 0.5*tar:b + c.tar") == Mixture(sources=(a, b), weights=(3.0, 0.5))
     assert dataset("folder:a + b") == FolderData(path="a + b")
+    assert dataset("2*folder:a") == Mixture(sources=(a,), weights=(2.0,))
+    assert dataset("3*folder:a+1*tar:b") == dataset("3*folder:a +1*tar:b")
+    assert dataset("3*folder:a+1*tar:b") == dataset("3*folder:a + 1*tar:b")
+    assert dataset("folder:a+b") == FolderData(path="a+b")
     for word, told in (
         ("3*folder:a + tar:b", "give a weight to each dataset"),
         ("0*folder:a + 1*tar:b", "Mixture.weights must be above 0"),
-        ("folder:a + tfds:b", "write tfds:NAME@DIR"),
+        *((f"folder:a + tfds:{place}", "write tfds:NAME@DIR") for place in ("b", "@b", "b@")),
     ):
         with pytest.raises(UserError, match=told):
             dataset(word)
+
+
+def test_a_bucket_is_no_kind_and_a_name_may_have_any_sign(monkeypatch):
+    monkeypatch.setattr(uri, "dataset_in", lambda name: FolderData(path=name))
+    for name in ("gs://b/pictures", "s3://b/pictures"):
+        assert uri.parse(name) == FolderData(path=name)
+    assert uri.parse("table:a.csv?caption_column=b=c") == TableData(
+        path="a.csv", caption_column="b=c"
+    )
+    assert uri.parse("folder:two\nlines") == FolderData(path="two\nlines")
 
 
 def test_the_words_weights_are_the_shares_of_a_run(tmp_path):
@@ -99,6 +114,18 @@ def test_the_words_weights_are_the_shares_of_a_run(tmp_path):
     levels = next(found)["image"][:, 0, 0, 0]
     found.close()
     assert (levels == 8).sum() == pytest.approx(300, abs=4)
+
+
+def test_what_filters_take_out_of_each_of_a_mixture_is_added_up(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        for i in range(3 + number):
+            Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text("cat" if i == 0 else "dog")
+    cats = Filters(caption_regex="cat")
+    sources = tuple(FolderData(path=str(folder), filters=cats) for folder in folders)
+    assert list(Mixture(sources=sources).open(8).filtered.values()) == [2 + 3]
 
 
 def test_a_split_and_filters_are_for_each_of_a_mixture(tmp_path, capsys):

@@ -217,9 +217,9 @@ def test_damaged_files_are_one_line(folder):
 
 
 def test_a_folder_or_hub_name_that_is_not_there_gets_advice(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder; give one that `cascade train`"):
         T5Encoder.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder; give one that `cascade train`"):
         T5Encoder.load("./nowhere")
     import huggingface_hub.constants
 

@@ -312,6 +312,10 @@ def test_any_stage_of_any_model_is_taken_as_its_model_reads_texts(folder):
     public, _ = load_with(CONFIG, ["--init", str(folder / "if")])
     assert (public.stage, public.text_tokens, public.captions) == (IF8, 77, "clean")
     assert base.trainable == Weights()  # what is small
+    second, _ = load_with(CONFIG, ["--stage", "sr256"])
+    assert (second.stage.name, second.crop) == ("sr256", None)
+    sizes = [(job.batch_size, job.images, job.optimizer.learning_rate) for job in (base, second)]
+    assert sizes == [(16, 3200, 1e-3), (8, 3200, 1e-3)]
 
 
 def test_what_is_large_learns_adapters_beside_weights_of_two_bytes(monkeypatch):
@@ -319,4 +323,5 @@ def test_what_is_large_learns_adapters_beside_weights_of_two_bytes(monkeypatch):
     monkeypatch.setattr(Stage, "abstract", lambda self: shapes)
     large, _ = load_with(CONFIG, [])
     assert large.trainable == LoRA(rank=16) and large.text_int8
+    assert (large.images, large.optimizer.learning_rate) == (16_000, 1e-4)
     assert large.stage.network.compute_dtype == large.frozen_dtype == "bfloat16"

@@ -1,15 +1,19 @@
 """What a sheet of previews shows."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from written import pairs, records
 
 from cascade import images, testing
 from cascade.data import FolderData
 from cascade.data.source import BadRecord
+from cascade.devices import sharding
 from cascade.stage import Stage
 from cascade.training import preview
-from cascade.training.stage_training import first_captions
+from cascade.training.stage_training import StageTraining, first_captions
 
 
 def test_a_preview_shows_small_drawn_and_true():
@@ -29,6 +33,25 @@ def test_a_preview_shows_small_drawn_and_true():
         np.testing.assert_array_equal(row[:, :16], low[i])
         assert (row[:, 18:34] == 255).all()
         np.testing.assert_array_equal(row[:, 36:52], batch["image"][i])
+
+
+def test_a_base_stage_draws_the_pictures_captions_and_then_the_prompts_given(tmp_path):
+    job = StageTraining(
+        stage=dataclasses.replace(testing.smallest_stage(), conditions=()),
+        data=pairs(tmp_path / "d", records(4)),
+        images=8,
+        batch_size=8,
+        preview_captions=2,
+        preview_prompts=("new", "old"),
+    )
+    mesh = sharding.make_mesh(job.mesh)
+
+    def prompts(**changes):
+        return dataclasses.replace(job, **changes).open(mesh, tmp_path)._prompts
+
+    assert prompts() == ["0", "1", "new", "old"]
+    assert prompts(preview_captions=0) == prompts(preview_every_images=0) == ["new", "old"]
+    assert prompts(stage=testing.super_resolution_stage(8, 128)) == ["new", "old"]
 
 
 def test_the_first_captions_that_differ_are_previewed(tmp_path):

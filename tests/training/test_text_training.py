@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from written import pairs, records
 
 from cascade import Cascade, cli, images, testing
 from cascade.commands.export import export
@@ -79,6 +80,9 @@ def test_it_learns_and_writes_an_encoder_whose_pieces_are_the_captions_words(mad
     assert len({row.tobytes() for row in values}) == 4
     with Image.open(made / "previews" / "0000000640.png") as drawn:
         assert drawn.format == "PNG"
+        levels = np.asarray(drawn.convert("L"))
+    for edge in (levels[:3], levels[-3:], levels[:, :3], levels[:, -3:]):
+        assert (edge == 255).all()  # where words run out of it, there is ink
 
 
 def test_a_picture_without_a_caption_is_listed_by_the_run(made):
@@ -100,6 +104,11 @@ def test_the_data_may_lie_elsewhere_when_the_run_goes_on_and_nothing_else(folder
     link = folder.parent / "moved"
     link.symlink_to(folder)
     assert fit(job_of(FolderData(path=str(link))), made)
+    other = pairs(folder.parent / "other", records(3))
+    known = (made / "spiece.model").read_bytes()
+    assert fit(job_of(other), made)  # with the vocabulary that its weights are of
+    assert (made / "spiece.model").read_bytes() == known
+    assert (made / "text_encoder" / "spiece.model").read_bytes() == known
     with pytest.raises(UserError, match="retold: 0.4 before, 0.9 now"):
         fit(job_of(FolderData(path=str(folder)), retold=0.9), made)
 
@@ -143,6 +152,34 @@ def test_several_captions_of_a_picture_tell_each_other(tmp_path):
     assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
+def test_captions_are_no_more_than_asked_for_and_no_two_alike(tmp_path):
+    told = [["one two", "one two"], ["three", "four", "three"], *([f"word{i}"] for i in range(9))]
+    lines = []
+    for i, captions in enumerate(told):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file": f"{i}.png", "caption": captions}))
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    data, rng = TableData(path=str(tmp_path)), np.random.default_rng(0)
+    texts = job_of(data).texts()
+    drawn = [texts.captions(i, rng, 2, False) for i in range(len(told))]
+    assert sorted(map(sorted, drawn))[:2] == [["four", "three"], ["one two"]]
+    assert all(len(texts.captions(i, rng, 1, False)) == 1 for i in range(len(told)))
+    other = job_of(data, seed=1).texts()
+    assert [list(other.captions(i, rng, 2, False)) for i in range(len(told))] != drawn
+    few = list(job_of(data, vocabulary_captions=3).texts().vocabulary())
+    whole = [text for text in few if "," not in text]
+    assert len(whole) in (3, 4) and len(whole) == sum(len(drawn[i]) for i in range(3))
+
+
+def test_what_is_longer_than_the_length_is_cut(folder, made):
+    """To that many tokens with the end of sequence, on both sides."""
+    texts = job_of(FolderData(path=str(folder)), length=4).texts()
+    tokenizer = Tokenizer((made / "spiece.model").read_bytes(), 64)
+    drawn = [texts.example(tokenizer, i) for i in range(20)]
+    assert {max(len(e.source), len(e.target)) for e in drawn} == {3}
+    assert {len(e.visible) - len(e.source) for e in drawn} == {1}
+
+
 def test_a_mixture_gives_captions_in_its_proportions(folder, tmp_path):
     (tmp_path / "few").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "few" / "a.png")
@@ -170,6 +207,7 @@ def test_a_caption_that_is_gone_is_noted_and_another_one_read(folder):
     rng = np.random.default_rng(0)
     drawn = {texts.captions(index, rng, 1, False)[0] for index in range(50)}
     assert len(drawn) == 7 and set(texts.skipped()) == {("3.png", "gone")}
+    assert texts.skipped() == []  # each once
     texts._source.captions_of = lambda index: damaged(3)
     with pytest.raises(UserError, match="1000 examples in a row have no caption"):
         texts.captions(0, rng, 1, False)
@@ -196,11 +234,27 @@ def test_few_texts_have_a_vocabulary_of_their_words_and_many_letters_are_refused
     for texts in ([], [""], ["  \n"], ["x" * 2**17]):
         with pytest.raises(UserError, match="no letters to make a vocabulary of"):
             train_vocabulary(with_words(texts), 360)
+    rare = Tokenizer(train_vocabulary(with_words(["ein Karton " * 900, "ж"]), 400), 64)
+    assert len(rare.pieces("ж")) <= 2 and len(rare.pieces("karton")) == 1
+    assert train_vocabulary(["ein Karton " * 900], 400)  # one text, and long
     signs = ["".join(chr(0x4E00 + 20 * i + j) for j in range(20)) for i in range(50)]
     with pytest.raises(UserError, match=r"raise encoder.vocab_size by (\d+) or more") as e:
         train_vocabulary(with_words(signs), 360)
     more = int(str(e.value).split("vocab_size by ")[1].split()[0])
     assert train_vocabulary(with_words(signs), 360 + more)
+
+
+def test_where_no_spaces_are_written_letters_are_pieces_and_marks_belong_to_words():
+    """A caption without spaces would be one piece, and a new one of its letters in bytes."""
+    told = [f"一个{c}色的{s}形, 猫" for c in "红蓝绿" for s in "圆方"]
+    tokenizer = Tokenizer(train_vocabulary(with_words(told * 3), 3996), 64)
+    known = {piece for text in told[:-1] for piece in tokenizer.pieces(text)}
+    assert len(tokenizer.pieces(told[-1])) == 1 + len(told[-1])
+    assert set(tokenizer.pieces("一个绿色的方形")) <= known
+    tokenizer = Tokenizer(train_vocabulary(with_words(["ラベンダー ﾗﾍﾞﾝﾀﾞｰ สีแดง"] * 9), 3996), 64)
+    assert [len(tokenizer.pieces(text)) for text in ("ラン", "สี")] == [3, 3]
+    tokenizer = Tokenizer(train_vocabulary(with_words(["लाल किताब, नीला फूल"] * 9), 3996), 64)
+    assert [len(tokenizer.pieces(word)) for word in ("लाल", "किताब", "नीला", "फूल")] == [1] * 4
 
 
 def test_the_config_that_ships_takes_any_dataset_and_is_read_back(folder):

@@ -6,11 +6,13 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from written import pairs, records
 
 from cascade import testing
-from cascade.devices import sharding
+from cascade.devices import distributed, sharding
+from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
 from cascade.scenes.training import ScenesTraining
 from cascade.stage import Stage, StageConfig
@@ -25,9 +27,13 @@ def textless() -> StageConfig:
 
 @pytest.fixture
 def job(tmp_path):
+    return job_of(pairs(tmp_path / "d", records(24)))
+
+
+def job_of(data) -> StageTraining:
     return StageTraining(
         stage=textless(),
-        data=pairs(tmp_path / "d", records(24)),
+        data=data,
         images=64,
         batch_size=8,
         log_every_images=16,
@@ -57,6 +63,28 @@ def test_rows_have_it_when_it_is_due(job, tmp_path):
     assert (tmp_path / "run" / "loss.png").is_file()
     with pytest.raises(UserError, match="another config .validation: 0.4 before, 0.2 now"):
         fit(dataclasses.replace(job, validation=0.2), tmp_path / "run")
+
+
+def run_in_a_group(data, folder):
+    """What one of several processes does, which share the batches of what is held out."""
+    job = dataclasses.replace(job_of(data), mesh=MeshConfig(data=1, fsdp=-1))
+    with distributed.processes():
+        assert fit(job, folder)
+
+
+def test_several_processes_have_the_validation_of_one(tmp_path):
+    data, folders = pairs(tmp_path / "d", records(24)), (tmp_path / "two", tmp_path / "one")
+    for count, folder in ((2, folders[0]), (1, folders[1])):
+        group = (
+            processes.start_group(count, run_in_a_group, data, folder)
+            if count > 1
+            else [processes.start(run_in_a_group, data, folder)]
+        )
+        assert processes.codes(group) == [0] * count
+    two, one = ([row for row in held_out(rows_of(folder)) if row] for folder in folders)
+    assert len(two) == len(one) == 2
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == 1 + len(LEVELS)
 
 
 def test_the_levels_together_are_the_loss_over_all_of_them():
