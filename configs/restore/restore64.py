@@ -13,7 +13,7 @@ from cascade.data.folder import FolderData
 from cascade.data.mixture import Mixture
 from cascade.diffusion.denoise import Threshold
 from cascade.diffusion.loss import Loss
-from cascade.diffusion.process import Cosine
+from cascade.diffusion.process import Cosine, resolution_shift
 from cascade.errors import UserError
 from cascade.models import EfficientLevel, EfficientUNetConfig
 from cascade.scenes.dataset import ScenesData
@@ -38,7 +38,9 @@ def config(
         stage=StageConfig(
             name="restore64",
             space=Pixels(resolution=64),
-            conditions=(Source(damages=tuple(known[name] for name in tasks.split(","))),),
+            conditions=(
+                Source(damages=tuple(known[name] for name in tasks.split(",")), residual=True),
+            ),
             # Without attention it restores pictures of any size.
             network=EfficientUNetConfig(
                 patch=2,
@@ -50,16 +52,16 @@ def config(
                 ),
                 emb_width=96,
             ),
-            schedule=Cosine(logsnr_max=9.0),
-            prediction="v",
-            loss=Loss(space="v", norm=norm),
-            sampling=Sampling(steps=32, guidance=1.0, threshold=Threshold(kind="static")),
+            schedule=Cosine(logsnr_max=9.0, shift=resolution_shift(64, reference=32)),
+            prediction="x0",
+            loss=Loss(space="x0", norm=norm),
+            sampling=Sampling(steps=16, guidance=1.0, threshold=Threshold(kind="static")),
         ),
         data=data,
-        images=80_000,
+        images=100_000,
         batch_size=8,
         optimizer=Optimizer(
-            learning_rate=1e-3, warmup_images=1_000, cooldown_images=25_000, b2=0.99
+            learning_rate=1e-3, warmup_images=1_000, cooldown_images=30_000, b2=0.99
         ),
         ema_decay=0.998,
         log_every_images=2_000,

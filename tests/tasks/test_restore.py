@@ -1,5 +1,6 @@
 """Palette: pictures are damaged, and drawn while the damaged one is shown."""
 
+import dataclasses
 import io
 import json
 
@@ -178,6 +179,18 @@ def test_what_is_drawn_depends_on_what_is_known():
     assert (one != two).any()
 
 
+def test_an_untrained_residual_stage_draws_what_is_left():
+    stage = Stage(stage_of(residual=True))
+    params = stage.init(jax.random.key(0))
+    source, hole = noisy(1), np.ones((1, 8, 8, 1), bool)
+    np.testing.assert_array_equal(restored(stage, params, source, hole), source)
+    hole[:, 4:] = False
+    drawn = restored(stage, params, source, hole)
+    assert (np.abs(drawn[0, :4].astype(int) - 128) <= 1).all()
+    with pytest.raises(ValueError, match=r'Source.residual is for prediction="x0"'):
+        dataclasses.replace(stage_of(residual=True), prediction="v")
+
+
 def test_squares_of_two_tints_have_one_grey_and_seven_in_ten_are_red():
     greys = [np.unique(grey(np.full((2, 2, 3), tint, np.uint8))) for tint in (COMMON, RARE)]
     assert greys == [[90], [90]]
@@ -265,8 +278,8 @@ def test_the_command_restores_pictures_of_any_size(run, tmp_path, capsys, monkey
         (["--task", "jpeg", "--steps", "0"], "must be 1 to 10,000"),
         (["--task", "jpeg", "--seed", "-1"], "must be in [0, 2^32)"),
         (["--task", "jpeg", "--out", "a.jpg"], "ends in .png"),
-        (["--task", "jpeg", "--model", "PLAIN"], "restores no pictures"),
-        (["--task", "jpeg", "--model", "ONE"], "has learned colouring; leave --model out"),
+        (["--task", "jpeg", "--model", "PLAIN"], "restores no pictures; train one with"),
+        (["--task", "jpeg", "--model", "ONE"], "has learned colouring alone; train one with"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(more, message, run, tmp_path, capsys):

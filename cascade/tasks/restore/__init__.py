@@ -1,9 +1,9 @@
 """Restore a picture: its colours, what is hidden or around it, or what JPEG took (Palette).
 
-    cascade restore old.jpg --task colouring --out coloured.png
-    cascade restore photo.jpg --task jpeg --out clean.png
-    cascade restore photo.png --task inpainting --mask hole.png --out whole.png
-    cascade restore photo.png --task uncropping --around 0.25 --out wider.png
+    cascade train configs/restore/restore64.py --workdir runs/restore
+    cascade export runs/restore models/restore
+    cascade restore old.png --task colouring --model models/restore --out coloured.png
+    cascade restore photo.png --task jpeg --model models/restore --out clean.png
 
 Palette (Saharia et al. 2022) draws a picture while it is shown the damaged one, as three more
 channels. One model learns all four tasks, and is told of none: it sees what is wrong. Holes are
@@ -55,8 +55,8 @@ class Options:
         float | None, tyro.conf.arg(metavar="SHARE", help_behavior_hint="(default: 0.25)")
     ] = None
     """For uncropping: how much is drawn on each side, as a share of the picture's own, up to 1."""
-    model: str = "restore"
-    """The model that ships (restore), or a folder that `cascade export` wrote."""
+    model: str
+    """A folder that `cascade export` wrote of a run of configs/restore/restore64.py."""
     seed: int = 0
     """Seed of the noise."""
     steps: Annotated[
@@ -139,8 +139,8 @@ class EvalOptions:
 
     out: Path
     """The folder to write."""
-    model: str = "restore"
-    """The model that ships (restore), or a folder that `cascade export` wrote."""
+    model: str
+    """A folder that `cascade export` wrote of a run of configs/restore/restore64.py."""
     data: str = "scenes:seen"
     """The pictures, which it must not have learned from: KIND:PLACE as for `cascade train`."""
     tints: Annotated[

@@ -27,7 +27,7 @@ def source_of(model: Cascade) -> Source:
     conditions = model.stages[0][0].config.conditions
     if len(model.stages) == len(conditions) == 1 and isinstance(conditions[0], Source):
         return conditions[0]
-    raise UserError(f"model {model.name}: restores no pictures; leave --model out, or {TRAIN}")
+    raise UserError(f"model {model.name}: restores no pictures; {TRAIN}")
 
 
 def restorer(model: Cascade, task: str) -> StageConfig:
@@ -35,8 +35,7 @@ def restorer(model: Cascade, task: str) -> StageConfig:
     known = [damage.name for damage in source_of(model).damages]
     if task not in known:
         raise UserError(
-            f"--task {task}: model {model.name} has learned {', '.join(known)}; leave --model out, "
-            f"or {TRAIN}"
+            f"--task {task}: model {model.name} has learned {', '.join(known)} alone; {TRAIN}"
         )
     return model.stages[0][0].config
 

@@ -36,6 +36,9 @@ class Source(Condition):
 
     damages: tuple[Damage, ...] = EVERY
     """What the stage learns to undo."""
+    residual: bool = False
+    """The network predicts what x0 adds to what is left of the picture, so that an untrained stage
+    draws that; for prediction="x0"."""
 
     def __post_init__(self):
         names = [damage.name for damage in self.damages]
@@ -46,6 +49,8 @@ class Source(Condition):
         if space.shape()[-1] != 3:
             kind = type(space).__name__
             raise ValueError(f"Source is for pictures, which {kind} does not diffuse")
+        if self.residual and prediction != "x0":
+            raise ValueError(f'Source.residual is for prediction="x0", got {prediction!r}')
 
     def widths(self, network):
         return Widths(channels=3)
@@ -82,6 +87,12 @@ class Source(Condition):
     def where(self, value):
         return value[1]
 
+    def guess(self, value):
+        """What is left; the middle of the range where there is noise instead."""
+        if not self.residual:
+            return None
+        return jnp.where(_in_part(value[1]), 0, value[0])
+
 
 def _float(hole: Any) -> Float[Array, "b h w 1"]:
     return jnp.asarray(hole).astype(jnp.float32)
@@ -89,8 +100,12 @@ def _float(hole: Any) -> Float[Array, "b h w 1"]:
 
 def _told(picture: Array, hole: Array, noise: Array) -> SourceInput:
     """The picture, with noise where a part of it is missing."""
-    part = jnp.min(hole, axis=(1, 2, 3), keepdims=True) < 1
-    return SourceInput(jnp.where((hole > 0) & part, noise, picture), hole)
+    return SourceInput(jnp.where(_in_part(hole), noise, picture), hole)
+
+
+def _in_part(hole: Array) -> Array:
+    """Where a hole is, of pictures of which a part is known."""
+    return (hole > 0) & (jnp.min(hole, axis=(1, 2, 3), keepdims=True) < 1)
 
 
 class _SourceSignals(nnx.Module):
