@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from cascade import config
-from cascade.data import Data, Filters, Mixture, uri
+from cascade.data import Data, Filters, Mixture
 from cascade.data.conversion import Format, convert
 from cascade.data.inspection import inspect
 from cascade.devices import distributed, xla_flags
@@ -21,6 +21,7 @@ from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.make import make
 from cascade.scenes.spec import Split
+from cascade.scenes.words import dataset, scenes
 from cascade.training.embed import EmbedOptions, embed
 
 USAGE = """usage: cascade data make DIR ...      render scenes into DIR as a TFDS dataset
@@ -116,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         print(USAGE)
     elif argv[0] == "make":
         options = config.parse(MakeOptions, argv[1:], prog="cascade data make")
-        data = _scenes(options.split, options.seed)
+        data = scenes(options.split, options.seed)
         report = make(data, options.dir, count=options.count, resolution=options.resolution)
         print(json.dumps(report))
     elif argv[0] == "inspect":
@@ -164,29 +165,6 @@ def _embed(words: Sequence[str]) -> None:
             print(json.dumps(report))
 
 
-def dataset(source: str, split: str = "train", seed: int = 0) -> Data:
-    """The dataset that a word on the command line names.
-
-    split: of scenes, and of datasets that have splits. seed: which endless list of scenes. Raises
-    UserError as `uri.parse` does, and for scenes of no such split.
-    """
-    if source == "scenes" and not Path(source).is_dir():
-        source = "scenes:"
-    return _of_split(
-        uri.parse(source, {"scenes": lambda place: _scenes(place or split, seed)}), split
-    )
-
-
-def _of_split(data: Any, split: str) -> Data:
-    """The dataset, or each of a mixture, at a split where it has several and names none."""
-    if isinstance(data, Mixture):
-        sources = tuple(_of_split(source, split) for source in data.sources)
-        return dataclasses.replace(data, sources=sources)
-    if hasattr(data, "split") and not isinstance(data, ScenesData) and data.split == "train":
-        return dataclasses.replace(data, split=split)
-    return data
-
-
 def _filtered(data: Any, filters: Filters) -> Data:
     """The dataset with those filters."""
     if filters == Filters():
@@ -197,10 +175,3 @@ def _filtered(data: Any, filters: Filters) -> Data:
     if not hasattr(data, "filters"):
         raise UserError(f"--filters: a {type(data).__name__} has no picture files to filter")
     return dataclasses.replace(data, filters=filters)
-
-
-def _scenes(split: Any, seed: int) -> ScenesData:
-    try:
-        return ScenesData(split=split, seed=seed)
-    except ValueError as e:
-        raise UserError(str(e)) from None

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 import tyro
 
 from cascade import config
-from cascade.commands.sample import ByStage, use_compilation_cache
+from cascade.commands.sample import ByStage
+from cascade.devices.programs import use_compilation_cache
 from cascade.errors import UserError
 from cascade.runner import output
 from cascade.storage import paths

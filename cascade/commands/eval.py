@@ -318,7 +318,7 @@ def _drawer(
 
     These are the stages up to `until`, or with `enlarging` the super-resolution stages alone.
     """
-    from cascade.commands.sample import use_compilation_cache
+    from cascade.devices.programs import use_compilation_cache
     from cascade.evaluation.drawer import Drawer
     from cascade.evaluation.super_resolution import super_resolution_stages
     from cascade.runner.cascade import Cascade

@@ -16,6 +16,7 @@ import tyro
 
 from cascade import config
 from cascade.devices import distributed
+from cascade.devices.programs import use_compilation_cache
 from cascade.errors import UserError
 from cascade.runner import counts, output
 from cascade.storage import paths
@@ -268,17 +269,6 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         multihost_utils.sync_global_devices("pictures drawn")
     if total > 1 and share[0] == 0:
         output.write_grid(folder, first, prompts, options.num, side)
-
-
-def use_compilation_cache() -> None:
-    """Keep XLA's compiled programs under the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
-    import os
-
-    import jax
-
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "cascade" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _size(word: str | None) -> tuple[int, int] | None:

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
                 "the page in the browser needs gradio; pip install 'cascade-diffusion[page]'"
             ) from None
         if options.compilation_cache:
-            from cascade.commands.sample import use_compilation_cache
+            from cascade.devices.programs import use_compilation_cache
 
             use_compilation_cache()
         from cascade.runner.cascade import Cascade

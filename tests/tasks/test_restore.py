@@ -244,7 +244,7 @@ def words(run, tmp_path, *more):
 
 
 def test_the_command_restores_pictures_of_any_size(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cascade.commands.sample.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("cascade.devices.programs.use_compilation_cache", lambda: None)
     for task, more, size in (
         ("colouring", [], (21, 13)),
         ("jpeg", ["--steps", "1"], (21, 13)),
