@@ -101,11 +101,12 @@ def test_boxes_are_up_to_five_and_make_up_for_one_another():
         y, x = np.nonzero(hole)
         spans.append(hole.sum() / ((np.ptp(y) + 1) * (np.ptp(x) + 1)))
     assert 0.1 < np.mean(np.array(spans) == 1) < 0.5
-    # What overlaps is made up for: five boxes of a fifth each would cover less.
-    assert np.mean([hole.mean() for hole in holes]) > 0.27
+    # What overlaps is made up for, and what is covered already is wanted no more.
+    covered = [hole.mean() for hole in holes]
+    assert np.mean(covered) > 0.27 and max(covered) < 0.33
 
 
-def test_strokes_turn_this_way_and_that_and_always_leave_a_mark():
+def test_strokes_always_leave_a_mark():
     rng = np.random.default_rng(0)
     assert all(brushed(1, w, rng).any() for w in (1, 2) for _ in range(200))
 
