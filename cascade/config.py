@@ -473,9 +473,12 @@ def _one_line(text: str) -> str:
     sections = " ".join("\0" if re.match(r"^─+$", line) else line for line in lines).split("\0")
     message = sections[0].strip() or "cannot understand these arguments"
     # The words of Python and of tyro's types, for a person.
-    number = re.search(r"parsing (--\S+):.*?invalid literal for int\(\).*?: ('[^']*')", message)
-    if number:
-        message = f"{number[1]} must be a whole number, got {number[2]}"
+    for refusal, what in (
+        (r"invalid literal for int\(\).*?", "a whole number"),
+        (r"could not convert string to float", "a number"),
+    ):
+        if number := re.search(rf"parsing (--\S+):.*?{refusal}: ('[^']*')", message):
+            message = f"{number[1]} must be {what}, got {number[2]}"
     message = re.sub(r"Error parsing (--\S+): ", r"\1: ", message)
     message = re.sub(r"Error parsing \S+: ", "", message).replace(").", ")")
     message = message.replace(", 'None'", "")

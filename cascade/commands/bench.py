@@ -262,8 +262,8 @@ def bench_data(options: DataOptions) -> dict[str, Any]:
     """
     import numpy as np
 
-    from cascade.commands.data import dataset
     from cascade.data.source import BadRecord
+    from cascade.scenes.words import dataset
 
     if options.count < 1 or options.resolution < 1:
         raise UserError(

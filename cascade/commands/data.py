@@ -20,8 +20,8 @@ from cascade.devices import distributed, xla_flags
 from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
 from cascade.scenes.make import make
-from cascade.scenes.named import dataset, scenes
 from cascade.scenes.spec import Split
+from cascade.scenes.words import dataset, scenes
 from cascade.training.embed import EmbedOptions, embed
 
 USAGE = """usage: cascade data make DIR ...      render scenes into DIR as a TFDS dataset

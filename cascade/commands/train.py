@@ -121,7 +121,7 @@ def read_job(path: str, words: Sequence[str], *, prog: str) -> Job:
 
 def _with_data(job: Any, named: str) -> Any:
     """The job, learning from the dataset that a word on the command line names."""
-    from cascade.commands.data import dataset
+    from cascade.scenes.words import dataset
 
     if not hasattr(job, "data"):
         raise UserError(f"--data {named}: is for stages, and {job.name} has no pictures to choose")

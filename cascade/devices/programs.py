@@ -1,4 +1,4 @@
-"""Compiled programs, kept from one command to the next."""
+"""Compiled programs, kept from one run of a command to the next."""
 
 from __future__ import annotations
 

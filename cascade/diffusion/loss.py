@@ -165,7 +165,7 @@ def denoising_loss(
     x0_hat = jax.lax.stop_gradient(to_x0(prediction, kind, x_t, logsnr))
     metrics = {}
     if variance is not None:
-        vb = jnp.mean(bound(gamma, x0_hat, x0, t, schedule, variance.steps))
+        vb = jnp.mean(bound(gamma, x0_hat, x0, t, schedule, variance.steps, where))
         value += variance.weight * variance.steps * vb
         metrics["vb"] = vb
     largest = jnp.max(jnp.abs(x0))
@@ -181,13 +181,15 @@ def bound(
     t: Float[Array, " b"],
     schedule: Schedule,
     steps: int,
+    where: Float[Array, " b *k"] | None = None,
 ) -> Float[Array, " b"]:
     """Equation (3) at the times t = 1/steps, 2/steps, ... 1, in bits a coordinate.
 
     At t = 1/steps it is -log2 of what the step gives to the level of x0, one of 256 from -1 to 1,
     with x0_hat for its mean. No variance given x0 exists there, x_0 being x0: the lower bound is
     that of the step before (Nichol & Dhariwal 2021, as published with the paper). Pass x0_hat
-    without its gradient, as they do: the bound is a noisy teacher of means.
+    without its gradient, as they do: the bound is a noisy teacher of means. where: of which
+    coordinates it is the mean, as for `denoising_loss`.
     """
     gamma = gamma.astype(jnp.float32)
     s, second = jnp.maximum(t - 1 / steps, 0), jnp.full_like(t, 2 / steps)
@@ -203,7 +205,7 @@ def bound(
     ratio = jnp.minimum(logsnr_2 - logsnr_t, -1e-6)
     log_variance = log_sigma2_t + (1 - gamma) * jnp.log(-jnp.expm1(ratio))
     nats = jnp.where(expand(t, x0) < 1.5 / steps, -_log_likelihood(x0, x0_hat, log_variance), kl)
-    return jnp.mean(nats, axis=tuple(range(1, x0.ndim))) / jnp.log(2.0)
+    return _mean(nats, where) / jnp.log(2.0)
 
 
 Part = tuple[Int[Array, ""], int]

@@ -53,6 +53,7 @@ def sample(*argv):
         (["a", "--sede", "1"], "--sede"),
         (["a", "--seed", "x"], "--seed must be a whole number, got 'x'; see --help"),
         (["a", "--until", "abc"], "--until must be a whole number, got 'abc'; see --help"),
+        (["a", "--attribute-scale", "x"], "--attribute-scale must be a number, got 'x'; see"),
         (["a", "--seed", str(2**32)], "--seed 4294967296: the last of 1 pictures would"),
         (["a", "--model", "no/such"], "model no/such: no such folder"),
         (["a", "--prompts", "missing.txt"], "--prompts missing.txt: No such file"),

@@ -370,3 +370,26 @@ def test_errors_count_where_they_are_said_to_and_each_example_as_much():
         where=nowhere,
     )
     assert value == metrics["x0_mse"] == 0
+
+
+def test_the_bound_counts_where_errors_do():
+    x0, t = jnp.array([[0.2, -0.5, 0.9]]), jnp.full(1, 0.5)
+    off = jnp.array([[0.0, 0.3, -0.7]])
+    schedule, gamma = Cosine(), jnp.full_like(x0, 0.4)
+    told = bound(gamma, x0 + off, x0, t, schedule, 10, where=jnp.array([[1.0, 1, 0]]))
+    alone = bound(gamma[:, :2], (x0 + off)[:, :2], x0[:, :2], t, schedule, 10)
+    np.testing.assert_allclose(told, alone, rtol=1e-5)
+
+    def vb(where):
+        return denoising_loss(
+            lambda x_t, logsnr: (x_t, jnp.full_like(x_t, 0.4)),
+            x0,
+            kind="x0",
+            schedule=schedule,
+            loss=Loss(space="x0"),
+            variance=LearnedVariance(),
+            key=jax.random.key(0),
+            where=where,
+        )[1]["vb"]
+
+    assert vb(jnp.zeros_like(x0)) == 0 < vb(None)

@@ -148,6 +148,7 @@ def test_the_evaluation_finds_pictures_held_to_less_more_varied(monkeypatch, tmp
     for more, message in (
         (["--downs", "3,4"], "must divide the model's 8 px"),
         (["--downs", "4"], "must be two or more above 1"),
+        (["--downs", "4,04"], "must be two or more above 1, none twice"),
         (["--references", "1"], "must be 2 to 10,000"),
     ):
         with pytest.raises(SystemExit):

@@ -97,6 +97,8 @@ def test_what_is_no_regression_is_refused(folder):
     with pytest.raises(ValueError, match="must have a LowRes"):
         stage = testing.base_stage()
         RegressionTraining(stage=stage, data=FolderData(path="x"), images=8, batch_size=8)
+    with pytest.raises(ValueError, match=r"validation must be 0: .*, got 0.5"):
+        dataclasses.replace(job_of(RegressionTraining, "x", 1), validation=0.5)
     written = json.loads(json.dumps(config.to_json(job_of(RegressionTraining, "x", 1))))
     assert config.from_json(Job, written) == job_of(RegressionTraining, "x", 1)
 
@@ -118,6 +120,50 @@ def test_the_figures_are_those_of_what_is_drawn(monkeypatch):
     assert mean["consistency"] == pytest.approx(off, abs=0.05)
     assert not found["claims"]["psnr"]["holds"] and found["claims"]["sharpness"]["holds"]
     assert drawn["bicubic"].shape == true.shape
+
+
+def test_flat_pictures_have_figures_too_and_sets_take_turns(monkeypatch):
+    true = np.full((4, 8, 8, 3), 90, np.uint8)
+    model = Cascade([(Stage(stage_of()), {})], None, name="m")
+    monkeypatch.setattr(figures, "draw", lambda *given, desc: true)
+    found, _ = figures.enlarged({"SR3": model, "regression": model}, true, 0)
+    assert found["figures"]["SR3"]["psnr_db"] == 99 and found["figures"]["SR3"]["sharpness"] == 1
+    assert not found["claims"]["sharpness"]["holds"]
+    np.testing.assert_array_equal(figures._by_set([1.0, 2.0, 3.0, 400.0]), [[1, 3], [2, 99]])
+
+
+def test_each_picture_has_its_own_seed_and_none_is_both_measured_and_chosen_by(monkeypatch):
+    model, asked = Cascade([(Stage(stage_of()), {})], None, name="m"), []
+
+    class Numbered(list):
+        resolution = 8
+
+        def open(self, resolution):
+            return self
+
+    every = [{"image": np.full((8, 8, 3), i, np.uint8)} for i in range(80)]
+    monkeypatch.setattr(figures, "dataset", lambda words: Numbered(every))
+    true, others = figures.pictures(model, "any", 10)
+    numbers = [set(x[:, 0, 0, 0].tolist()) for x in (true, others)]
+    assert [len(x) for x in numbers] == [20, 20] and not numbers[0] & numbers[1]
+    assert max(numbers[0] | numbers[1]) > 70  # spread over all of it
+
+    def sample(self, params, given, keys, settings):
+        asked.append(jax.random.key_data(keys)[:, -1])
+        return jnp.repeat(jnp.repeat(given["lowres"][0], 2, 1), 2, 2)
+
+    monkeypatch.setattr(Stage, "sample", sample)
+    np.testing.assert_array_equal(figures.draw(model, true, 7, stage_of().sampling, "x"), true)
+    np.testing.assert_array_equal(np.concatenate(asked)[:20], 7 + np.arange(20))
+
+
+def test_a_regression_of_other_sizes_is_refused():
+    model = Cascade([(Stage(stage_of()), {})], None, name="m")
+    figures.check_alike(model, model)
+    lowres = dataclasses.replace(stage_of().conditions[0], resolution=2)
+    other = dataclasses.replace(stage_of(), conditions=(lowres,))
+    with pytest.raises(UserError, match="--regression r: must enlarge as m does, from 4 px to 8"):
+        figures.check_alike(model, Cascade([(Stage(other), {})], None, name="r"))
 
 
 def test_the_search_takes_the_schedule_that_is_nearest_on_other_pictures(monkeypatch, tmp_path):

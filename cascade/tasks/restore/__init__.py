@@ -146,8 +146,8 @@ class EvalOptions:
     tints: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="(default: none)")
     ] = ()
-    """Models of configs/restore/tints16.py, of which is told how often they colour squares red, and
-    how varied their pictures are."""
+    """Models of configs/restore/tints16.py: how often each colours squares red is told, and how
+    often two differ."""
     pictures: int = 32
     """Pictures of each of two sets, 2 or more."""
 
@@ -163,6 +163,9 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
 
     with WholeFolder(options.out) as folder:
         model = Cascade.load(options.model)
+        tinting = {name: Cascade.load(name) for name in options.tints}
+        for one in tinting.values():
+            figures.check_tints(one)
         true = figures.pictures(model, options.data, options.pictures)
         found, tiles = figures.restorations(model, true)
         report: dict[str, Any] = {
@@ -172,8 +175,8 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
             "pictures": figures.SETS * options.pictures,
             "tasks": {task: one.as_json() for task, one in found.items()},
         }
-        if options.tints:
-            report["tints"] = {m: figures.proportion(Cascade.load(m)) for m in options.tints}
+        if tinting:
+            report["tints"] = {name: figures.proportion(one) for name, one in tinting.items()}
         figures.sheet(folder / "sheet.png", tiles)
         write_json(folder / "results.json", report)
     return report

@@ -15,8 +15,8 @@ from cascade.evaluation.claims import Property, above
 from cascade.evaluation.quality import features, frechet_distance
 from cascade.runner.cascade import Cascade
 from cascade.scenes.judge import share
-from cascade.scenes.named import dataset
-from cascade.tasks.restore.damage import Damage, Jpeg, Picture
+from cascade.scenes.words import dataset
+from cascade.tasks.restore.damage import Damage, Grey, Jpeg, Picture
 from cascade.tasks.restore.restoring import source_of
 from cascade.tasks.restore.tints import SHARE, TintsData, is_common
 from cascade.tasks.restore.training import restored
@@ -74,11 +74,20 @@ def restorations(model: Cascade, true: UInt8[np.ndarray, "n s s 3"]) -> tuple[di
     return found, tiles
 
 
+def check_tints(model: Cascade) -> None:
+    """Raise UserError unless a model has learned to colour, and nothing else."""
+    if (known := [damage.name for damage in tasks_of(model)]) != [Grey.name]:
+        raise UserError(
+            f"--tints {model.name}: must have learned {Grey.name} alone, and has learned "
+            f"{', '.join(known)}; train one with configs/restore/tints16.py"
+        )
+
+
 def proportion(model: Cascade, count: int = 512) -> dict[str, Any]:
     """How often squares, whose grey says nothing of their colour, get that of most of them; and how
     often two get two."""
-    side = model.stages[0][0].config.resolution
-    source = TintsData().open(side)
+    check_tints(model)
+    source = TintsData().open(model.stages[0][0].config.resolution)
     true = np.stack([source[10**5 + i]["image"] for i in range(count)])
     (damage,) = tasks_of(model)
     drawn = drawn_of(model, *damaged(damage, true), desc="tints")

@@ -53,7 +53,7 @@ class EvalOptions:
     search_steps: int = 6
     """How many steps a schedule that is searched for has."""
     seed: int = 0
-    """Seed of what is drawn and of the schedules tried, 0 or more."""
+    """The seed of what is drawn and tried, 0 or more."""
 
 
 def evaluate(argv: Sequence[str]) -> dict[str, Any]:
@@ -75,6 +75,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         ways = {"SR3": Cascade.load(options.model)}
         if options.regression is not None:
             ways["regression"] = Cascade.load(options.regression)
+            figures.check_alike(ways["SR3"], ways["regression"])
         true, others = figures.pictures(ways["SR3"], options.data, options.pictures)
         found, drawn = figures.enlarged(ways, true, options.seed)
         figures.sheet(folder / "sheet.png", ways["SR3"], true, drawn)

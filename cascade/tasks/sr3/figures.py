@@ -25,7 +25,7 @@ from cascade.evaluation.quality import (
     psnr,
 )
 from cascade.runner.cascade import Cascade
-from cascade.scenes.named import dataset
+from cascade.scenes.words import dataset
 from cascade.stage import LowRes, Sampling, Stage
 
 Pictures = UInt8[np.ndarray, "n s s 3"]
@@ -45,6 +45,17 @@ def lowres_of(model: Cascade) -> LowRes:
             "train one with configs/sr3/sr64.py"
         )
     return conditions[0]
+
+
+def check_alike(model: Cascade, regression: Cascade) -> None:
+    """Raise UserError unless the last stages of both enlarge pictures of one size to one size."""
+    small, large = lowres_of(model).resolution, model.stages[-1][0].config.resolution
+    other = lowres_of(regression).resolution, regression.stages[-1][0].config.resolution
+    if (small, large) != other:
+        raise UserError(
+            f"--regression {regression.name}: must enlarge as {model.name} does, from {small} px "
+            f"to {large}, and goes from {other[0]} to {other[1]}; train one of the same stage"
+        )
 
 
 def pictures(model: Cascade, data: str, count: int) -> tuple[Pictures, Pictures]:
@@ -85,7 +96,8 @@ def enlarged(
 ) -> tuple[dict[str, Any], dict[str, Pictures]]:
     """({"figures", "claims"} as JSON values, the pictures drawn by each way and bicubically).
 
-    PSNR in dB. Sharpness: the ratio of gradient energy to the true pictures', 1 is right.
+    PSNR in dB. Sharpness: the ratio of gradient energy to the true pictures', 1 is right;
+    less than 1 counts as 1, or a flat picture would have none.
     Consistency: the root mean squared difference, in levels, of what is drawn, made small again,
     from the small picture. FD-proxy as `evaluation.quality` has it.
     """
@@ -102,7 +114,7 @@ def enlarged(
         near[name] = _by_set([psnr(a, b) for a, b in zip(made, true, strict=True)])
         sharp[name] = _by_set(
             [
-                gradient_energy(a) / max(1.0, gradient_energy(b))
+                max(1.0, gradient_energy(a)) / max(1.0, gradient_energy(b))
                 for a, b in zip(made, true, strict=True)
             ]
         )

@@ -1,4 +1,4 @@
-"""Datasets by the words that name them, scenes among them."""
+"""The datasets that words on the command line name, scenes among them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from cascade.data import uri
-from cascade.data.mixture import Mixture
-from cascade.data.source import Data
+from cascade.data import Data, Mixture, uri
 from cascade.errors import UserError
 from cascade.scenes.dataset import ScenesData
 
@@ -37,7 +35,7 @@ def _of_split(data: Any, split: str) -> Data:
 
 
 def scenes(split: Any, seed: int) -> ScenesData:
-    """Scenes of a split. Raises UserError where there is none of that name."""
+    """The scenes of a split. Raises UserError where there is none of that name."""
     try:
         return ScenesData(split=split, seed=seed)
     except ValueError as e:
