@@ -43,7 +43,18 @@ def pytest_xdist_auto_num_workers(config):
 # after the other, so the longest come first.
 LONGEST = (
     *("processes", "train", "notebooks", "end_to_end", "text", "version_0_1_0", "models", "judge"),
-    *("finetuning", "trainable", "page_in_browser"),
+    *("finetuning", "trainable", "page_in_browser", "text_training", "classify", "finetune_page"),
+    *("scenes_training", "validation", "stored_text", "contract", "launch", "style", "sr3"),
+    *(
+        "restore",
+        "inpaint",
+        "new_task",
+        "storage",
+        "skipped",
+        "full_disk",
+        "memory",
+        "without_text",
+    ),
 )
 
 

@@ -19,6 +19,7 @@ from cascade.data import (
     hf,
     mixture,
     pictures,
+    samples,
     source,
     table,
     tar,
@@ -56,6 +57,8 @@ from cascade.stage import (
 )
 from cascade.training import job, trainable
 from cascade.training.stage_training import StageJob, StageTraining
+from cascade.training.text_job import TextJob
+from cascade.training.text_training import TextTraining
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -439,6 +442,7 @@ EXAMPLES = {
         table.TableData(path="list.csv", crop="random", flip=True),
         mixture.Mixture(sources=(tar.TarData(path="{0..9}.tar"), ScenesData()), weights=(1.0, 2.0)),
         tar.TarData(path="{0..9}.tar"),
+        samples.SamplesData(path="samples"),
         ScenesData(max_objects=2),
     ],
     degradation.Degradation: [degradation.Blur(share=0.25), degradation.BSR()],
@@ -458,9 +462,10 @@ EXAMPLES = {
         ),
         ScenesTraining(stage=STAGE, data=ScenesData(), images=8, batch_size=8, minutes=1.5),
         TextPretraining(encoder=T5, images=100_000),
+        TextTraining(encoder=T5, data=folder.FolderData(path="pictures"), images=100_000),
     ],
 }
-FAMILIES = {LevelsConfig, StageJob, PublishedStageConfig, pictures.PictureData}
+FAMILIES = {LevelsConfig, StageJob, TextJob, PublishedStageConfig, pictures.PictureData}
 """Themselves no kinds; of the last one tests/published has examples."""
 
 

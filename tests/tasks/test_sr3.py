@@ -82,7 +82,7 @@ def test_a_regression_is_trained_where_all_is_noise(folder):
 
 def test_the_regression_draws_the_mean_of_what_may_be(folder):
     """Stripes of two phases are one grey when they are small: their mean is grey."""
-    fit(job_of(RegressionTraining, folder / "data", 1, images=640), folder / "regression")
+    fit(job_of(RegressionTraining, folder / "data", 1, images=320), folder / "regression")
     cli.main(["export", str(folder / "regression"), str(folder / "mean")])
     model = Cascade.load(folder / "mean")
     true = np.zeros((4, 8, 8, 3), np.uint8)
