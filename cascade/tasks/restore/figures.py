@@ -106,16 +106,14 @@ def damaged(damage: Damage, true: UInt8[np.ndarray, "n s s 3"]) -> tuple[Any, An
     return np.stack([m.source for m in made]), np.stack([m.hole for m in made])[..., None]
 
 
-def drawn_of(
-    model: Cascade, source: Any, hole: Any, *, desc: str, seed: int = 0
-) -> UInt8[np.ndarray, "n s s 3"]:
+def drawn_of(model: Cascade, source: Any, hole: Any, *, desc: str) -> UInt8[np.ndarray, "n s s 3"]:
     """The pictures restored, some at once."""
     stage, params = model.stages[0]
     drawn = []
     with bar(total=len(source), unit="picture", desc=desc) as shown:
         for first in range(0, len(source), AT_ONCE):
             rows = np.minimum(np.arange(first, first + AT_ONCE), len(source) - 1)
-            made = restored(stage, params, source[rows], hole[rows], seed + first)
+            made = restored(stage, params, source[rows], hole[rows], first)
             drawn += list(np.asarray(made)[: len(source) - first])
             shown.update(min(AT_ONCE, len(source) - first))
     return np.stack(drawn)
