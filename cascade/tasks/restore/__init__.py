@@ -153,7 +153,7 @@ class EvalOptions:
 
 
 def evaluate(argv: Sequence[str]) -> dict[str, Any]:
-    """Palette's tasks on pictures known whole, and on colours that nothing tells of."""
+    """Four tasks of Palette, on pictures known whole, and on colours that nothing tells of."""
     options = config.parse(EvalOptions, argv, prog="cascade eval restore")
     if not 2 <= options.pictures <= 10_000:
         raise OptionError("pictures", options.pictures, "must be 2 to 10,000")

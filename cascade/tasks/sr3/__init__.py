@@ -57,7 +57,7 @@ class EvalOptions:
 
 
 def evaluate(argv: Sequence[str]) -> dict[str, Any]:
-    """SR3 against regression: PSNR, FD-proxy, sharpness, consistency; a search for a schedule."""
+    """Regression and SR3 beside each other: PSNR, FD-proxy, sharpness; a search for a schedule."""
     options = config.parse(EvalOptions, argv, prog="cascade eval sr3")
     for name, least, most in (
         ("pictures", 2, 10_000),
