@@ -251,6 +251,23 @@ def opened(folder: Path, stem: str, *, what: str, convert: str) -> Iterator[Weig
         yield Weights(name, found)
 
 
+@contextlib.contextmanager
+def opened_file(file: paths.Path, *, what: str) -> Iterator[Weights]:
+    """Open the weights of one file, here or in object storage.
+
+    what: how errors call the file. Raises UserError for one that is damaged or a pointer to it.
+    """
+    with paths.reading(file) as local, contextlib.ExitStack() as stack:
+        hub.check(local)
+        try:
+            found = stack.enter_context(_open(local))
+        except _DAMAGE as e:
+            raise UserError(
+                f"{what} {file}: damaged or not a safetensors file ({e}); copy it again"
+            ) from None
+        yield Weights(f"{what} {file}", {local.name: found})
+
+
 def files(folder: Path, stem: str, name: str, convert: str) -> list[Path]:
     """Find the files that `opened` opens; UserError as there. name: what errors call the folder."""
     if not folder.is_dir():
@@ -307,19 +324,28 @@ def fit(
     what it matches from the start may be left over. No weights are needed, so it can be asked of
     any size. Raises UserError that lists what is missing, of another shape, or left over.
     """
+    if problems := misfit(shapes, origins, target, ignored):
+        raise UserError(
+            f"{name}: not the network of its config.json: {problems}; the weights "
+            "and config.json must be of one model"
+        )
+
+
+def misfit(
+    shapes: Mapping[str, Sequence[int]],
+    origins: Mapping[str, Origin],
+    target: Any,
+    ignored: str | None = None,
+) -> str:
+    """Tell in words what `fit` finds missing, of another shape, or left over; "" for nothing."""
     found = _misfits(shapes, origins, target, ignored)
     misshapen = [
-        f"{tensor} is {list(shape)}, config.json asks for {list(wanted)}"
+        f"{tensor} is {list(shape)}, expected {list(wanted)}"
         for tensor, shape, wanted in found.misshapen
     ]
     missing = [f"{tensor} is missing" for tensor in found.missing]
     extra = [f"{tensor} is left over" for tensor in found.extra]
-    problems = [_listed(p) for p in (missing, misshapen, extra) if p]
-    if problems:
-        raise UserError(
-            f"{name}: not the network of its config.json: {'; '.join(problems)}; the weights "
-            "and config.json must be of one model"
-        )
+    return "; ".join(_listed(p) for p in (missing, misshapen, extra) if p)
 
 
 def read(weights: Weights, origins: Mapping[str, Origin], target: Any) -> Any:

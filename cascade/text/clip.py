@@ -52,7 +52,7 @@ class CLIPTextEncoder:
         """
         network = text_encoder(folder)
         config = dataclasses.replace(network.config, compute_dtype=compute_dtype)
-        tokenizer = read_tokenizer(folder, config.vocab_size)
+        tokenizer = read_tokenizer(folder / "tokenizer", config.vocab_size)
         return cls(config, network.read(compute_dtype), tokenizer)
 
     @property
@@ -75,17 +75,7 @@ class CLIPTextEncoder:
         A text that is too long keeps its beginning and the end of sequence, and is marked in
         `truncated`. Raises as `checked` does.
         """
-        texts = checked(texts)
-        tokenizer, length = self.tokenizer, self.max_tokens
-        ids = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
-        lengths = np.zeros(len(texts), np.int64)
-        truncated = np.zeros(len(texts), bool)
-        for i, text in enumerate(texts):
-            pieces = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            truncated[i] = len(pieces) > length - 2
-            row = [tokenizer.bos_token_id, *pieces[: length - 2], tokenizer.eos_token_id]
-            ids[i, : len(row)], lengths[i] = row, len(row)
-        return Tokens(ids=ids, mask=np.arange(length) < lengths[:, None], truncated=truncated)
+        return tokenize(self.tokenizer, texts, self.max_tokens)
 
     def embed(self, tokens: Tokens) -> TextEmbedding:
         """Embed tokens on the device, by a jitted program that is compiled once per batch size.
@@ -94,6 +84,20 @@ class CLIPTextEncoder:
         """
         values = self._jitted(self.params, tokens.ids)
         return TextEmbedding(values=values, mask=jax.numpy.asarray(tokens.mask))
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Tokens:
+    """Do what `CLIPTextEncoder.tokenize` says, with `length` tokens in all."""
+    texts = checked(texts)
+    ids = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
+    lengths = np.zeros(len(texts), np.int64)
+    truncated = np.zeros(len(texts), bool)
+    for i, text in enumerate(texts):
+        pieces = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        truncated[i] = len(pieces) > length - 2
+        row = [tokenizer.bos_token_id, *pieces[: length - 2], tokenizer.eos_token_id]
+        ids[i, : len(row)], lengths[i] = row, len(row)
+    return Tokens(ids=ids, mask=np.arange(length) < lengths[:, None], truncated=truncated)
 
 
 def text_encoder(folder: Path) -> Published:
@@ -114,16 +118,26 @@ def text_encoder(folder: Path) -> Published:
 
 
 def origins(target: Any, shapes: Shapes) -> dict[str, Origin]:
-    """Say where in the files each parameter is.
+    """Say where in the files each parameter of a CLIPTextModel is, as `tower_origins` does.
 
-    target: the parameters' shapes, as nested dicts. shapes: the tensors', by name; transformers 5
-    has dropped a prefix of all names.
+    transformers 5 has dropped a prefix of all names.
     """
     prefix = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
+    return tower_origins(target, prefix)
+
+
+def tower_origins(target: Any, prefix: str) -> dict[str, Origin]:
+    """Say where in the files each parameter of one of CLIP's towers is.
+
+    target: the parameters' shapes, as nested dicts. prefix: what the tensors' names begin with.
+    """
 
     def origin(path: str, leaf: jax.ShapeDtypeStruct) -> Origin:
+        if path == "class_embedding":
+            return Origin((f"{prefix}embeddings.{path}",))
         if path.endswith("_embedding"):
-            return Origin((f"{prefix}embeddings.{path}.weight",))
+            axes = (2, 3, 1, 0) if path == "patch_embedding" else None
+            return Origin((f"{prefix}embeddings.{path}.weight",), axes)
         *modules, last = path.split("/")
         last, axes = {"kernel": ("weight", (1, 0)), "scale": ("weight", None)}.get(
             last, (last, None)
@@ -138,11 +152,10 @@ def origins(target: Any, shapes: Shapes) -> dict[str, Origin]:
 
 
 def read_tokenizer(folder: Path, ids: int) -> Any:
-    """Read transformers' CLIPTokenizer of `folder/tokenizer`, whose ids are to be below `ids`.
+    """Read transformers' CLIPTokenizer of a folder, whose ids are to be below `ids`.
 
     Raises UserError where a file is missing, damaged or cut, or a token has no such id.
     """
-    folder = folder / "tokenizer"
     whole = (folder / "tokenizer.json").is_file()
     for name in () if whole else ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
@@ -153,7 +166,8 @@ def read_tokenizer(folder: Path, ids: int) -> Any:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     for file in sorted(folder.iterdir()):
-        hub.check(file)
+        if file.suffix in (".json", ".txt"):
+            hub.check(file)
     try:
         found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # several libraries' errors about files that are not what they should be
@@ -165,7 +179,7 @@ def read_tokenizer(folder: Path, ids: int) -> Any:
         if value is None or not 0 <= value < ids:
             raise UserError(
                 f"CLIP tokenizer {folder}: {name} must be below vocab_size={ids} of "
-                f"text_encoder/config.json, got {value}"
+                f"the text encoder's config.json, got {value}"
             )
     if unmade := _unmade(found):
         raise UserError(
@@ -190,7 +204,7 @@ def copy_folder(source: Path, folder: Path, dtype: str | None = None) -> None:
     Raises UserError for what is missing, damaged, or of another model.
     """
     network = text_encoder(source)
-    read_tokenizer(source, network.config.vocab_size)
+    read_tokenizer(source / "tokenizer", network.config.vocab_size)
     where = folder / "text_encoder"
     with network.opened() as (opened, found):
         names = [name for origin in found.values() for name in origin.names]

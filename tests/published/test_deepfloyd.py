@@ -119,7 +119,7 @@ def test_everything_missing_misshapen_or_left_over_is_listed(stage1):
         "U-Net x: ",
         "mid_block.attentions.0.to_k.weight is missing",
         "conv_out.bias is missing",
-        "conv_in.weight is [8, 4, 3, 3], config.json asks for [8, 3, 3, 3]",
+        "conv_in.weight is [8, 4, 3, 3], expected [8, 3, 3, 3]",
         "up_blocks.0.resnets.9.norm1.weight is left over",
     ):
         assert expected in str(e.value)

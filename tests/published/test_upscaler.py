@@ -149,7 +149,7 @@ def test_prompts_become_the_tokens_of_transformers(folder, tmp_path):
     assert tokens.truncated.tolist() == [False, False, False, True, False]
     assert tokens.ids[0].tolist() == [527, 528] + [0] * 75
     encoder.tokenizer.save_pretrained(tmp_path / "tokenizer")  # transformers 5: one tokenizer.json
-    again = clip.read_tokenizer(tmp_path, 529)
+    again = clip.read_tokenizer(tmp_path / "tokenizer", 529)
     assert again(texts)["input_ids"] == encoder.tokenizer(texts)["input_ids"]
 
 
@@ -190,7 +190,7 @@ def test_everything_missing_misshapen_or_left_over_is_listed(folder):
         readers.autoencoder(folder / "vae").fit("autoencoder x", shapes)
     for expected in (
         "encoder.mid_block.attentions.0.to_k.bias is missing",
-        "decoder.conv_in.weight is [8, 3, 3, 3], config.json asks for [8, 4, 3, 3]",
+        "decoder.conv_in.weight is [8, 3, 3, 3], expected [8, 4, 3, 3]",
         "decoder.up_blocks.9.resnets.0.norm1.weight is left over",
     ):
         assert expected in str(e.value)

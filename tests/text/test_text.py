@@ -187,7 +187,7 @@ def test_every_missing_or_misshapen_tensor_is_named(folder):
     with pytest.raises(UserError) as e:
         T5Encoder.load(folder)
     assert "block.1.layer.0.SelfAttention.k.weight is missing" in str(e.value)
-    assert "final_layer_norm.weight is [7], config.json asks for [16]" in str(e.value)
+    assert "final_layer_norm.weight is [7], expected [16]" in str(e.value)
     assert "block.3.layer.0.SelfAttention.k.weight is left over" in str(e.value)
 
 
