@@ -39,8 +39,8 @@ BELOW = {
         *("devices", "errors", "models", "runner", "stage", "storage", "text", "training"),
     },
     "evaluation": {
-        *("data", "diffusion", "errors", "images", "models", "runner", "scenes", "stage"),
-        *("storage", "text", "training"),
+        *("data", "devices", "diffusion", "errors", "images", "models", "published", "runner"),
+        *("scenes", "stage", "storage", "text", "training"),
     },
     "testing": {"diffusion", "models", "runner", "stage", "text"},
 }

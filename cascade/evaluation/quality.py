@@ -1,11 +1,8 @@
 """How good pictures look, next to true ones: PSNR, sharpness, and a Fréchet distance.
 
-FD-proxy is the Fréchet distance between Gaussians fitted to features of two sets of pictures,
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2),
-
-as in FID (Heusel et al. 2017), but the features are those of a random convolutional network with
-fixed weights. It is good for comparing settings of one model on one set of prompts. Its values are
+FD-proxy is the Fréchet distance between Gaussians fitted to features of two sets of pictures, as in
+FID (`distances.frechet`), but the features are those of a random convolutional network with fixed
+weights. It is good for comparing settings of one model on one set of prompts. Its values are
 not FID's, and cannot be compared with any published ones.
 """
 
@@ -19,6 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from cascade import images
+from cascade.evaluation import distances
 
 WIDTHS = (16, 24, 32, 48)  # of the random network's layers, each at half the side of the one before
 
@@ -42,25 +40,15 @@ def bicubic(picture: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray,
 
 def features(pictures: Iterable[UInt8[np.ndarray, "s s 3"]]) -> Float[np.ndarray, "n d"]:
     """The mean activations of all layers of the random network, for n pictures of one size."""
-    return np.stack([np.asarray(_features(picture), np.float64) for picture in pictures])
+    return np.stack([np.asarray(features_of(picture), np.float64) for picture in pictures])
 
 
 def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
     """The squared Fréchet distance between Gaussians fitted to the rows of `a` and of `b`.
 
-    It is computed in float64. The trace of the square root comes from the eigenvalues of a
-    symmetric matrix, so that it stays real where covariances are singular (fewer rows than
-    columns). Raises ValueError for fewer than two rows. Heusel et al. 2017.
+    Raises ValueError for fewer than two rows.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"each set must have two rows or more, got {len(a)} and {len(b)}")
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    gap = a.mean(axis=0) - b.mean(axis=0)
-    c1, c2 = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    values, vectors = np.linalg.eigh(c1)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ c2 @ root), 0)).sum()
-    return float(max(gap @ gap + np.trace(c1) + np.trace(c2) - 2 * shared, 0.0))
+    return distances.frechet(distances.statistics([a]), distances.statistics([b]))
 
 
 @functools.cache
@@ -75,7 +63,8 @@ def _weights() -> list[np.ndarray]:
 
 
 @jax.jit
-def _features(picture: UInt8[Array, "s s 3"]) -> Float[Array, " d"]:
+def features_of(picture: UInt8[Array, "s s 3"]) -> Float[Array, " d"]:
+    """The mean activations of all layers of the random network, for one picture."""
     x, means = images.to_float(picture)[None], []
     for kernel in _weights():
         x = jax.lax.conv_general_dilated(

@@ -115,11 +115,17 @@ def load(name: str | Path, *, compute_dtype: Literal["float32", "bfloat16"] = "f
         vision=dataclasses.replace(network.config.vision, compute_dtype=compute_dtype),
     )
     mean, std = _normalisation(folder, config.vision.image_size)
+    tokenizer = text_clip.read_tokenizer(folder, config.text.vocab_size)
+    if config.text.eos_token_id not in (2, tokenizer.eos_token_id):
+        raise UserError(
+            f"CLIP {name}: eos_token_id of config.json is {config.text.eos_token_id}, and that of "
+            f"the tokenizer {tokenizer.eos_token_id}; both must be of one model"
+        )
     return CLIP(
         name=str(name),
         config=config,
         params=network.read("float32"),
-        tokenizer=text_clip.read_tokenizer(folder, config.text.vocab_size),
+        tokenizer=tokenizer,
         mean=mean,
         std=std,
         digest=_digest(network.files),

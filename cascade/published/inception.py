@@ -19,6 +19,8 @@ CONVERT = (
     f"s.save_file(torch.load('{FILE}', weights_only=True), 'inception.safetensors')\""
 )
 """What writes it as safetensors. With weights_only torch reads tensors and runs no code."""
+HOW = f"download {ADDRESS} and convert it once where torch is installed: {CONVERT}"
+"""What people without the weights do."""
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -28,9 +30,8 @@ def read(path: str | Path) -> dict[str, Any]:
     pickled, damaged, or not all of this network; it says where people get the file.
     """
     file = paths.path(path)
-    how = f"download {ADDRESS} and convert it once where torch is installed: {CONVERT}"
     if not file.is_file():
-        raise UserError(f"Inception's weights {file}: no such file; {how}")
+        raise UserError(f"Inception's weights {file}: no such file; {HOW}")
     if file.suffix in (".pth", ".pt", ".bin"):
         raise UserError(
             f"Inception's weights {file}: are pickled, which is never read; convert them once "
@@ -41,7 +42,7 @@ def read(path: str | Path) -> dict[str, Any]:
     with weights.opened_file(file, what="Inception's weights") as opened:
         if problems := weights.misfit(opened.shapes, origins, target, _WITHOUT_USE):
             raise UserError(
-                f"Inception's weights {file}: are not those of 2015-12-05: {problems}; {how}"
+                f"Inception's weights {file}: are not those of 2015-12-05: {problems}; {HOW}"
             )
         return weights.read(opened, origins, target)
 

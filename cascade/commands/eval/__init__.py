@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cascade import config
-from cascade.commands.eval import scenes
+from cascade.commands.eval import pictures, scenes
 from cascade.errors import UserError
 from cascade.tasks import that_have
 
-COMMANDS: Mapping[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {**scenes.COMMANDS}
+COMMANDS: Mapping[str, tuple[Any, Callable[[Any], dict[str, Any] | None], str]] = {
+    **scenes.COMMANDS,
+    **pictures.COMMANDS,
+}
 """What is measured -> its options, what does it, and its line of help."""
 
 
@@ -27,7 +30,9 @@ def main(argv: Sequence[str]) -> None:
     elif argv[0] in COMMANDS:
         options_class, command, _ = COMMANDS[argv[0]]
         options = config.parse(options_class, argv[1:], prog=f"cascade eval {argv[0]}")
-        print(json.dumps(command(options), indent=2))
+        report = command(options)
+        if report is not None:  # of several processes, the first one has it
+            print(json.dumps(report, indent=2))
     else:
         near = config.nearest(argv[0], [*COMMANDS, *tasks])
         raise UserError(f"{argv[0]!r} is no command of cascade eval{near}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from cascade import config
 from cascade.commands.sample import ByStage
 from cascade.devices.terminal import bar
 from cascade.errors import UserError
+from cascade.storage import paths
 
 if TYPE_CHECKING:
     from cascade.evaluation.drawer import Drawer
@@ -93,9 +93,8 @@ def described(options: Options, drawer: Drawer) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
+def write(folder: paths.Path, report: dict[str, Any]) -> None:
+    paths.write_json(folder / "results.json", report)
 
 
 @contextmanager

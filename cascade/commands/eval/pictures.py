@@ -1,0 +1,274 @@
+"""Measures on any pictures: distances between two sets, nearness of pictures and captions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from cascade.commands.eval.options import Folder, write
+from cascade.devices.terminal import bar
+from cascade.errors import UserError
+
+if TYPE_CHECKING:
+    from cascade.data.source import Source
+    from cascade.evaluation.features import Features
+    from cascade.storage.paths import Path as AnyPath
+
+SET = (
+    "a folder of pictures, a folder of `cascade sample` (samples:DIR), or any other dataset "
+    "(tar:, parquet:, hf:, table:, tfds:NAME@DIR, scenes:seen)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    side: int = 256
+    """Pictures are cropped to their central square and brought to this side, in pixels, first."""
+    split: str = "train"
+    """The split of datasets that have several."""
+    batch_size: int = 32
+    """Pictures that the network sees together."""
+    seed: int = 0
+    """Chooses what is drawn at random: subsets of pictures, other captions, scenes."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FIDOptions(_Options):
+    """Say how far two sets of pictures are apart: FID, KID, precision, recall, density, coverage.
+
+    PICTURES are beside REFERENCE, the true ones. Each is a folder of pictures, a folder of `cascade
+    sample` (samples:DIR), any other dataset (tar:, parquet:, hf:, table:, tfds:NAME@DIR,
+    scenes:seen), or statistics (.npz, also those of pytorch-fid). FID and KID are by Inception, and
+    need its weights; with CLIP, or with a random network that needs none, figures have other names.
+    FID falls with the number of pictures: compare values of equally many alone. JSON is on stdout;
+    OUT gets results.json and sheet.png. A run that was stopped goes on when the same command is
+    given again with its OUT, which several processes may share (see `cascade train --help`).
+    """
+
+    pictures: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")]
+    """The set that is measured."""
+    reference: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="[REFERENCE]", help_behavior_hint="")
+    ] = ""
+    """The set that it is measured by; without it there are statistics alone."""
+    network: Literal["inception", "clip", "random"] = "inception"
+    """The network whose features are compared; random makes FD-proxy, for settings of one model."""
+    weights: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: none)")
+    ] = None
+    """Inception's weights as a safetensors file, or a CLIP: a folder, or OWNER/NAME of the hub."""
+    like: Literal["torch-fidelity", "pytorch-fid"] = "torch-fidelity"
+    """How pictures come to 299 px for Inception: as TensorFlow had it, or as pytorch-fid has it."""
+    count: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: all)")] = None
+    """Pictures of each set, from the first."""
+    out: Folder = None
+    """A folder for results.json and sheet.png, which is new or empty, or of a run that was
+    stopped."""
+    save_statistics: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
+    ] = None
+    """A new .npz for the statistics of PICTURES, to be given in their place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPOptions(_Options):
+    """Say how well pictures show their captions: CLIP score and R-precision.
+
+    PICTURES are a folder of `cascade sample` (samples:DIR), whose prompts are the captions, or any
+    dataset with captions, as in `cascade eval fid`. JSON is on stdout, with 95 % intervals; OUT
+    gets results.json, clip.png (the distribution) and sheet.png (the best and the worst). A run
+    that was stopped goes on when the same command is given again with its OUT.
+    """
+
+    pictures: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")]
+    """The pictures with their captions."""
+    weights: str = "openai/clip-vit-base-patch16"
+    """The CLIP that judges: a folder as transformers writes it, or OWNER/NAME of the hub."""
+    count: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: all)")] = None
+    """Pictures, from the first."""
+    out: Folder = None
+    """A folder for what is written, which is new or empty, or of a run that was stopped."""
+
+
+def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
+    """Do `cascade eval fid`: fill options.out, and return what goes to stdout."""
+    _check(options)
+    if not options.reference and options.save_statistics is None:
+        raise UserError(
+            "REFERENCE is missing: give the true pictures, or --save-statistics FILE for those of "
+            f"{options.pictures} alone"
+        )
+    kept = _new_statistics(options)
+    with _program(options, "another `cascade eval fid`") as (folder, unfinished):
+        from cascade.evaluation import fid
+
+        words = [word for word in (options.pictures, options.reference) if word]
+        sets = [_set(word, options) for word in words]
+        network = _network(options)
+        with bar(total=sum(s.count for s in sets), unit="picture", desc="evaluating") as shown:
+            seen = [
+                fid.seen(s, network, unfinished, batch=options.batch_size, advance=shown.update)
+                for s in sets
+            ]
+        if not _is_first():
+            return None
+        report = {
+            "network": network.name,
+            "weights_sha256": network.digest,
+            "side": options.side,
+            **{name: s.about for name, s in zip(("pictures", "reference"), seen, strict=False)},
+        }
+        if kept is not None:
+            seen[0].statistics.save(kept)
+            report["statistics"] = str(kept)
+        if len(seen) > 1:
+            report |= fid.compare(seen[0], seen[1], network, options.seed)
+        if folder is not None:
+            fid.sheet(folder, *sets) if len(sets) > 1 else None
+            write(folder, report)
+    return report
+
+
+def evaluate_clip(options: CLIPOptions) -> dict[str, Any] | None:
+    """Do `cascade eval clip`: fill options.out, and return what goes to stdout."""
+    _check(options)
+    with _program(options, "another `cascade eval clip`") as (folder, unfinished):
+        from cascade.evaluation import clip_score, features
+        from cascade.published import clip
+
+        source, count = _source(options.pictures, options)
+        model = clip.load(options.weights)
+        network = features.of_clip(model)
+        with bar(total=count, unit="picture", desc="evaluating") as shown:
+            found = clip_score.score(
+                *(source, count, model, network, unfinished),
+                batch=options.batch_size,
+                seed=options.seed,
+                advance=shown.update,
+            )
+        if not _is_first():
+            return None
+        report = {
+            "network": network.name,
+            "weights_sha256": network.digest,
+            "what": options.pictures,
+            "left_out": count - len(found.indices),
+            **found.as_json(),
+        }
+        if folder is not None:
+            clip_score.sheet(folder, source, found)
+            write(folder, report)
+    return report
+
+
+COMMANDS = {
+    "fid": (
+        FIDOptions,
+        evaluate_fid,
+        "how far two sets of pictures are apart: FID, KID, precision, recall",
+    ),
+    "clip": (
+        CLIPOptions,
+        evaluate_clip,
+        "how well pictures show their captions: CLIP score, R-precision",
+    ),
+}
+
+
+def _check(options: Any) -> None:
+    for name, least in (("side", 8), ("batch_size", 1), ("count", 2)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed must be in [0, 2^32), got {options.seed}")
+
+
+@contextlib.contextmanager
+def _program(options: Any, held_by: str) -> Iterator[tuple[AnyPath | None, AnyPath]]:
+    """While entered, this process is one of all that run the command: (OUT, what is unfinished)."""
+    from cascade.devices import distributed, xla_flags
+    from cascade.devices.programs import use_compilation_cache
+    from cascade.evaluation import resumable
+
+    xla_flags.apply(xla_flags.expected_backend(), os.environ)
+    with distributed.processes():
+        if options.compilation_cache:
+            use_compilation_cache()
+        import jax
+
+        if options.out is not None:
+            with resumable.folder(options.out, held_by) as folders:
+                yield folders
+        elif jax.process_count() > 1:
+            raise UserError("--out is missing: several processes need a folder that all see")
+        else:
+            with tempfile.TemporaryDirectory(prefix="cascade-") as folder:
+                yield None, Path(folder)
+
+
+def _is_first() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _network(options: FIDOptions) -> Features:
+    from cascade.evaluation import features
+    from cascade.published import clip, inception
+
+    if options.network == "random":
+        if options.weights is not None:
+            raise UserError("--weights: a random network has none; leave them out")
+        return features.of_random()
+    if options.network == "clip":
+        return features.of_clip(clip.load(options.weights or "openai/clip-vit-base-patch16"))
+    if options.weights is None:
+        raise UserError(f"--weights FILE is missing: {inception.HOW}; or give --network random")
+    return features.of_inception(options.weights, options.like)
+
+
+def _set(word: str, options: FIDOptions) -> Any:
+    from cascade.evaluation import fid
+    from cascade.evaluation.distances import Statistics
+    from cascade.storage import paths
+
+    if word.endswith(".npz"):
+        return fid.Pictures(name=word, known=Statistics.load(paths.path(word)))
+    source, count = _source(word, options)
+    if count < 2:
+        raise UserError(f"{word}: has {count} picture; two or more are needed")
+    return fid.Pictures(name=word, source=source, count=count)
+
+
+def _source(word: str, options: Any) -> tuple[Source, int]:
+    from cascade.scenes.dataset import ScenesData
+    from cascade.scenes.words import dataset
+
+    data = dataset(word, options.split, options.seed)
+    if isinstance(data, ScenesData) and options.count is None:
+        raise UserError(f"{word}: scenes have no end; say how many with --count, such as 2000")
+    source = data.open(options.side)
+    return source, min(len(source), options.count or len(source))
+
+
+def _new_statistics(options: FIDOptions) -> AnyPath | None:
+    from cascade.storage import paths
+
+    if options.save_statistics is None:
+        return None
+    file = paths.path(options.save_statistics)
+    if file.suffix != ".npz":
+        raise UserError(f"--save-statistics {file}: must end with .npz")
+    if file.exists():
+        raise UserError(f"--save-statistics {file}: exists already; name a new file")
+    return file
