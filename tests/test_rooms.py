@@ -39,7 +39,7 @@ BELOW = {
         *("devices", "errors", "models", "runner", "stage", "storage", "text", "training"),
     },
     "evaluation": {
-        *("data", "diffusion", "errors", "images", "models", "runner", "scenes", "stage"),
+        *("config", "data", "diffusion", "errors", "images", "models", "runner", "scenes", "stage"),
         *("storage", "text", "training"),
     },
     "testing": {"diffusion", "models", "runner", "stage", "text"},
