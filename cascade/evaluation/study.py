@@ -185,18 +185,16 @@ def side_of(pairs: Sequence[Pair], side: int | None) -> int:
     """
     drawn = [one for pair in pairs for one in (pair.a, pair.b)]
     common = set.intersection(*(set(one.files) for one in drawn))
-    told = ", ".join(map(str, sorted(common)))
     if side is None and not common:
-        first, other = (
-            pairs[0].a,
-            next(o for o in drawn if not set(o.files) & set(pairs[0].a.files)),
-        )
+        few = min(drawn, key=lambda one: len(one.files))
+        other = next((o for o in drawn if not set(o.files) & set(few.files)), drawn[-1])
         raise UserError(
-            f"{first.about}: is there at {_sides(first)} px, {other.about} at {_sides(other)} px; "
-            "draw both runs at a size in common"
+            f"{few.about}: is there at {_sides(few)} px, {other.about} at {_sides(other)} px, and "
+            "no side is common to all pictures; draw both runs alike"
         )
     if side is not None and side not in common:
         lacking = next(one for one in drawn if side not in one.files)
+        told = ", ".join(map(str, sorted(common)))
         way_out = f"all pictures have {told}" if common else "no side is common to all pictures"
         raise UserError(
             f"--side {side}: {lacking.about} is there at {_sides(lacking)} px only; {way_out}"
