@@ -103,7 +103,7 @@ progress { flex: 1; min-width: 6rem; accent-color: var(--accent) }
   overflow-y: auto }
 .pictures { display: flex; justify-content: center; gap: 1rem }
 figure { margin: 0; flex: 0 1 auto; min-width: 0; text-align: center }
-img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line) }
+img { display: block; max-width: 100%; height: auto; outline: 1px solid var(--line) }
 img.crisp { image-rendering: pixelated }
 figcaption { color: var(--quiet) }
 .questions { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; margin: .6rem 0 }
