@@ -36,6 +36,8 @@ PREFERRED: tuple[Preferred, ...] = get_args(Preferred)
 """What an answer says once the key is known: run A, neither, run B."""
 WITHOUT_CATEGORY = "(none)"
 """What reports call the category of prompts that have none, where others have one."""
+MOST_BARS = 60
+"""Categories that a figure shows."""
 Z = 1.959964
 """The 97.5 % point of the normal distribution."""
 
@@ -265,19 +267,19 @@ def agreement(answers: Sequence[Answer], question: Question) -> dict[str, Any] |
     }
 
 
-_TITLES = {"quality": "higher quality", "text": "shows better what the text says"}
+_TITLES = {"quality": "higher quality", "text": "shows the text better"}
 
 
 def table(found: Mapping[str, Any]) -> str:
     """A report as text for people, with a line for each question and category."""
-    lines = [f"A is {found['runs']['a']}", f"B is {found['runs']['b']}"]
+    lines = [f"{name.upper()} is {_printable(run)}" for name, run in found["runs"].items()]
     for question, one in found["questions"].items():
         lines.append(f"{_TITLES[question]}:")
         for name, own in {"overall": one["overall"], **one["categories"]}.items():
             shares = ", ".join(f"{w} {own[k]['share']:.0%}" for k, w in _LEGEND.items())
             low, high = own["win_rate_a"]["interval"]
             lines.append(
-                f"    {name}: {shares}; A wins {own['win_rate_a']['share']:.1%} "
+                f"    {_printable(name)}: {shares}; A wins {own['win_rate_a']['share']:.1%} "
                 f"({low:.1%} to {high:.1%}), {own['answers']} answers to {own['pairs']} pairs"
             )
         if agreed := one["agreement"]:
@@ -295,20 +297,20 @@ def plot(path: Path, found: Mapping[str, Any]) -> None:
     """Write a PNG of a report: for each question a panel, with a bar for each category.
 
     A bar has the shares of answers for A, for neither and for B, from the left; its lines are the
-    95 % intervals of A's share and of B's.
+    95 % intervals of A's share and of B's. Of many categories the first MOST_BARS are shown.
     """
     from matplotlib.figure import Figure
 
     questions = found["questions"]
-    names = ["overall", *next(iter(questions.values()))["categories"]]
+    names = ["overall", *next(iter(questions.values()))["categories"]][: 1 + MOST_BARS]
     size = (13, 1.9 + 0.5 * len(names))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(questions), sharey=True, squeeze=False)[0]
-    colours = {"a": "#4878a8", "same": "#d3d3d3", "b": "#e0904c"}
+    colours = {"a": "#7ea6cf", "same": "#d3d3d3", "b": "#eba56a"}
     runs = found["runs"]
-    labels = {"a": f"A: {_short(runs['a'])}", "same": "the same", "b": f"B: {_short(runs['b'])}"}
+    labels = {"a": f"A: {_label(runs['a'])}", "same": "the same", "b": f"B: {_label(runs['b'])}"}
     for panel, (question, one) in zip(panels, questions.items(), strict=True):
-        bars = [one["overall"], *one["categories"].values()]
+        bars = [one["overall"], *one["categories"].values()][: len(names)]
         y, starts = np.arange(len(bars)), np.zeros(len(bars))
         for kind, colour in colours.items():
             shares = np.array([bar[kind]["share"] for bar in bars])
@@ -322,12 +324,13 @@ def plot(path: Path, found: Mapping[str, Any]) -> None:
             _interval(panel, low, high, at - 0.25)
             low, high = bar["b"]["interval"]
             _interval(panel, 1 - high, 1 - low, at + 0.25)
-        panel.set(title=_TITLES[question], xlim=(0, 1), xlabel="share of answers", yticks=y)
-        panel.set_yticklabels([f"{n} ({b['answers']})" for n, b in zip(names, bars, strict=True)])
+        panel.set(title=_TITLES[question], xlim=(0, 1), yticks=y)
+        panel.set(ylim=(len(bars) - 0.5, -0.5), xlabel="share of answers, with 95 % intervals")
+        numbered = zip(names, bars, strict=True)
+        panel.set_yticklabels([f"{_label(name)} ({bar['answers']})" for name, bar in numbered])
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         for side in ("top", "right", "left"):
             panel.spines[side].set_visible(False)
-    panels[0].invert_yaxis()
     handles, told = panels[0].get_legend_handles_labels()
     figure.legend(handles, told, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
@@ -339,5 +342,12 @@ def _interval(panel: Any, low: float, high: float, y: float) -> None:
     )
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 40 else f"...{name[-37:]}"
+def _label(name: str) -> str:
+    """A name as a figure shows it: not too long, and with no dollar that begins a formula."""
+    name = _printable(name)
+    return (name if len(name) <= 40 else f"...{name[-37:]}").replace("$", r"\$")
+
+
+def _printable(name: str) -> str:
+    """A name from a file of anybody's, of which no character moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

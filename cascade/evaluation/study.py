@@ -317,7 +317,7 @@ def write(
     with paths.writing(page) as file:
         study_page.write(file, study, shown)
         with paths.writing(key) as of_key:
-            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(record, indent=2) + "\n"
             of_key.write_text(text, encoding="utf-8")
     return record
 

@@ -91,12 +91,12 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ground: #17181c; --ink: #ececf1; --quiet: #a6a6b3;
   --line: #4a4b55; --accent: #8ab8ff; --on-accent: #10203a; --chosen: #24344d; --error: #ff8a80 } }
 * { box-sizing: border-box }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: .8rem;
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0; padding: .8rem;
   background: var(--ground); color: var(--ink) }
 [hidden] { display: none !important }
 h1 { font-size: 1.3rem; margin: 0 }
 h1:focus, #prompt:focus { outline: none }
-p { margin: .4rem 0 }
+p, header, footer, .questions { max-width: 72rem; margin: .4rem auto }
 header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center }
 progress { flex: 1; min-width: 6rem; accent-color: var(--accent) }
 #prompt { text-align: center; font-size: 1.15rem; overflow-wrap: anywhere; max-height: 8em;
@@ -106,11 +106,12 @@ figure { margin: 0; flex: 0 1 auto; min-width: 0; text-align: center }
 img { display: block; max-width: 100%; height: auto; outline: 1px solid var(--line) }
 img.crisp { image-rendering: pixelated }
 figcaption { color: var(--quiet) }
-.questions { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; margin: .6rem 0 }
+.questions { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem }
 fieldset { border: 2px solid var(--line); border-radius: .5rem; padding: .3rem .6rem .6rem;
   margin: 0; min-width: 0 }
 fieldset.asked { border-color: var(--accent) }
 legend { font-weight: 600; padding: 0 .3rem }
+#rater { margin-right: .4rem }
 .choices { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem }
 .choices label { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .3rem;
   text-align: center; cursor: pointer }
@@ -118,15 +119,15 @@ legend { font-weight: 600; padding: 0 .3rem }
 kbd { font: .8em ui-monospace, monospace; color: var(--quiet) }
 button, input[type=text] { font: inherit; padding: .5rem 1rem; border-radius: .4rem;
   border: 1px solid var(--line); background: transparent; color: inherit; max-width: 100% }
-button { cursor: pointer }
+button { cursor: pointer; margin: .15rem 0 }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
 :is(button, input):focus-visible, label:has(:focus-visible) { outline: 3px solid var(--accent);
   outline-offset: 2px }
 nav, footer { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center }
 nav { justify-content: center }
-footer { border-top: 1px solid var(--line); margin-top: .9rem; padding-top: .7rem;
+footer { border-top: 1px solid var(--line); padding-top: .7rem;
   color: var(--quiet) }
-#message { min-height: 1.5em; margin: .3rem 0; text-align: center }
+#message { min-height: 1.5em; text-align: center }
 #message.error { color: var(--error); font-weight: 600 }
 @media (max-width: 45rem) { body { padding: .5rem } .pictures { gap: .4rem }
   .questions { grid-template-columns: 1fr } }
@@ -134,7 +135,7 @@ footer { border-top: 1px solid var(--line); margin-top: .9rem; padding-top: .7re
 
 
 def _fieldset(question: str, legend: str) -> str:
-    answers = (("left", "the left one"), ("same", "both the same"), ("right", "the right one"))
+    answers = (("left", "left"), ("same", "same"), ("right", "right"))
     labels = "".join(
         f'<label><input type="radio" name="{question}" value="{choice}"> {words} '
         f"<kbd>{key}</kbd></label>"
@@ -154,16 +155,16 @@ _BODY = f"""<body>
 <main>
 <section id="start" hidden>
 <p>You will see two pictures at a time, and the text that both were to show. Answer two questions
-about each pair: which picture is of higher quality, and which one shows better what the text
-says.</p>
-<p>With keys: <kbd>1</kbd> the left one, <kbd>2</kbd> both the same, <kbd>3</kbd> the right one, for
+about each pair: which picture is of higher quality (looks better made, more real, without flaws),
+and which one shows the text better (all that it says, and nothing else).</p>
+<p>With keys: <kbd>1</kbd> left, <kbd>2</kbd> same, <kbd>3</kbd> right, for
 the first question and then for the second; <kbd>Enter</kbd> goes on, <kbd>Backspace</kbd> goes
 back, <kbd>&larr;</kbd> and <kbd>&rarr;</kbd> go to the pair before and after.</p>
 <p>Your answers stay in this browser, so that you can go on later. They are sent nowhere: download
 them, and give the file to whoever asked you.</p>
-<p><label for="rater">Your name or initials</label><br>
-<input type="text" id="rater" autocomplete="off" maxlength="60"></p>
-<p><button type="button" class="main" id="begin">Begin</button></p>
+<p><label for="rater">Your name or initials</label></p>
+<p><input type="text" id="rater" autocomplete="off" maxlength="60">
+<button type="button" class="main" id="begin">Begin</button></p>
 </section>
 <section id="pair" hidden>
 <p id="prompt" tabindex="-1"></p>
@@ -172,8 +173,8 @@ them, and give the file to whoever asked you.</p>
 <figure><img id="right" alt="the picture on the right"><figcaption>right</figcaption></figure>
 </div>
 <div class="questions">
-{_fieldset("quality", "Which picture is of higher quality, and looks better made?")}
-{_fieldset("text", "Which picture shows better what the text says?")}
+{_fieldset("quality", "Which picture is of higher quality?")}
+{_fieldset("text", "Which one shows the text better?")}
 </div>
 <nav><button type="button" id="back">Back</button>
 <button type="button" class="main" id="next">Next</button></nav>
@@ -194,7 +195,7 @@ _SCRIPT = r"""
 "use strict";
 const {study, pairs} = JSON.parse(document.getElementById("study").textContent);
 const QUESTIONS = ["quality", "text"], KEYS = {1: "left", 2: "same", 3: "right"};
-const WORDS = {left: "the left one", same: "both the same", right: "the right one"};
+const WORDS = {left: "left", same: "same", right: "right"};
 const byId = id => document.getElementById(id);
 const name = rater => "cascade-study/" + study + "/" + rater;
 let rater = "", answers = {}, at = 0, asked = 0;
@@ -212,6 +213,7 @@ function tell(text, error = false) {
 function only(section) {
   for (const id of ["start", "pair", "end"]) byId(id).hidden = id !== section;
   byId("tools").hidden = section === "start";
+  byId("download").classList.toggle("main", section === "end");
 }
 const whole = pair => QUESTIONS.every(question => (answers[pair.pair] || {})[question]);
 const done = () => pairs.filter(whole).length;
@@ -351,7 +353,9 @@ QUESTIONS.forEach((question, i) => {
 });
 for (const side of ["left", "right"]) byId(side).addEventListener("load", event => {
   const image = event.target, own = image.naturalWidth;
-  image.width = own * (own < 256 ? Math.ceil(256 / own) : 1);  // in whole steps: it stays crisp
+  const most = 62 * own / image.naturalHeight;  // so that the questions are on the screen too
+  const width = own * (own < 256 ? Math.ceil(256 / own) : 1);  // in whole steps: it stays crisp
+  image.style.width = "min(" + width + "px, " + most + "vh)";
   image.classList.toggle("crisp", own < 256);
 });
 byId("begin").addEventListener("click", begin);

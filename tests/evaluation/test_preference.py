@@ -373,6 +373,18 @@ def test_intervals_hold_the_truth_as_often_as_they_say(raters):
         assert neglecting / times < 0.9  # as if all answers were independent
 
 
+def test_names_of_anybody_are_shown_as_they_are_and_do_nothing(tmp_path):
+    """Formulas that matplotlib cannot parse, letters that no encoding has, a terminal's commands,
+    and more categories than a figure has room for."""
+    names = [r"$\frac$", "\ud800", "\x1b[2J", *(f"category {i:03}" for i in range(1200))]
+    key = key_of(len(names), names)
+    found = preference.report(key, [said_of(i, "a") for i in range(1, len(names) + 1)])
+    found["runs"] = {"a": "$_$", "b": "\x1b[31m" + "long/" * 40}
+    preference.plot(tmp_path / "plot.png", found)
+    told = preference.table(found)
+    assert "\x1b" not in told and r"\x1b[2J" in told and r"\ud800" in told
+
+
 # Answers.
 
 
