@@ -197,7 +197,8 @@ const {study, pairs} = JSON.parse(document.getElementById("study").textContent);
 const QUESTIONS = ["quality", "text"], KEYS = {1: "left", 2: "same", 3: "right"};
 const WORDS = {left: "left", same: "same", right: "right"};
 const byId = id => document.getElementById(id);
-const name = rater => "cascade-study/" + study + "/" + rater;
+// Each answer has a name of its own, so that a page which does not see the others overwrites none.
+const name = (...of) => ["cascade-study", study, ...of.map(encodeURIComponent)].join("/");
 let rater = "", answers = {}, at = 0, asked = 0;
 
 function kept(key) {
@@ -220,13 +221,10 @@ const done = () => pairs.filter(whole).length;
 
 function read() {
   answers = {};
-  try {
-    const found = JSON.parse(kept(name(rater))) || {};
-    for (const pair of pairs) for (const question of QUESTIONS) {
-      const choice = (found[pair.pair] || {})[question];
-      if (Object.hasOwn(WORDS, choice)) (answers[pair.pair] ||= {})[question] = choice;
-    }
-  } catch { answers = {} }
+  for (const {pair} of pairs) for (const question of QUESTIONS) {
+    const choice = kept(name(rater, pair, question));
+    if (Object.hasOwn(WORDS, choice)) (answers[pair] ||= {})[question] = choice;
+  }
 }
 function start() {
   only("start");
@@ -243,7 +241,7 @@ function begin() {
     return;
   }
   rater = said;
-  keep(name(""), rater);
+  keep(name(), rater);
   read();
   const open = pairs.findIndex(pair => !whole(pair));
   tell(done() ? "You go on where you were." : "");
@@ -286,9 +284,8 @@ function end() {
 }
 function answer(question, choice) {
   const pair = pairs[at].pair;
-  read();  // another tab may have added to them
   (answers[pair] ||= {})[question] = choice;
-  const stays = keep(name(rater), JSON.stringify(answers));
+  const stays = keep(name(rater, pair, question), choice);
   for (const radio of document.getElementsByName(question)) radio.checked = radio.value === choice;
   byId("progress").value = done();
   if (stays) tell((question === "quality" ? "Quality: " : "Text: ") + WORDS[choice]);
@@ -366,6 +363,6 @@ byId("download").addEventListener("click", download);
 byId("another").addEventListener("click", () => { tell(""); rater = ""; start() });
 addEventListener("storage", () => { if (!byId("pair").hidden) { read(); show(at) } });
 
-rater = kept(name("")) || "";
+rater = kept(name()) || "";
 if (rater) { byId("rater").value = rater; begin() } else start();
 """

@@ -159,6 +159,9 @@ def test_either_run_stands_on_the_left_in_half_of_every_category_and_chance_says
         lefts.update(p.pair.prompt for p in placed if p.left == "a")
         orders.add(tuple(p.pair.prompt for p in placed))
     assert len(orders) == 200
+    # Of 12 pairs in chance order the first two are of one category in 3 of 11 studies.
+    first_two = [{PROMPTS.index(prompt) % 3 for prompt in order[:2]} for order in orders]
+    assert 20 < sum(len(found) == 1 for found in first_two) < 90
     # Each is binomial (200, 1/2); the bounds are four standard deviations away.
     assert all(abs(lefts[prompt] - 100) < 4 * 50**0.5 for prompt in PROMPTS)
     assert len(set(lefts.values())) > 1
