@@ -39,8 +39,8 @@ BELOW = {
         *("devices", "errors", "models", "runner", "stage", "storage", "text", "training"),
     },
     "evaluation": {
-        *("data", "devices", "diffusion", "errors", "images", "models", "published", "runner"),
-        *("scenes", "stage", "storage", "text", "training"),
+        *("config", "data", "devices", "diffusion", "errors", "images", "models", "published"),
+        *("runner", "scenes", "stage", "storage", "text", "training"),
     },
     "testing": {"diffusion", "models", "runner", "stage", "text"},
 }
