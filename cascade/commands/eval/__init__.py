@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cascade import config
-from cascade.commands.eval import scenes
+from cascade.commands.eval import prompts, scenes
 from cascade.errors import UserError
 from cascade.tasks import that_have
 
-COMMANDS: Mapping[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {**scenes.COMMANDS}
+COMMANDS: Mapping[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
+    **scenes.COMMANDS,
+    **prompts.COMMANDS,
+}
 """What is measured -> its options, what does it, and its line of help."""
 
 
