@@ -63,6 +63,7 @@ h2 { border-bottom: 2px solid #888; margin-top: 2em }
 h3 { font-size: 1em; margin: 0 0 .3em; white-space: pre-line }
 article { border-top: 1px solid #ccc; padding: .8em 0;
   content-visibility: auto; contain-intrinsic-size: auto 15em }
+h2 + article { border-top: 0 }
 figure { display: inline-block; vertical-align: top; margin: 0 1.2em .6em 0 }
 figcaption, small, details { font-size: .8em; color: #666 }
 img { height: 9em; width: 9em; object-fit: contain; background: #eee; margin-right: .2em }

@@ -91,13 +91,12 @@ class PromptRun:
     def draw(self, batch_size: int, advance: Callable[[], Any] = lambda: None) -> None:
         """Draw the pictures that are not there, and write the page, also when this is ended early.
 
-        advance: called after each picture. Warns once of prompts that have words which the model's
-        captions never had, or more tokens than it reads.
+        advance: called after each picture.
         """
         prompts, total = self.prompts, len(self.prompts) * self.samples
         missing = set(range(total)).difference(self.drawn())
-        self._warn(prompts)
         written = 0
+        self.write_page()
         try:
             for start in range(0, total, batch_size):
                 batch = range(start, min(start + batch_size, total))
@@ -147,6 +146,7 @@ class PromptRun:
             "model_sha256": self.drawer.cascade.digest,
             "samples": self.samples,
             "seed": self.seed,
+            "until": self.sides[-1],
             "settings": {name: to_json(s) for name, s in self.drawer.settings.items()},
         }
 
@@ -159,7 +159,7 @@ class PromptRun:
         prompts = self.prompts
         filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `_warn` has told of the prompts
+            warnings.simplefilter("ignore")  # `warn` has told of the prompts
             drawn = self.drawer.cascade.draw(
                 [prompts[number // self.samples].text for number in filled],
                 seed=[self.seed_of(number) for number in filled],
@@ -169,8 +169,10 @@ class PromptRun:
             )
         yield from (picture for _, picture in zip(batch, drawn, strict=False))
 
-    def _warn(self, prompts: Sequence[Prompt]) -> None:
-        cascade = self.drawer.cascade
+    def warn(self) -> None:
+        """Warn of prompts that have words which no caption of the model's had, or more tokens than
+        it reads: how many there are, for drawing would tell of each."""
+        cascade, prompts = self.drawer.cascade, self.prompts
         unknown = [words for p in prompts if (words := cascade.unknown_words(p.text))]
         if unknown:
             words = [word for word, _ in Counter(w for own in unknown for w in own).most_common(5)]
@@ -297,12 +299,14 @@ def _check_same(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
     was, new = (dict(_leaves(value)) for value in (before, json.loads(json.dumps(now))))
     differing = [
         f"{name} was {json.dumps(was.get(name))} and is {json.dumps(new.get(name))} now"
-        for name in sorted({*was, *new})
+        for name in dict.fromkeys([*new, *was])
         if was.get(name) != new.get(name) and name.rpartition(".")[2] not in _NAMES_ONLY
     ]
+    if was.get("until") != new.get("until"):  # what one alone draws has no other settings
+        differing = [said for said in differing if not said.startswith("settings.")]
     if differing:
         raise UserError(
-            f"--out {folder}: was begun by another run: {'; '.join(differing[:5])}; give what it "
+            f"--out {folder}: was begun by another run: {'; '.join(differing[:3])}; give what it "
             "was begun with, or name another folder"
         )
 

@@ -159,6 +159,7 @@ def draw_prompts(options: PromptsOptions) -> dict[str, Any]:
         until=options.until,
     )
     with prompt_runs.opened(run):
+        run.warn()
         total, there = count * options.samples, len(run.drawn())
         with bar(total=total, initial=there, unit="picture", desc="drawing") as shown:
             run.draw(options.batch or default_batch_size(), shown.update)
