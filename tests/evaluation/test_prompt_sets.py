@@ -38,7 +38,7 @@ def test_drawbench_is_read_with_its_categories(tmp_path):
 
 def test_parti_prompts_keep_challenge_and_note(tmp_path):
     head = ("Prompt", "Category", "Challenge", "Note")
-    row = ("a logo of \"Rumbury\", 5' tall", "Arts", "Imagination", "")
+    row = ('a logo of "Rumbury", 5\' tall', "Arts", "Imagination", "")
     found = read(table(tmp_path / "PartiPrompts.tsv", head, row, mark="\t", ending="\n"))
     assert found.format == "tsv"
     (one,) = found.prompts
@@ -116,7 +116,11 @@ HEAD = "Prompts,Category\n"
     "name,content,message",
     [
         ("a.csv", b"id,caption\n1,x\n", "line 1: none of the columns id, caption is called prompt"),
-        ("a.csv", HEAD.encode() + b"a,b,c\n", "line 2: has 3 values for the 2 columns Prompts, Cat"),
+        (
+            "a.csv",
+            HEAD.encode() + b"a,b,c\n",
+            "line 2: has 3 values for the 2 columns Prompts, Cat",
+        ),
         ("a.csv", HEAD.encode() + b'x,A\n"a,B\nc,D\n', "line 3: a quotation mark is opened and ne"),
         ("a.csv", b"prompt,prompt\nx,y\n", "two columns are called 'prompt'"),
         ("a.csv", HEAD.encode() + b" ,A\n", "has no prompt"),
