@@ -241,10 +241,12 @@ def plot(path: Path, report: dict[str, Any]) -> None:
                 color="#b00020",
                 label="judged by another prompt" if what == "asked" else None,
             )
-        panel.set(title=f"{side} px", ylabel="right, %", ylim=(0, 102))
-        panel.set_xticks(at, [re.sub(r",? (?=spelled|in |words)", "\n", name) for name in names])
+        panel.set_title(f"{side} px", loc="left")
+        panel.set(ylabel="right, %", ylim=(0, 105))
+        panel.set_xticks(at, [name.replace(", ", ",\n") for name in names])
         panel.tick_params(axis="x", labelsize=8)
-    panels[0].legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=3, loc="outside upper right")
     figure.savefig(path, dpi=120)
 
 

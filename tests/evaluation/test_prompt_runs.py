@@ -202,7 +202,7 @@ def test_a_folder_of_something_else_is_refused(loaded, file, tmp_path):
 
 
 def test_geneval_finds_its_lines_and_pictures(loaded, file, tmp_path):
-    """As its evaluate_images.py looks for them: folders of digits, metadata.jsonl, samples/N.png."""
+    """As its evaluate_images.py looks for them: folders of digits, with pictures in samples."""
     out = tmp_path / "out"
     run(file, out, "--samples", 2, "--layout", "geneval")
     folders = sorted(path.name for path in (out / "geneval").iterdir())
