@@ -10,7 +10,7 @@ from scene_truth import false_facts
 from cascade import testing
 from cascade.commands import eval as evaluate
 from cascade.errors import UserError
-from cascade.evaluation import drawbench
+from cascade.evaluation import drawbench, scenes
 from cascade.evaluation.drawbench import CATEGORIES, GROUPS, PLAIN
 from cascade.models import Level, UNetConfig
 from cascade.runner.cascade import Cascade, Picture
@@ -21,7 +21,7 @@ from cascade.scenes.render import render
 from cascade.scenes.spec import COLOURS, Object, Scene
 from cascade.stage import Pixels, Stage, StageConfig, Text
 
-PROMPTS = 12
+PROMPTS = 24
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,7 @@ class Renderer(Cascade):
 def renderer(truth, monkeypatch):
     model = Renderer(truth)
     monkeypatch.setattr(Cascade, "load", classmethod(lambda cls, *a, **k: model))
+    monkeypatch.setattr(scenes.edges, "edges", lambda *_: [])  # which take longest
     return model
 
 
@@ -171,11 +172,7 @@ def test_a_model_that_draws_the_truth_has_all_right_and_chance_is_far_below(
     text = (out / "index.html").read_text()
     assert len(re.findall("<img ", text)) == 9 * PROMPTS and "rare words, in common ones" in text
     assert (out / "drawbench.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_both_spellings_are_drawn_from_the_same_seeds(renderer, tmp_path, capsys):
-    run(capsys, tmp_path / "out")
-    for category in PLAIN:
+    for category in PLAIN:  # both spellings, from the same seeds
         at = GROUPS.index(category) * PROMPTS
         for number in range(PROMPTS):
             said, plain = drawbench.caption_of(category, 0, number)
@@ -227,7 +224,9 @@ def test_a_model_that_knows_no_prompt_is_at_chance(truth, renderer, tmp_path, ca
     assert abs(means[0] - means[1]) < 0.06 and means[0] < 0.4
 
 
-def test_only_words_that_training_had_are_understood_is_seen(renderer, truth, tmp_path, capsys):
+def test_a_model_that_understands_no_word_but_training_s_fails_the_last_two_categories(
+    renderer, truth, tmp_path, capsys
+):
     """A model that draws an empty picture for words that are not captions'."""
 
     def drawn(prompt, scene):
