@@ -49,7 +49,8 @@ def write(
         body.append(f'<section id="c{number}"><h2>{title}</h2>\n{articles}\n</section>')
     page = f"{_HEAD}\n" + "\n".join(body) + f"\n{_SCRIPT}</body></html>\n"
     with paths.writing(path) as file:
-        file.write_text(page, encoding="utf-8")
+        # names of files may have bytes that are no UTF-8
+        file.write_text(page, encoding="utf-8", errors="replace")
 
 
 _HEAD = """<!doctype html>

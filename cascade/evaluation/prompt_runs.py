@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.evaluation import prompt_page
 from cascade.evaluation.drawer import Drawer
@@ -61,6 +60,8 @@ class PromptRun:
     """The seed of the first prompt's first picture."""
     until: int | None = None
     """The side in pixels of the last stage that draws; None draws with all."""
+    settings: Mapping[str, Any]
+    """The settings of the stages that draw, as JSON values, for run.json."""
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -134,8 +135,6 @@ class PromptRun:
 
     def about(self) -> dict[str, Any]:
         """All that decides the pictures, as JSON values: what run.json holds."""
-        from cascade.config import to_json
-
         return {
             "files": [
                 {"file": str(file.path), "sha256": file.sha256, "prompts": len(file.prompts)}
@@ -147,7 +146,7 @@ class PromptRun:
             "samples": self.samples,
             "seed": self.seed,
             "until": self.sides[-1],
-            "settings": {name: to_json(s) for name, s in self.drawer.settings.items()},
+            "settings": dict(self.settings),
         }
 
     def _files(self, number: int) -> set[str]:
@@ -212,7 +211,7 @@ def opened(run: PromptRun) -> Iterator[None]:
     paths.make_folder(folder)
     with lock.Lock(folder, held_by="another drawing", way_out="name another --out"):
         if (folder / "run.json").exists():
-            _check_same(folder, read_json(folder / "run.json"), about)
+            _check_same(folder, about)
         else:
             paths.write_json(folder / "run.json", about)
         for entry in folder.iterdir():
@@ -295,7 +294,13 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _check_same(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
+def _check_same(folder: Path, now: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(
+            f"--out {folder}: its run.json is not readable as JSON ({e}); name another folder"
+        ) from None
     was, new = (dict(_leaves(value)) for value in (before, json.loads(json.dumps(now))))
     differing = [
         f"{name} was {json.dumps(was.get(name))} and is {json.dumps(new.get(name))} now"

@@ -196,6 +196,8 @@ def _json_lines(
         for name, said in ((prompt, text), (category, kind)):
             if not isinstance(said, str | None) or (said is None and name == prompt):
                 raise UserError(f"{where}: {name!r} must be a text, got {json.dumps(said)}")
+            if "\0" in (said or ""):
+                raise UserError(f"{where}: {name!r} has a NUL character, which no text has")
         if not text.strip():
             empty.append(number)
             continue

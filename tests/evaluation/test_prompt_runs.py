@@ -275,6 +275,9 @@ def test_the_page_has_every_prompt_and_picture_by_category(loaded, file, tmp_pat
     assert "three dogs" in counting and "a red car" in colors and "seed 1001" in colors
     assert "<b>cats" not in text and "two &lt;b&gt;cats" in text
     assert "http" not in text and "to draw yet</small>" not in text
+    odd = tmp_path / os.fsdecode(b"\xff<.jsonl")
+    run(file.rename(odd), out, "--samples", 2)
+    assert "?&lt;.jsonl</span>, drawn by" in (out / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_page_of_a_run_that_is_stopped_shows_what_is_there(loaded, file, tmp_path, monkeypatch):

@@ -130,6 +130,7 @@ HEAD = "Prompts,Category\n"
         ("a.jsonl", b'{"prompt": 5}\n', "line 1: 'prompt' must be a text, got 5"),
         ("a.jsonl", b'{"prompt": "x", "tag": [1]}\n', "line 1: 'tag' must be a text, got [1]"),
         ("a.jsonl", b'{"prompt": "\\ud800"}\n', "line 1: is not JSON"),
+        ("a.jsonl", b'{"prompt": "a\\u0000"}\n', "line 1: 'prompt' has a NUL character"),
         ("a.json", b'[{"prompt": "x"}]', "is a JSON list; write its objects one a line"),
         ("a.txt", b"x\ny\0z\n", "line 2: has a NUL character"),
         ("a.png", b"\x89PNG\r\n\x1a\n", "line 1: is not UTF-8 text (byte 0)"),

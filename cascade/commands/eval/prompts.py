@@ -33,7 +33,8 @@ class PromptsOptions(Options):
 
     Each FILE is DrawBench's csv, PartiPrompts.tsv, JSON lines as GenEval's
     evaluation_metadata.jsonl, any csv or tsv, or text with one prompt a line as of T2I-CompBench;
-    its content says which. Prompts of text have no category; of several files, each is one.
+    its content says which. None is downloaded: the error of a missing file tells where people get
+    them. Prompts of text have no category; of several files, each is one.
     OUT gets the pictures as `cascade sample` writes them (0000_64.png, ..., and 0000.json, which
     also says "category" and, in "of_set", what else the set says of the prompt), run.json and
     index.html, a page with all of them. The command may be stopped at any time: given again, it
@@ -157,6 +158,7 @@ def draw_prompts(options: PromptsOptions) -> dict[str, Any]:
         samples=options.samples,
         seed=options.seed,
         until=options.until,
+        settings=described(options, drawer)["settings"],
     )
     with prompt_runs.opened(run):
         run.warn()
