@@ -24,8 +24,8 @@ SETS: tuple[Set, ...] = get_args(Set)
 class Judged:
     """One picture at all its sizes."""
 
-    set: Set
-    """The set that its prompt is of."""
+    set: str
+    """The set that its prompt is of, one of SETS or of another evaluation's."""
     seed: int
     """The seed that the picture was drawn with."""
     prompt: Caption

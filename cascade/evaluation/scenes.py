@@ -11,8 +11,8 @@ from cascade.evaluation import page
 from cascade.evaluation.drawer import Drawer
 from cascade.evaluation.page import Judged, Set
 from cascade.scenes import edges, judge
-from cascade.scenes.captions import caption_at
-from cascade.scenes.reading import SIDES, read
+from cascade.scenes.captions import Caption, caption_at
+from cascade.scenes.reading import SIDES, Reading, read
 
 
 def evaluate_scenes(
@@ -38,29 +38,39 @@ def evaluate_scenes(
     for name in sets:
         for i in range(prompts):
             said = caption_at(seed, i, name)[1]
-            pictures = drawer(said.text, seed + i, until=until)
-            files, verdicts, outlines = {}, {}, {}
-            for side, picture in pictures.items():
-                files[side] = f"pictures/{name}_{i:04d}_{side}.png"
-                images.save_png(folder / files[side], picture, {"prompt": said.text})
-                if side in SIDES:
-                    reading = read(picture)
-                    verdicts[side] = judge.verdicts(reading, said.facts)
-                    outlines[side] = edges.edges(picture, reading)
-            judged.append(
-                Judged(
-                    set=name,
-                    seed=seed + i,
-                    prompt=said,
-                    files=files,
-                    verdicts=verdicts,
-                    edges=outlines,
-                )
+            one, _ = drawn_and_judged(
+                drawer, folder, f"{name}_{i:04d}", name, said, seed + i, until
             )
+            judged.append(one)
             advance()
-    report = {name: _summaries([one for one in judged if one.set == name]) for name in sets}
+    report = {name: summaries([one for one in judged if one.set == name]) for name in sets}
     page.write(folder / "index.html", judged, report)
-    return report, [_as_json(one) for one in judged]
+    return report, [as_json(one) for one in judged]
+
+
+def drawn_and_judged(
+    drawer: Drawer,
+    folder: Path,
+    name: str,
+    of_set: str,
+    said: Caption,
+    seed: int,
+    until: int | None = None,
+) -> tuple[Judged, dict[int, Reading]]:
+    """Draw one caption, and judge the picture by its facts: the verdicts, and side -> reading.
+
+    Its files are pictures/NAME_SIDE.png in the folder, where pictures/ must be.
+    """
+    files, verdicts, outlines, readings = {}, {}, {}, {}
+    for side, picture in drawer(said.text, seed, until=until).items():
+        files[side] = f"pictures/{name}_{side}.png"
+        images.save_png(folder / files[side], picture, {"prompt": said.text})
+        if side in SIDES:
+            readings[side] = reading = read(picture)
+            verdicts[side] = judge.verdicts(reading, said.facts)
+            outlines[side] = edges.edges(picture, reading)
+    one = Judged(set=of_set, seed=seed, prompt=said, files=files, verdicts=verdicts, edges=outlines)
+    return one, readings
 
 
 def check_sides(drawer: Drawer, until: int | None) -> list[int]:
@@ -74,7 +84,8 @@ def check_sides(drawer: Drawer, until: int | None) -> list[int]:
     return sides
 
 
-def _summaries(judged: Sequence[Judged]) -> dict[str, Any]:
+def summaries(judged: Sequence[Judged]) -> dict[str, Any]:
+    """Side -> `judge.summary` with "edges", of pictures that have the same sides."""
     facts = [one.prompt.facts for one in judged]
     return {
         str(side): judge.summary([one.verdicts[side] for one in judged], facts)
@@ -83,7 +94,8 @@ def _summaries(judged: Sequence[Judged]) -> dict[str, Any]:
     }
 
 
-def _as_json(one: Judged) -> dict[str, Any]:
+def as_json(one: Judged) -> dict[str, Any]:
+    """One picture with its verdicts, as results.json has it."""
     return {
         "set": one.set,
         "seed": one.seed,

@@ -159,7 +159,7 @@ class Cascade:
         self,
         prompts: str | Sequence[str],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         num: int = 1,
         until: int | None = None,
         size: tuple[int, int] | None = None,
@@ -194,15 +194,16 @@ class Cascade:
             model(["a star", "a ring"], num=4, guidance=[5, 2, 1])  # eight, by stages' weights
             model("a blue square", init=Image.open("photo.jpg"), strength=0.6, until=64)
 
-        What is drawn. prompts: one, or a list. seed: of each prompt's first picture, 0 or more; the
-        next ones count up, below 2**32. num: pictures of each prompt. until: the side in pixels of
-        the last stage that draws; None is all stages. size: (height, width) in pixels of the first
-        stage's pictures, if they are not to be its square, which it has learned; the others enlarge
-        them alike. negative: a text that guidance moves away from, or a list with one for each
-        prompt. embeddings: what the stages are told in place of the text encoder's embeddings, a
-        row for each prompt, which then is a name. noise: float32 N(0, 1), [prompts * num, s, s, 3],
-        that the first stage that draws begins from, in place of the seeds'. The same prompt, seed
-        and settings make the same picture among any others.
+        What is drawn. prompts: one, or a list. seed: of each prompt's first picture, 0 or more, or
+        a list with one for each prompt; the next ones count up, below 2**32. num: pictures of each
+        prompt. until: the side in pixels of the last stage that draws; None is all stages. size:
+        (height, width) in pixels of the first stage's pictures, if they are not to be its square,
+        which it has learned; the others enlarge them alike. negative: a text that guidance moves
+        away from, or a list with one for each prompt. embeddings: what the stages are told in place
+        of the text encoder's embeddings, a row for each prompt, which then is a name. noise: N(0,
+        1) in float32, [prompts * num, s, s, 3], that the first stage that draws begins from, in
+        place of the seeds'. The same prompt, seed and settings make the same picture among any
+        others.
 
         How, by stage: one value for all stages, or a list with one for each, smallest first, as for
         the options of `cascade sample` of these names, whose words they take. steps: of sampling, 1
@@ -239,15 +240,14 @@ class Cascade:
         pictures and prompts of other types, when it is called. Warns of words that no training
         caption had.
         """
-        counts.check(
-            seed=seed, num=num, batch_size=batch_size, split_rows=split_rows, frames=frames
-        )
+        counts.check(num=num, batch_size=batch_size, split_rows=split_rows, frames=frames)
         if progress is not None and not callable(progress):
             raise TypeError(
                 f"progress: must be a function, which is called with a Progress, got {progress!r}; "
                 "progress=print shows what it is given"
             )
         prompts = inputs.texts(prompts)
+        firsts = inputs.seeds(seed, len(prompts), num)
         small = inputs.lowres(lowres, len(prompts), functools.partial(self.fitted, until=until))
         stages = self.select(until=until, lowres=None if small is None else len(small[0]))
         configs = [stage.config for stage, _ in stages]
@@ -334,7 +334,7 @@ class Cascade:
             total = len(prompts) * num
             for start in range(share[0] * batch_size, total, share[1] * batch_size):
                 end = min(start + batch_size, total)
-                batch = [(k // num, seed + k % num) for k in range(start, end)]
+                batch = [(k // num, firsts[k // num] + k % num) for k in range(start, end)]
                 b = batch_size
                 filled = batch + batch[-1:] * (b - len(batch))
                 seeds, rows = np.array([s for _, s in filled], np.uint32), [p for p, _ in filled]

@@ -39,6 +39,25 @@ def texts(prompts: Any) -> list[str]:
     return [str(prompt) for prompt in listed]
 
 
+def seeds(given: Any, prompts: int, num: int) -> list[int]:
+    """The seed of each prompt's first picture: one for all of them, or a list with one for each.
+
+    Raises OptionError as `counts.check` does, and UserError for another number of them.
+    """
+    if not isinstance(given, (list, tuple)):
+        counts.check(seed=given, num=num)
+        return [int(given)] * prompts
+    listed = list(given)
+    if len(listed) != prompts:
+        raise UserError(
+            f"seed: {len(listed)} for {prompts} prompt{'s' * (prompts != 1)}; give one for each, "
+            "or a single one for all"
+        )
+    for seed in listed:
+        counts.check(seed=seed, num=num)
+    return [int(seed) for seed in listed]
+
+
 def negative(given: str | Sequence[str] | None, prompts: int) -> list[str] | None:
     """What guidance moves away from: one text for all prompts, or one for each; None for nothing.
 

@@ -59,6 +59,20 @@ def test_pictures_are_the_same_however_many_prompts_are_embedded_together(
         assert np.abs(one.image.astype(int) - other.image).max() <= 1
 
 
+def test_each_prompt_may_have_a_seed_of_its_own(cascade):
+    options = {"num": 2, "until": 8, "batch_size": 2}
+    drawn = cascade(["red circle", "blue square"], seed=[7, 300], **options)
+    alone = [
+        *cascade("red circle", seed=7, **options),
+        *cascade("blue square", seed=300, **options),
+    ]
+    assert [(p.prompt, p.seed) for p in drawn] == [(p.prompt, p.seed) for p in alone]
+    assert [p.seed for p in drawn] == [7, 8, 300, 301] == [p.metadata["seed"] for p in drawn]
+    for one, other in zip(drawn, alone, strict=True):
+        assert np.abs(one.image.astype(int) - other.image).max() <= 1
+    assert not np.array_equal(drawn[0].image, drawn[1].image)
+
+
 def test_a_batch_is_told_of_its_own_prompts_also_where_it_lies_in_two_parts():
     def told(part):
         rows = np.arange(10)[part]

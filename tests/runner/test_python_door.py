@@ -107,6 +107,8 @@ def test_options_are_laid_over_the_settings_that_are_given(model):
         ({"until": 64}, "until=64: this model draws 8, 16, 32 px"),
         ({"num": 0}, "num=0: must be 1 or more"),
         ({"seed": -1}, "seed=-1: must be 0 or more"),
+        ({"seed": [0, -1]}, "seed: 2 for 1 prompt; give one for each"),
+        ({"seed": [-1]}, "seed=-1: must be 0 or more"),
         ({"seed": 2**32 - 1, "num": 2}, "the last of 2 pictures would have seed 4294967296"),
         ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
         ({"batch_size": 4097}, "batch_size=4097: must be at most 4096"),
@@ -195,7 +197,7 @@ for prompts, options, message in (
         assert all(part in str(e) for part in message.split(".*")), (message, str(e))
     else:
         raise AssertionError(message)
-for seed in (1.5, "1", True, [1]):
+for seed in (1.5, "1", True, {1}):
     try:
         model("a", seed=seed)
     except ValueError as e:
