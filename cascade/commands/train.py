@@ -82,7 +82,14 @@ def _train(argv: list[str]) -> tuple[Path, bool, str]:
     from cascade.training.loop import fit
 
     folder, images = _workdir(workdir), _images(until)
-    ended, more = fit(job, folder, until=images), ""
+    evaluate = None
+    from cascade.training.stage_training import StageTraining
+
+    if isinstance(job, StageTraining) and job.eval_every_images:
+        from cascade.evaluation.while_training import WhileTraining
+
+        evaluate = WhileTraining(job)
+    ended, more = fit(job, folder, until=images, evaluate=evaluate), ""
     if images is not None and images < job.images:
         more = f", up to --until {images} of {job.images} images; without --until it goes on"
     return folder, ended, more

@@ -20,7 +20,7 @@ from cascade.evaluation.features import Features, Stored, store
 from cascade.storage import paths
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""Of the kernel distance, as its authors have them."""
+"""The kernel distance is over so many subsets of so many pictures, as its authors have it."""
 MOST_NEIGHBOURS = 10_000
 """Neighbourhoods are of the first so many pictures of a set, as in Dhariwal & Nichol 2021."""
 SHOWN = 64

@@ -54,6 +54,9 @@ class Running:
         all processes call it."""
         return {}
 
+    evaluate_every_images: int = 0
+    """Examples from one evaluation of the averaged weights to the next; 0 is never."""
+
     def skipped(self) -> list[tuple[str, str]]:
         """The key of each record of the data that turned out to be unreadable since this was last
         asked, and the reason in a few words."""

@@ -117,17 +117,23 @@ class TrainingLog:
         """Say that the first step, which compiles, is done: speed is that of the others."""
         self._compiled = (time.perf_counter(), step)
 
+    def pause(self, seconds: float) -> None:
+        """Say that no step was taken for so long; speed is that of the steps."""
+        self._since = (self._since[0] + seconds, self._since[1])
+        self._compiled = (self._compiled[0] + seconds, self._compiled[1])
+
     def pending(self) -> list[dict[str, Any]]:
         """The figures of the steps since the last row, as JSON values."""
         return jax.tree.map(lambda x: np.asarray(x).item(), jax.device_get(self._pending))
 
     def write(
-        self, step: int, skipped: Mapping[str, int] = {}, held_out: Mapping[str, float] = {}
+        self, step: int, skipped: Mapping[str, int] = {}, figures: Mapping[str, float] = {}
     ) -> dict[str, Any]:
         """Write and return the row of the steps since the last one.
 
         skipped: how many records of the data the run could not read by now, by reason.
-        held_out: figures of what is never trained on, if they were taken at this step.
+        figures: of the averaged weights, "validation/..." of what is never trained on and
+        "eval/..." of what they draw, if they were taken at this step.
         """
         self._check()
         pending, self._pending, self._checked = jax.device_get(self._pending), [], 0
@@ -137,7 +143,7 @@ class TrainingLog:
             row[name] = float(np.mean([float(m[name]) for m in good])) if good else None
         row["skipped"] = len(pending) - len(good)
         row |= {f"skipped_records/{reason}": count for reason, count in skipped.items()}
-        row |= held_out
+        row |= figures
         row |= self._speed(step)
         row |= {"changed": self.changed} if self.changed else {}
         self.changed = ""
@@ -261,11 +267,20 @@ class _WeightsAndBiases:
 def _plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    evaluated = sorted({name for row in rows for name in row if name.startswith("eval/")})
+    figure = Figure(figsize=(6, 4 + 2 * len(evaluated)), layout="constrained")
+    ratios = [2] + [1] * len(evaluated)
+    panels = figure.subplots(len(ratios), squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
+    axes = panels[0]
+    for panel, name in zip(panels[1:], evaluated, strict=True):
+        some = [row for row in rows if name in row]
+        panel.plot([row["images"] for row in some], [row[name] for row in some], marker=".")
+        panel.set(ylabel=name.removeprefix("eval/").replace("_", " "))
+        panel.grid(alpha=0.3)
     seen = [r for r in rows if r["loss"] is not None]
     axes.plot([r["images"] for r in seen], [r["loss"] for r in seen], marker="." * (len(seen) < 3))
-    axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=title)
+    axes.set(ylabel="loss", yscale="log", title=title)
+    panels[-1].set(xlabel="images seen")
     if held_out := [r for r in rows if "validation/loss" in r]:
         images = [r["images"] for r in held_out]
         for name in sorted(n for n in held_out[-1] if n.startswith("validation/loss")):

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -46,24 +46,34 @@ from cascade.storage.checkpoint import Checkpoints, check_name
 from cascade.storage.lock import Lock
 from cascade.storage.paths import Path
 from cascade.storage.weights import save_safetensors
-from cascade.training.job import Batches, Job
+from cascade.training.job import Batches, Job, Running
 from cascade.training.log import TrainingLog
 from cascade.training.skipped import Skipped
 from cascade.training.step import State, begin, make_train_step, step_flops, whole
 
+Evaluate = Callable[[Running, Any], Mapping[str, float]]
+"""What a job has open, and its averaged weights -> figures by name; all processes call it."""
 
-def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) -> bool:
+
+def fit(
+    job: Job,
+    workdir: str | os.PathLike[str],
+    *,
+    until: int | None = None,
+    evaluate: Evaluate | None = None,
+) -> bool:
     """Train in `workdir`, from its newest checkpoint if it has one; whether it came to its end.
 
     workdir: a folder here, or gs://BUCKET/NAME or s3://BUCKET/NAME. until: end (with a checkpoint)
-    after this many images instead of job.images. SIGTERM and Ctrl-C save a checkpoint and return
+    after this many images instead of job.images. evaluate: gives figures for metrics.jsonl, as
+    often as the job wants them; None gives none. SIGTERM and Ctrl-C save a checkpoint and return
     False. Several processes (jax.distributed) call it alike; a SIGTERM to any of them stops all.
     Raises UserError when skip_limit updates in a row were not finite, with the state before them
     saved, and at once where another training holds the folder, or processes were started unlike.
     """
     with _Folder(paths.path(workdir)) as folder:
         try:
-            return _fit(job, folder, until)
+            return _fit(job, folder, until, evaluate)
         except OSError as e:
             if e.errno not in paths.FULL:
                 raise
@@ -73,7 +83,7 @@ def fit(job: Job, workdir: str | os.PathLike[str], *, until: int | None = None) 
             ) from None
 
 
-def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
+def _fit(job: Job, folder: _Folder, until: int | None, evaluate: Evaluate | None) -> bool:
     workdir = folder.path
     check_name(workdir)
     if job.minutes is not None and jax.process_count() > 1:
@@ -165,14 +175,22 @@ def _fit(job: Job, folder: _Folder, until: int | None) -> bool:
             shown.update(min(job.batch_size, job.images - (step - 1) * job.batch_size))
             log.add(metrics, waited)
             ends = step >= last or log.diverged
-            every = running.validate_every_images
-            validates = every > 0 and (step >= last or _due(step, every, job))
-            if ends or validates or _due(step, job.log_every_images, job):
+            validates, evaluates = (
+                every > 0 and (step >= last or _due(step, every, job)) and not log.diverged
+                for every in (running.validate_every_images, running.evaluate_every_images)
+            )
+            if ends or validates or evaluates or _due(step, job.log_every_images, job):
                 folder.check_there()
-                held_out = {}
-                if validates and not log.diverged:
-                    held_out = running.validate(whole(job, state, state["ema"]))
-                loss = log.write(step, skipped.counts, held_out)["loss"]
+                figures: dict[str, float] = {}
+                jax.block_until_ready(metrics)
+                paused = time.perf_counter()
+                if validates:
+                    figures |= running.validate(whole(job, state, state["ema"]))
+                if evaluates and evaluate is not None:
+                    shown.set_postfix_str("evaluating")
+                    figures |= evaluate(running, whole(job, state, state["ema"]))
+                log.pause(time.perf_counter() - paused)
+                loss = log.write(step, skipped.counts, figures)["loss"]
                 shown.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}")
             ends = stop.asked(step) or ends  # no row for it: those of a stopped run are as others'
             if ends:

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from cascade import images
 from cascade.data import Batches, Data, Degradation, Source, batches
 from cascade.data.held_out import divided
 from cascade.data.pipeline import TokenizeFn
-from cascade.data.source import BadRecord
+from cascade.data.source import BadRecord, Example
 from cascade.data.transforms import check_resolutions
 from cascade.devices import sharding
 from cascade.errors import UserError
@@ -169,6 +169,18 @@ class StageTraining(StageJob):
     """Examples from one look at what is held out to the next."""
     validation_images: int = 1000
     """So many pictures of what is held out are looked at, in whole batches."""
+    eval_every_images: int = 0
+    """Examples from one evaluation of what the averaged weights draw to the next; 0 is never. Each
+    draws eval_pictures, for metrics.jsonl and loss.png: FD-proxy to the true pictures, on scenes
+    the share of facts right, and what the two fields below ask for."""
+    eval_pictures: int = 64
+    """So many pictures are drawn in an evaluation: of what is held out if anything is, on scenes
+    of scenes that training never has, else of the first of the data. With so few, figures are good
+    for comparing the weights of one run."""
+    eval_clip: str | None = None
+    """A CLIP that scores evaluated pictures by their captions: a folder, or a name on the hub."""
+    eval_inception: str | None = None
+    """Inception's weights (safetensors), by which the distance to the true pictures is too."""
     preview_captions: int = 0
     """So many captions of the data, the first that differ, are drawn in previews of a base stage
     too, before preview_prompts; 0 is none."""
@@ -179,7 +191,9 @@ class StageTraining(StageJob):
         super().__post_init__()
         for name in ("text_tokens", "validate_every_images", "validation_images"):
             self.at_least(name, 1)
-        self.at_least("preview_captions", 0)
+        self.at_least("eval_pictures", 2)
+        for name in ("preview_captions", "eval_every_images"):
+            self.at_least(name, 0)
         if not 0 <= self.validation < 1:
             raise ValueError(
                 f"{self._kind}.validation must be a share in [0, 1), got {self.validation}"
@@ -234,6 +248,8 @@ class RunningStage(Running):
         reader = None if self._text is None else self._text.reader
         read = self.read(source, reader, sharding.process_rows(mesh, job.batch_size))
         self._read = self.batches = read
+        self._examples = source if held_out is None else held_out
+        self.evaluate_every_images = job.eval_every_images
         drawn = job.preview_every_images and job.stage.lowres is None
         own = first_captions(source, job.preview_captions) if drawn else []
         self._prompts = [*own, *job.preview_prompts]
@@ -266,6 +282,26 @@ class RunningStage(Running):
 
     def validate(self, params):
         return {} if self._held_out is None else self._held_out.losses(params, self.prepare)
+
+    @property
+    def embeds_all(self) -> bool:
+        """Whether any text can be embedded, and not those of a store alone."""
+        return not isinstance(self._text, Stored) or self._text.encodes
+
+    def examples(self, count: int) -> list[Example]:
+        """The first `count` examples, or fewer, of what is held out, or else of the data."""
+        found = []
+        for index in range(min(len(self._examples), 2 * count + 100)):
+            with contextlib.suppress(BadRecord):  # the run says so, in its time
+                found.append(self._examples[index])
+            if len(found) == count:
+                break
+        return found
+
+    def draw(self, params: Any, examples: Sequence[Example]) -> UInt8[np.ndarray, "n s s 3"] | None:
+        """Draw what examples say, super-resolution from their small pictures, as `preview.of` does;
+        all processes call it."""
+        return preview.of(Stage(self._job.stage), params, examples, self._text or no_encoder)
 
     def skipped(self):
         records, self._read.bad_records = self._read.bad_records, []

@@ -111,6 +111,11 @@ class Stored:
         read = {name: batch.pop(name) for name in _READ if name in batch}
         return batch | self._restore(read, np.int32(step))
 
+    @property
+    def encodes(self) -> bool:
+        """Whether texts that are not there can be embedded too."""
+        return self._encoder is not None
+
     def present(self, prompts: Sequence[str]) -> list[str]:
         """Leave out the prompts that cannot be embedded, with a warning that names one of them."""
         left = [] if self._encoder else [text for text in prompts if text not in self.store]
