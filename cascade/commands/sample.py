@@ -113,6 +113,15 @@ class Options:
     dynamic:0.95:1.5."""
     negative: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
     """What guidance moves away from, instead of the empty condition."""
+    best_of: int = 1
+    """Draw so many candidates of each picture in the first stage, and keep the one that --clip
+    finds nearest to the prompt; only that one is enlarged. Its seed and all scores are in the
+    JSON."""
+    clip: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: none)")
+    ] = None
+    """The CLIP that chooses: a folder as transformers writes it, or a name such as
+    openai/clip-vit-base-patch16."""
     text_encoder: Annotated[
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model's own)")
     ] = None
@@ -201,6 +210,11 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         t5_int8=options.t5_int8,
         offload=options.offload,
     )
+    judge = None
+    if options.clip is not None:
+        from cascade.published import clip
+
+        judge = clip.load(options.clip)
     if lowres is not None:
         lowres = cascade.fitted(lowres, until=options.until)
     chosen = cascade.select(until=options.until, lowres=None if lowres is None else len(lowres))
@@ -240,7 +254,12 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
     count = sum(1 for _ in numbers(total, batch_size, share))
     side = 0
     steps = {stage.name: chosen.steps for stage, chosen in zip(stages, settings, strict=True)}
-    bar = Bar(-(-count // batch_size), steps, shown=share[0] == 0 and not options.quiet)
+    bar = Bar(
+        -(-count // batch_size),
+        steps,
+        shown=share[0] == 0 and not options.quiet,
+        times={stages[0].name: options.best_of},
+    )
     pictures = cascade.draw(
         prompts,
         seed=options.seed,
@@ -252,6 +271,8 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         settings=settings,
         steering=steering,
         batch_size=batch_size,
+        best_of=options.best_of,
+        judge=None if judge is None else judge.likeness,
         share=share,
         split_rows=options.split_rows,
         frames=FRAMES.get(options.path or "", 0),
@@ -259,6 +280,8 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
     )
     given = ("text_encoder", "dtype", "t5_int8", "lowres")
     record = {name: getattr(options, name) for name in given} | records
+    if judge is not None:
+        record |= {"clip": options.clip, "clip_sha256": judge.digest}
     record = {name: str(v) if isinstance(v, Path) else v for name, v in record.items()}
     with bar:
         for number, picture in zip(numbers(total, batch_size, share), pictures, strict=True):
@@ -322,6 +345,12 @@ def _check_words(options: Options, prompts: int) -> None:
     )
     if options.random_seed and options.seed:
         raise UserError(f"--seed {options.seed} and --random-seed: give one of them")
+    if (options.best_of > 1) != (options.clip is not None):
+        raise UserError(
+            f"--best-of {options.best_of} and --clip {options.clip}: go together: the former says "
+            "how many candidates there are, 2 or more, the latter who chooses, such as "
+            "openai/clip-vit-base-patch16"
+        )
     for flag, value in {"--model": options.model, "--text-encoder": options.text_encoder}.items():
         if value == "":
             raise UserError(f"{flag} is empty; give a folder or a name, or leave it out")

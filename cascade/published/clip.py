@@ -33,6 +33,8 @@ _WANTED = (
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
     "special_tokens_map.json",
 )
+AT_ONCE = 16
+"""So many pictures are looked at together."""
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 """OpenAI's CLIP, and OpenCLIP's, were trained on pictures normalised by these."""
@@ -85,6 +87,19 @@ class CLIP:
         x = pictures.astype(jnp.float32) / 255
         x = (x - jnp.array(self.mean)) / jnp.array(self.std)
         return Network(self.config).bind(params).image(x)
+
+    def likeness(
+        self, pictures: UInt8[np.ndarray, "n h w 3"], texts: Sequence[str]
+    ) -> Float[np.ndarray, " n"]:
+        """The cosine of each picture and its text, -1 to 1, AT_ONCE at a time."""
+        found, known = [], list(dict.fromkeys(texts))
+        embedded = dict(zip(known, self.texts(known), strict=True))
+        for start in range(0, len(pictures), AT_ONCE):
+            some = [self.prepare(picture) for picture in pictures[start : start + AT_ONCE]]
+            filled = np.stack(some + some[-1:] * (AT_ONCE - len(some)))
+            found.append(np.asarray(_images(self, self.params, jnp.asarray(filled)))[: len(some)])
+        own = np.stack([embedded[text] for text in texts])
+        return (np.concatenate(found) * own).sum(axis=1)
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
         """Embed texts, float32. One that is too long keeps its beginning. Raises UserError for what
@@ -143,6 +158,11 @@ def published(folder: Path) -> Published:
         origins=_origins,
         ignored=r".*position_ids$",
     )
+
+
+@jax.jit(static_argnums=0)
+def _images(clip: CLIP, params: Any, pictures: Array) -> Array:
+    return clip.images(params, pictures)
 
 
 @jax.jit(static_argnums=0)

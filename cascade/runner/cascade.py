@@ -27,12 +27,13 @@ from cascade import images
 from cascade.config import to_json
 from cascade.devices import sharding
 from cascade.errors import OptionError, UserError
-from cascade.runner import counts, drawing, inputs
+from cascade.runner import counts, drawing, inputs, reranking
 from cascade.runner.edits import edited, redrawn
 from cascade.runner.model_folder import open_model, update_digest
 from cascade.runner.overrides import ByStage, override
 from cascade.runner.picture import Picture
 from cascade.runner.progress import Progress
+from cascade.runner.reranking import Judge
 from cascade.stage import Sampling, Stage, StageConfig, Steering
 from cascade.text import T5Encoder, TextEmbedding, TextEncoder
 
@@ -178,6 +179,8 @@ class Cascade:
         init: inputs.Picture | Sequence[inputs.Picture] | None = None,
         mask: inputs.Mask | Sequence[inputs.Mask] | None = None,
         strength: ByStage | None = None,
+        best_of: int = 1,
+        judge: Judge | None = None,
         frames: int = 0,
         batch_size: int | None = None,
         split_rows: int = 1,
@@ -225,6 +228,11 @@ class Cascade:
         in the base stage (1 with a mask), .8 in the others. "0.5:3" takes them three times, as
         SDEdit repeats; "1:10:2" two at a time, ten times each, as RePaint, with a mask.
 
+        best_of: so many candidates are drawn of each picture by the first stage, 1 to 1024, and the
+        one that `judge` likes best is kept: a function of pictures, uint8 [n, s, s, 3], and n
+        prompts, to n numbers, such as `published.clip.load(NAME).likeness`. Candidate j of seed s
+        is the picture of seed best_of * s + j, which is then the picture's.
+
         frames: so many guesses of each stage at the picture, from noise to the end, are kept in
         `Picture.frames`; at most as many as there are steps.
 
@@ -248,6 +256,7 @@ class Cascade:
             )
         prompts = inputs.texts(prompts)
         firsts = inputs.seeds(seed, len(prompts), num)
+        several = reranking.best_of(best_of, judge, max(firsts), num)
         small = inputs.lowres(lowres, len(prompts), functools.partial(self.fitted, until=until))
         stages = self.select(until=until, lowres=None if small is None else len(small[0]))
         configs = [stage.config for stage, _ in stages]
@@ -277,6 +286,13 @@ class Cascade:
         if embeddings is not None:
             inputs.check_embeddings(embeddings, len(prompts), configs)
         sizes = inputs.sizes(size, configs, begun=lowres is not None or init is not None)
+        if several is not None:
+            for option, value in (("lowres", lowres), ("noise", noise), ("embeddings", embeddings)):
+                if value is not None:
+                    raise UserError(
+                        f"best_of {best_of}: chooses among pictures that the first stage draws "
+                        f"from prompts and seeds; leave {option} out"
+                    )
         if noise is not None:
             inputs.check_noise(noise, len(prompts) * num, configs[0], sizes[0])
         metadata: dict[str, Any] = {
@@ -339,29 +355,37 @@ class Cascade:
                 filled = batch + batch[-1:] * (b - len(batch))
                 seeds, rows = np.array([s for _, s in filled], np.uint32), [p for p, _ in filled]
                 low = None if small is None else np.stack([small[p % len(small)] for p in rows])
-                sides, paths = drawing.draw_batch(
+                found = drawing.draw_batch(
                     runs,
                     told(rows),
                     seeds,
                     low,
                     steered(rows),
                     None if noise is None else noise[[min(start + i, end - 1) for i in range(b)]],
+                    best_of=several,
+                    prompts=[prompts[p] for p in rows],
                     frames=frames,
                     progress=progress,
                     count=len(batch),
                 )
                 for i, (p, s) in enumerate(batch):
+                    own = {}
+                    if found.chosen is not None:
+                        seeds, scores, best = (x[..., i].tolist() for x in found.chosen)
+                        own["best_of"] = {"seed": s, "seeds": seeds, "scores": scores}
+                        s = seeds[best]
                     yield Picture(
                         prompts[p],
                         s,
-                        {side: pictures[i] for side, pictures in sides.items()},
+                        {side: pictures[i] for side, pictures in found.sides.items()},
                         {
                             "prompt": prompts[p],
                             "seed": s,
                             "negative": away and away[p % len(away)],
+                            **own,
                             **metadata,
                         },
-                        {side: path[:, i] for side, path in paths.items()},
+                        {side: path[:, i] for side, path in found.paths.items()},
                     )
 
         return drawn()

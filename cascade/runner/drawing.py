@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, UInt8, UInt32
 
 from cascade import images
 from cascade.devices import sharding
@@ -36,15 +37,39 @@ class PreparedStage:
     """Height and width of its pictures; None is its resolution's square."""
 
 
-def draw_batch(runs, told, seeds, low, steering, noise, *, frames, progress, count):
-    """-> (pictures of every side, frames of every side).
+class Batch(NamedTuple):
+    """One batch of pictures, with a row for each."""
+
+    sides: dict[int, UInt8[np.ndarray, "b _ _ 3"]]
+    """Side in pixels -> the pictures."""
+    paths: dict[int, UInt8[np.ndarray, "n b _ _ 3"]]
+    """Side in pixels -> what the stage thought they were, from noise to the end."""
+    chosen: Chosen | None
+    """Which candidates they are, where several were drawn of each."""
+
+
+class Chosen(NamedTuple):
+    """The candidates that a batch was chosen from."""
+
+    seeds: UInt32[np.ndarray, "n b"]
+    """The seeds of all of them."""
+    scores: Float[np.ndarray, "n b"]
+    """What the judge gave them."""
+    best: Int[np.ndarray, " b"]
+    """The number of the one that was kept, from 0."""
+
+
+def draw_batch(
+    runs, told, seeds, low, steering, noise, *, best_of, prompts, frames, progress, count
+):
+    """Draw the pictures of a batch: -> Batch.
 
     told: for each stage what it is given and led away from; this and all else has a row a picture.
-    noise: what the first stage begins from, or None. count: how many of the rows are pictures, the
-    others filling the batch.
+    noise: what the first stage begins from, or None. best_of: how the first stage's are chosen from
+    several, by their prompts, or None. count: how many of the rows are pictures, the others filling
+    the batch.
     """
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    drawn, paths = {}, {}
+    drawn, paths, chosen = {}, {}, None
     for run, (given, away), steered in zip(runs, told, steering, strict=True):
         config = run.stage.config
         if low is not None:
@@ -52,46 +77,69 @@ def draw_batch(runs, told, seeds, low, steering, noise, *, frames, progress, cou
             enlarged = {c.name: c.of_lowres(small) for c in config.conditions}
             given = given | {k: v for k, v in enlarged.items() if v is not None}
         resolution = config.resolution
-        path: list[Any] = []
 
-        def each(step, steps, thought, config=config, path=path):
-            if progress is not None:
-                progress(
-                    Progress(
-                        stage=config.name,
-                        resolution=config.resolution,
-                        step=step,
-                        steps=steps,
-                        pictures=count,
-                        thought=thought,
-                    )
-                )
-            if step - 1 in np.linspace(steps - 1, 0, min(frames, steps)).astype(int):
-                path.append(images.to_uint8(thought()))
+        how = {"noise": noise, "frames": frames, "progress": progress, "count": count}
+        pictures = functools.partial(_drawn, run, given, away, steered, **how)
 
-        x0 = run.stage.sample(
-            run.params,
-            given,
-            # folded by resolution, so that a stage draws the same wherever one starts
-            jax.vmap(lambda k, r=resolution: jax.random.fold_in(k, r))(keys),
-            settings=run.settings,
-            negative=away,
-            steering=steered,
-            sides=run.sides,
-            place=run.place,
-            noise=noise,
-            each=each if frames or progress else None,
-        )
-        if not jnp.isfinite(x0).all():
-            raise UserError(
-                f"stage {config.name} drew values that are not finite: its weights are "
-                "damaged, or its settings too extreme"
-            )
-        low, noise = images.to_uint8(x0), None
+        if best_of is not None and chosen is None:
+            of_all = best_of.seeds(seeds)
+            several, thoughts = zip(*map(pictures, of_all), strict=True)
+            scores = best_of.scores(np.stack(several), prompts)
+            chosen = Chosen(of_all, scores, scores.argmax(axis=0))
+            rows = np.arange(len(seeds))
+            seeds = of_all[chosen.best, rows]
+            low = np.stack(several)[chosen.best, rows]
+            if frames:
+                path = np.stack(thoughts)[chosen.best, :, rows].swapaxes(0, 1)
+        else:
+            low, path = pictures(seeds)
+        noise = None
         drawn[resolution] = low
         if frames:
-            paths[resolution] = np.stack(path)
-    return drawn, paths
+            paths[resolution] = path
+    return Batch(drawn, paths, chosen)
+
+
+def _drawn(run, given, away, steered, seeds, *, noise, frames, progress, count):
+    """-> (one stage's pictures, what they were thought to be on the way)."""
+    config, path = run.stage.config, []
+    resolution = config.resolution
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+
+    def each(step, steps, thought):
+        if progress is not None:
+            progress(
+                Progress(
+                    stage=config.name,
+                    resolution=config.resolution,
+                    step=step,
+                    steps=steps,
+                    pictures=count,
+                    thought=thought,
+                )
+            )
+        if step - 1 in np.linspace(steps - 1, 0, min(frames, steps)).astype(int):
+            path.append(images.to_uint8(thought()))
+
+    x0 = run.stage.sample(
+        run.params,
+        given,
+        # folded by resolution, so that a stage draws the same wherever one starts
+        jax.vmap(lambda k: jax.random.fold_in(k, resolution))(keys),
+        settings=run.settings,
+        negative=away,
+        steering=steered,
+        sides=run.sides,
+        place=run.place,
+        noise=noise,
+        each=each if frames or progress else None,
+    )
+    if not jnp.isfinite(x0).all():
+        raise UserError(
+            f"stage {config.name} drew values that are not finite: its weights are "
+            "damaged, or its settings too extreme"
+        )
+    return images.to_uint8(x0), np.stack(path) if frames else None
 
 
 class ToldInParts:

@@ -43,14 +43,22 @@ class Progress:
 class Bar:
     """While entered, a bar on stderr tells how many steps of all stages of all batches are done."""
 
-    def __init__(self, batches: int, steps: Mapping[str, int], shown: bool):
-        """steps: stage's name -> how many it is to take, as far as one can tell."""
+    def __init__(
+        self,
+        batches: int,
+        steps: Mapping[str, int],
+        shown: bool,
+        times: Mapping[str, int] = {},
+    ):
+        """steps: stage's name -> how many it is to take, as far as one can tell. times: how often
+        it draws each batch, where that is not once."""
         self._batches, self._planned, self._shown = batches, dict(steps), shown
+        self._times = {name: times.get(name, 1) for name in steps}
         self._met: set[str] = set()
 
     def __enter__(self) -> Bar:
         self._bar = bar(
-            total=self._batches * sum(self._planned.values()),
+            total=self._batches * sum(n * self._times[s] for s, n in self._planned.items()),
             unit="step",
             desc="drawing",
             disable=not self._shown,
@@ -64,7 +72,7 @@ class Bar:
         new = progress.stage not in self._met
         if new:  # a picture that is redrawn leaves steps out
             more = progress.steps - self._planned[progress.stage]
-            self._bar.total += self._batches * more
+            self._bar.total += self._batches * more * self._times[progress.stage]
             self._met.add(progress.stage)
         if progress.step <= 1:
             self._bar.set_postfix_str(f"{progress.stage}, compiling" if new else progress.stage)
