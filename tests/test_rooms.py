@@ -132,9 +132,10 @@ def test_the_plan_allows_nothing_that_no_one_needs():
 
 def test_public_weights_are_met_in_three_places_alone():
     """Who draws and who trains know what pipelines there are, by what lists of steps they are
-    sampled, and what earlier versions wrote."""
+    sampled, what a CLIP's folder is, and what earlier versions wrote."""
     doors = {
-        f"cascade.published.{name}" for name in ("earlier_versions", "pipelines", "schedulers")
+        f"cascade.published.{name}"
+        for name in ("clip", "earlier_versions", "pipelines", "schedulers")
     }
     for room in ("runner", "training"):
         modules = {name for file in rooms()[room] for name in modules_of_ours(file)}

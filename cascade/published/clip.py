@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.models import CLIPConfig, Network
 from cascade.published import hub
-from cascade.storage import checksums
+from cascade.storage import checksums, paths, weights
 from cascade.storage.network import Published, Shapes, read_config
 from cascade.storage.weights import Origin
 from cascade.text import clip as text_clip
@@ -84,8 +85,7 @@ class CLIP:
 
     def images(self, params: Any, pictures: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
         """Embed pictures that `prepare` gave; a pure function, float32."""
-        x = pictures.astype(jnp.float32) / 255
-        x = (x - jnp.array(self.mean)) / jnp.array(self.std)
+        x = normalised(pictures, self.mean, self.std)
         return Network(self.config).bind(params).image(x)
 
     def likeness(
@@ -107,6 +107,15 @@ class CLIP:
         length = self.config.text.max_position_embeddings
         ids = text_clip.tokenize(self.tokenizer, texts, length).ids
         return np.asarray(_texts(self.config, self.params, jnp.asarray(ids)))
+
+
+def normalised(
+    pictures: UInt8[Array, "b s s 3"],
+    mean: tuple[float, ...] = _MEAN,
+    std: tuple[float, ...] = _STD,
+) -> Float[Array, "b s s 3"]:
+    """Pictures in levels as CLIP's network takes them, by default OpenAI's."""
+    return (pictures.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
 
 
 def load(name: str | Path, *, compute_dtype: Literal["float32", "bfloat16"] = "float32") -> CLIP:
@@ -158,6 +167,40 @@ def published(folder: Path) -> Published:
         origins=_origins,
         ignored=r".*position_ids$",
     )
+
+
+def write(folder: Path, config: CLIPConfig, params: Any, tokenizer: Path) -> None:
+    """Write a folder that `load` and transformers open, with float16 weights.
+
+    config: its eos_token_id must be the tokenizer's. tokenizer: the folder of its files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    towers = {}
+    for name in ("text", "vision"):
+        fields = dataclasses.asdict(getattr(config, name))
+        fields.pop("compute_dtype")
+        towers[f"{name}_config"] = {"model_type": f"clip_{name}_model", **fields}
+    fields = {"model_type": "clip", "projection_dim": config.projection_dim, **towers}
+    paths.write_json(folder / "config.json", fields)
+    side = config.vision.image_size
+    processor = {
+        **{"image_processor_type": "CLIPImageProcessor", "resample": 3, "do_resize": True},
+        **{"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}},
+        **{"do_center_crop": True, "do_rescale": True, "do_normalize": True},
+        **{"image_mean": list(_MEAN), "image_std": list(_STD)},
+    }
+    paths.write_json(folder / "preprocessor_config.json", processor)
+    found: dict[str, np.ndarray] = {}
+    origins = _origins(params, {})
+    for path, leaf in weights.leaves(params):
+        origin, value = origins[path], np.asarray(leaf)
+        layers = value if origin.stacked else [value]
+        for name, layer in zip(origin.names, layers, strict=True):
+            found[name] = layer if origin.axes is None else layer.transpose(np.argsort(origin.axes))
+    tensors = [(name, found[name].shape, "F16") for name in sorted(found)]
+    weights.write(folder / "model.safetensors", tensors, found.__getitem__)
 
 
 @jax.jit(static_argnums=0)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,6 +187,51 @@ def read_tokenizer(folder: Path, ids: int) -> Any:
             f"{len(unmade) - 1} others): its merges are cut short; download it again"
         )
     return found
+
+
+def write_tokenizer(folder: Path, texts: Iterable[str], merges: int) -> int:
+    """Learn a CLIPTokenizer of some texts (byte-pair encoding, Sennrich et al. 2016), and write it.
+
+    merges: at most so many pairs become one token. Any text can be spelled with it, by letters if
+    need be. Returns how many ids there are: 514 and the merges; the last two are the beginning
+    and the end of a text, and the end is padding too.
+    """
+    import tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    letters = list(bytes_to_unicode().values())
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    alphabet = [*letters, *(letter + "</w>" for letter in letters)]
+    plain = CLIPTokenizer(vocab={t: i for i, t in enumerate([*alphabet, *ends])}, merges=[])
+    backend = plain.backend_tokenizer
+    model: Any = tokenizers.models.BPE(end_of_word_suffix="</w>")
+    learner = tokenizers.Tokenizer(model)
+    learner.normalizer, learner.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=len(alphabet) + merges,
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    learned = json.loads(learner.to_str())["model"]["merges"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned[:merges]]
+    tokens = list(dict.fromkeys([*alphabet, *(pair.replace(" ", "") for pair in pairs)])) + ends
+    special = {
+        "bos_token": ends[0],
+        **dict.fromkeys(("eos_token", "unk_token", "pad_token"), ends[1]),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (
+        ("vocab.json", {token: i for i, token in enumerate(tokens)}),
+        ("special_tokens_map.json", special),
+        ("tokenizer_config.json", special | {"tokenizer_class": "CLIPTokenizer"}),
+    ):
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    lines = ["#version: 0.2", *pairs]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(tokens)
 
 
 def _unmade(tokenizer: Any) -> list[str]:
