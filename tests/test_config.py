@@ -29,6 +29,8 @@ from cascade.diffusion import denoise, grids, loss, process, samplers
 from cascade.errors import UserError
 from cascade.models import (
     AutoencoderConfig,
+    CLIPConfig,
+    CLIPTextConfig,
     EfficientLevel,
     EfficientUNetConfig,
     Level,
@@ -56,6 +58,7 @@ from cascade.stage import (
     Text,
 )
 from cascade.training import job, trainable
+from cascade.training.clip_training import CLIPTraining
 from cascade.training.stage_training import StageJob, StageTraining
 from cascade.training.text_job import TextJob
 from cascade.training.text_training import TextTraining
@@ -376,6 +379,7 @@ def test_command_line_reaches_fields_that_only_the_subclass_has():
 
 
 AUTOENCODER = AutoencoderConfig(widths=(8, 8), blocks=1, groups=4, scaling=0.2)
+CLIP = CLIPConfig(text=CLIPTextConfig(vocab_size=1024, eos_token_id=2))
 T5 = T5Config(vocab_size=1000, d_model=8, d_ff=8, num_layers=1, num_heads=1)
 STAGE = testing.super_resolution_stage()
 EXAMPLES = {
@@ -462,6 +466,7 @@ EXAMPLES = {
         ),
         ScenesTraining(stage=STAGE, data=ScenesData(), images=8, batch_size=8, minutes=1.5),
         TextPretraining(encoder=T5, images=100_000),
+        CLIPTraining(clip=CLIP, data=ScenesData(), images=100, batch_size=8),
         TextTraining(encoder=T5, data=folder.FolderData(path="pictures"), images=100_000),
     ],
 }

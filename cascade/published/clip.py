@@ -193,7 +193,7 @@ def write(folder: Path, config: CLIPConfig, params: Any, tokenizer: Path) -> Non
     }
     paths.write_json(folder / "preprocessor_config.json", processor)
     found: dict[str, np.ndarray] = {}
-    origins = _origins(params, {})
+    origins = _origins(Network(config).abstract(), {})
     for path, leaf in weights.leaves(params):
         origin, value = origins[path], np.asarray(leaf)
         layers = value if origin.stacked else [value]

@@ -200,7 +200,7 @@ class _RunningCLIP(Running):
     def _embedded(self, params: Any, examples: Sequence[Example]) -> tuple[Any, Any]:
         pictures = jnp.asarray(np.stack([example["image"] for example in examples]))
         ids = jnp.asarray(self._ids([example["caption"] for example in examples]).ids)
-        return _embedded(self._job.clip, params, pictures, ids)
+        return jax.device_get(_embedded(self._job.clip, params, pictures, ids))
 
     def preview(self, params, batch, file):
         """Held-out pictures, each with the caption of all of them that is nearest to it."""
@@ -209,7 +209,7 @@ class _RunningCLIP(Running):
             return
         shown = sets[0]
         picture, text = self._embedded(params, shown)
-        nearest = np.asarray(picture @ text.T).argmax(axis=1)[:24]
+        nearest = (picture @ text.T).argmax(axis=1)[:24]
         said = [
             f"{'right' if n == i else 'WRONG'}: {shown[n]['caption']}"
             for i, n in enumerate(nearest)
@@ -231,9 +231,11 @@ class _RunningCLIP(Running):
                 paths.copy_folder(folder, self._workdir / "clip")
 
 
-def retrieved(pictures: Float[Array, "n d"], texts: Float[Array, "n d"]) -> tuple[float, float]:
+def retrieved(
+    pictures: Float[np.ndarray, "n d"], texts: Float[np.ndarray, "n d"]
+) -> tuple[float, float]:
     """The share of pictures whose own text is the nearest, and of texts whose own picture is."""
-    near, own = np.asarray(pictures @ texts.T), np.arange(len(pictures))
+    near, own = pictures @ texts.T, np.arange(len(pictures))
     return float((near.argmax(1) == own).mean()), float((near.argmax(0) == own).mean())
 
 
