@@ -22,6 +22,7 @@ from cascade.storage import paths
 from cascade.tasks import that_have
 
 if TYPE_CHECKING:
+    from cascade.published.clip import CLIP
     from cascade.runner.picture import Picture
 
 ByStage = Annotated[
@@ -210,11 +211,7 @@ def _sample(options: Options, tasks: Sequence[Any], prompts: list[str], folder: 
         t5_int8=options.t5_int8,
         offload=options.offload,
     )
-    judge = None
-    if options.clip is not None:
-        from cascade.published import clip
-
-        judge = clip.load(options.clip)
+    judge = judge_of(options.best_of, options.clip)
     if lowres is not None:
         lowres = cascade.fitted(lowres, until=options.until)
     chosen = cascade.select(until=options.until, lowres=None if lowres is None else len(lowres))
@@ -345,12 +342,7 @@ def _check_words(options: Options, prompts: int) -> None:
     )
     if options.random_seed and options.seed:
         raise UserError(f"--seed {options.seed} and --random-seed: give one of them")
-    if (options.best_of > 1) != (options.clip is not None):
-        raise UserError(
-            f"--best-of {options.best_of} and --clip {options.clip}: go together: the former says "
-            "how many candidates there are, 2 or more, the latter who chooses, such as "
-            "openai/clip-vit-base-patch16"
-        )
+    check_judge(options.best_of, options.clip)
     for flag, value in {"--model": options.model, "--text-encoder": options.text_encoder}.items():
         if value == "":
             raise UserError(f"{flag} is empty; give a folder or a name, or leave it out")
@@ -359,6 +351,27 @@ def _check_words(options: Options, prompts: int) -> None:
             f"--num {options.num} of {prompts} prompt{'s' * (prompts > 1)}: one command draws at "
             f"most {MOST_PICTURES} pictures; draw them in several, each with a --seed of its own"
         )
+
+
+def check_judge(best_of: int, clip: str | None) -> None:
+    """Raise UserError unless there is a CLIP where there are candidates, and only there."""
+    if (best_of > 1) != (clip is not None):
+        raise UserError(
+            f"--best-of {best_of} and --clip {clip}: go together: the former says how many "
+            "candidates there are, 2 or more, the latter who chooses, such as "
+            "openai/clip-vit-base-patch16"
+        )
+
+
+def judge_of(best_of: int, clip: str | None) -> CLIP | None:
+    """The CLIP that chooses among candidates, if there are several. Raises as `check_judge`, and
+    UserError for one that cannot be loaded."""
+    check_judge(best_of, clip)
+    if clip is None:
+        return None
+    from cascade.published.clip import load
+
+    return load(clip)
 
 
 def _nearest(picture: Picture, side: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cascade.runner.cascade import Cascade
+from cascade.runner.reranking import Judge
 from cascade.stage import Sampling
 from cascade.text import TextEmbedding
 
@@ -24,6 +25,10 @@ class Drawer:
     null_text_in_sr: bool = False
     """Whether super-resolution stages get the null condition in place of the prompt, and so must
     draw from the small picture alone."""
+    best_of: int = 1
+    """So many candidates are drawn of a picture, of which the judge keeps one."""
+    judge: Judge | None = None
+    """Who chooses the candidate; None where there is only one."""
 
     def __call__(
         self,
@@ -57,7 +62,12 @@ class Drawer:
             cascade = Cascade(cascade.stages, _NoText(cascade.encoder))
         stages = cascade.select(until=until, lowres=None if lowres is None else len(lowres))
         settings = [self.settings[stage.config.name] for stage, _ in stages]
-        pictures = cascade.draw(prompt, seed=seed, until=until, lowres=lowres, settings=settings)
+        several = {}
+        if lowres is None and self.judge is not None:
+            several = {"best_of": self.best_of, "judge": self.judge}
+        pictures = cascade.draw(
+            prompt, seed=seed, until=until, lowres=lowres, settings=settings, **several
+        )
         return next(iter(pictures)).images
 
 

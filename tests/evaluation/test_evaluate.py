@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.linalg
+from fixtures.feature_networks import clip_folder
 
 from cascade import images, testing
 from cascade.commands import eval as evaluate
@@ -337,3 +338,21 @@ def test_the_words_of_an_evaluation_reach_it(renderer, tmp_path, capsys, monkeyp
         capsys, "scenes", "--seed", 9, "--null-text-in-sr", "true", "--out", tmp_path / "o"
     )
     assert told == [(9, True)] and report["null_text_in_sr"] is True
+
+
+def test_the_best_of_several_is_what_is_judged(renderer, tmp_path, capsys, monkeypatch):
+    asked = []
+    true = renderer.draw
+
+    def recording(prompt, **options):
+        asked.append((options.pop("best_of"), options.pop("judge")))
+        return true(prompt, **options)
+
+    monkeypatch.setattr(renderer, "draw", recording)
+    clip = clip_folder(tmp_path / "clip", tokenizer=True)
+    words = ["scenes", "--out", tmp_path / "out", "--prompts", "2", "--until", "64"]
+    report, _ = run(capsys, *words, "--best-of", "3", "--clip", clip)
+    assert [n for n, _ in asked] == [3, 3] and asked[0][1].__name__ == "likeness"
+    assert (report["best_of"], report["clip"]) == (3, str(clip))
+    with pytest.raises(UserError, match="go together"):
+        run(capsys, *words[:2], tmp_path / "other", "--best-of", "3")

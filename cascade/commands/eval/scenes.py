@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from cascade.commands.eval.options import (
     Folder,
@@ -18,7 +20,7 @@ from cascade.commands.eval.options import (
     progress,
     write,
 )
-from cascade.commands.sample import ByStage, Until
+from cascade.commands.sample import ByStage, Until, judge_of
 from cascade.errors import UserError
 
 
@@ -49,6 +51,12 @@ class ScenesOptions(TextOptions):
     """The weight over the steps, by stage, as `cascade sample --guidance-plan`."""
     aug_level: ByStage = None
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
+    best_of: int = 1
+    """Candidates drawn of each picture, as `cascade sample --best-of`."""
+    clip: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: none)")
+    ] = None
+    """The CLIP that chooses among them, as `cascade sample --clip`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +135,9 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
             aug_level=options.aug_level,
             until=options.until,
         )
+        judge = judge_of(options.best_of, options.clip)
+        if judge is not None:
+            drawer = replace(drawer, best_of=options.best_of, judge=judge.likeness)
         with progress(len(sets) * options.prompts) as advance:
             results, pictures = scenes.evaluate_scenes(
                 drawer,
@@ -138,6 +149,8 @@ def evaluate_scenes(options: ScenesOptions) -> dict[str, Any]:
                 advance=advance,
             )
         report = {**described(options, drawer), "prompts": options.prompts, "sets": results}
+        if judge is not None:
+            report |= {"best_of": options.best_of, "clip": judge.name, "clip_sha256": judge.digest}
         write(folder, {**report, "pictures": pictures})
     return report
 
