@@ -59,7 +59,7 @@ def test_the_distance_stays_finite_with_fewer_rows_than_columns():
     x, y = np.random.default_rng(0).standard_normal((2, 4, 30))
     assert quality.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
     assert 0 < quality.frechet_distance(x, y) < np.inf
-    with pytest.raises(ValueError, match="two rows"):
+    with pytest.raises(ValueError, match="two pictures or more"):
         quality.frechet_distance(x[:1], y)
 
 
