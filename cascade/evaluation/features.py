@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cascade.data.source import BadRecord, Example, Source
-from cascade.devices import sharding
+from cascade.devices import distributed, sharding
 from cascade.evaluation import quality
 from cascade.evaluation.distances import Statistics, statistics
 from cascade.models import InceptionConfig, Network
@@ -178,10 +178,7 @@ def store(
             made = _rows(examples, rows, batch, advance)
             with paths.writing(files[i]) as part, open(part, "wb") as opened:
                 np.save(opened, made)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"cascade features {folder}")
+    distributed.wait(f"features {folder}")
     read = [np.flatnonzero(~np.isnan(_open(f)[:, 0])) + i * PART for i, f in enumerate(files)]
     return Stored(files=files, indices=np.concatenate(read))
 
