@@ -150,6 +150,12 @@ def _open(file: paths.Path) -> Float[np.ndarray, "_ d"]:
     return np.load(paths.local_file(file), mmap_mode="r", allow_pickle=False)
 
 
+def own(count: int) -> int:
+    """How many of so many pictures this process sees in `store`."""
+    parts = range(jax.process_index() * PART, count, jax.process_count() * PART)
+    return sum(min(PART, count - start) for start in parts)
+
+
 def store(
     source: Source,
     count: int,

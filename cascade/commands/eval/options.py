@@ -119,18 +119,19 @@ def write(folder: paths.Path, report: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[], Any]]:
-    """While entered, a bar on stderr tells pictures done, pictures a second and time left."""
-    with bar(total=total, unit="picture", desc="evaluating") as shown:
+def progress(total: int) -> Iterator[Callable[..., Any]]:
+    """While entered, a bar on stderr tells pictures done, pictures a second and time left.
+
+    Of several processes the first has a bar, which is about its own share.
+    """
+    own = {"disable": not is_first(), "unit": "picture", "desc": "evaluating"}
+    with bar(total=total, **own) as shown:
         yield shown.update
 
 
 @contextmanager
 def drawing(total: int, done: int) -> Iterator[Callable[[], Any]]:
-    """As `progress`, of drawing, where `done` pictures of this process's `total` are there already.
-
-    Of several processes the first has a bar, which is about its own share.
-    """
+    """As `progress`, of drawing, where `done` of `total` pictures are there already."""
     own = {"disable": not is_first(), "unit": "picture", "desc": "drawing"}
     with bar(total=total, initial=done, **own) as shown:
         yield shown.update

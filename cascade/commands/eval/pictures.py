@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cascade.commands.eval.options import Folder, is_first, processes, write
-from cascade.devices.terminal import bar
+from cascade.commands.eval.options import Folder, is_first, processes, progress, write
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,13 +108,14 @@ def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
     kept = new_statistics(options)
     with _program(options, "another `cascade eval fid`") as (folder, unfinished):
         from cascade.evaluation import fid
+        from cascade.evaluation.features import own
 
         words = [word for word in (options.pictures, options.reference) if word]
         sets = [_set(word, options) for word in words]
         network = network_of(options)
-        with bar(total=sum(s.count for s in sets), unit="picture", desc="evaluating") as shown:
+        with progress(sum(own(s.count) for s in sets)) as advance:
             seen = [
-                fid.seen(s, network, unfinished, batch=options.batch_size, advance=shown.update)
+                fid.seen(s, network, unfinished, batch=options.batch_size, advance=advance)
                 for s in sets
             ]
         if not is_first():
@@ -147,12 +147,12 @@ def evaluate_clip(options: CLIPOptions) -> dict[str, Any] | None:
         source, count = _source(options.pictures, options)
         model = clip.load(options.weights)
         network = features.of_clip(model)
-        with bar(total=count, unit="picture", desc="evaluating") as shown:
+        with progress(features.own(count)) as advance:
             found = clip_score.score(
                 *(source, count, model, network, unfinished),
                 batch=options.batch_size,
                 seed=options.seed,
-                advance=shown.update,
+                advance=advance,
             )
         if not is_first():
             return None
