@@ -15,7 +15,7 @@ from cascade.storage import paths
 
 SHOWN = 24
 """Captions on the sheet."""
-CELLS = 6
+CELLS = 12
 """Pictures in a row of the sheet, or more where one caption has more."""
 MOST_SIDE = 128
 """Pixels of a picture's side on the sheet, at most."""
