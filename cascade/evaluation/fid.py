@@ -20,7 +20,7 @@ from cascade.evaluation.features import Features, Stored, store
 from cascade.storage import paths
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""Of the kernel distance, as its authors have them."""
+"""How many subsets the kernel distance takes, and their pictures, as its authors have them."""
 MOST_NEIGHBOURS = 10_000
 """Neighbourhoods are of the first so many pictures of a set, as in Dhariwal & Nichol 2021."""
 SHOWN = 64

@@ -35,7 +35,7 @@ _WANTED = (
 )
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that OpenAI's CLIP was trained on; OpenCLIP has the same."""
+"""The mean and spread of what OpenAI's CLIP was trained on; OpenCLIP has the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

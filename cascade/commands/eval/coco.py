@@ -144,26 +144,25 @@ def _check(options: CocoOptions) -> tuple[float, ...] | None:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
     if options.batch is not None and options.batch > 4096:
         raise UserError(f"--batch {options.batch}: must be 1 to 4096")
-    last = options.seed + 1000 * (options.prompts - 1)
+    from cascade.evaluation import coco
+    from cascade.evaluation.prompt_runs import SEEDS_APART
+
+    last = options.seed + SEEDS_APART * (options.prompts - 1)
     if options.seed < 0 or last >= 2**32:
         raise UserError(
             f"--seed {options.seed}: must be 0 or more, and the last picture's, {last}, below 2^32"
         )
     if (options.pictures is None) == (options.reference is None):
-        from cascade.evaluation import coco
-
         raise UserError(
             "give the true pictures by --pictures DIR, or their statistics by --reference FILE.npz "
             f"in their place. {coco.SOURCES}"
         )
     if options.guidance is None:
         return None
-    from cascade.evaluation.coco import folder_name
-
     guidance = numbers_of("--guidance", options.guidance)
     if not all(0 <= weight <= 1e6 for weight in guidance):
         raise UserError(f"--guidance {options.guidance}: weights must be in 0 to 1e6; 1 is none")
-    names = [folder_name(weight) for weight in guidance]
+    names = [coco.folder_name(weight) for weight in guidance]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--guidance {options.guidance}: two weights are of {twice[0]}; give one")
     return guidance
