@@ -40,12 +40,12 @@ class CocoOptions(Options):
     drawn at random from all of val2014, a picture of each is drawn, and these are beside all
     pictures of val2014, cropped to their central squares and resized to 256 px. On stdout are for
     each weight of guidance FID, KID, precision and recall, and with --clip the CLIP score and the
-    distance by CLIP's features. OUT gets captions.jsonl (the draw; put there before, it is drawn
-    anew), guidance-W/ for each weight (pictures as `cascade sample` writes them), results.json,
-    sheet.png (drawn beside true), and of several weights pareto.png and pareto.csv (FID against
-    CLIP score). The command may be stopped at any time: given again, it goes on where it was. With
-    another model, captions, draw or settings it is refused; weights may be added. Several
-    processes, started as `cascade train --help` says, share the work.
+    distance by CLIP's features. OUT gets captions.jsonl (the draw; one that lies there before, such
+    as a published one, is taken), guidance-W/ for each weight (pictures as `cascade sample` writes
+    them), results.json, sheet.png (drawn beside true), and of several weights pareto.png and
+    pareto.csv (FID against CLIP score). The command may be stopped at any time: given again, it
+    goes on where it was. With another model, captions, draw or settings it is refused; weights may
+    be added. Several processes, started as `cascade train --help` says, share the work.
     """
 
     captions: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTIONS")]
