@@ -98,6 +98,16 @@ def all_or_none(call: Callable[[], None]) -> None:
         raise refused
 
 
+def wait(name: str) -> None:
+    """Go on when all processes have come here. name: of the place, the same in each of them."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"cascade {name}")
+
+
 def join(environment: Mapping[str, str]) -> None:
     """Join the other processes, if the environment tells of any.
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cascade.data.source import BadRecord, Example, Source
-from cascade.devices import sharding
+from cascade.devices import distributed, sharding
 from cascade.evaluation import quality
 from cascade.evaluation.distances import Statistics, statistics
 from cascade.models import InceptionConfig, Network
@@ -150,6 +150,12 @@ def _open(file: paths.Path) -> Float[np.ndarray, "_ d"]:
     return np.load(paths.local_file(file), mmap_mode="r", allow_pickle=False)
 
 
+def own(count: int) -> int:
+    """How many of so many pictures this process sees in `store`."""
+    parts = range(jax.process_index() * PART, count, jax.process_count() * PART)
+    return sum(min(PART, count - start) for start in parts)
+
+
 def store(
     source: Source,
     count: int,
@@ -178,10 +184,7 @@ def store(
             made = _rows(examples, rows, batch, advance)
             with paths.writing(files[i]) as part, open(part, "wb") as opened:
                 np.save(opened, made)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"cascade features {folder}")
+    distributed.wait(f"features {folder}")
     read = [np.flatnonzero(~np.isnan(_open(f)[:, 0])) + i * PART for i, f in enumerate(files)]
     return Stored(files=files, indices=np.concatenate(read))
 

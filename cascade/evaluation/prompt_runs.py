@@ -8,7 +8,8 @@
 Pictures are as `cascade sample` writes them; picture i of prompt p, counted from 0, has the number
 p * samples + i and the seed `seed` + SEEDS_APART * p + i. A picture is whole when its JSON, which
 comes last, is there. Pictures are drawn in batches that begin at the same numbers however often a
-run is stopped, so that the files come out the same byte for byte.
+run is stopped, so that the files come out the same byte for byte. Several processes draw batches p,
+p + n, p + 2 n, ... each, into a folder that all see; the first one holds it and writes the page.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
+
+from cascade.devices import distributed
 from cascade.errors import UserError
 from cascade.evaluation import prompt_page
 from cascade.evaluation.drawer import Drawer
 from cascade.evaluation.prompt_sets import Prompt, PromptFile
-from cascade.runner import output
+from cascade.runner import cascade, output
 from cascade.storage import lock, paths
 
 Layout = Literal["cascade", "geneval", "geneval2", "t2i-compbench"]
@@ -38,8 +42,9 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SEEDS_APART = 1000
 """The seeds of a prompt's first picture and of the next prompt's are so far apart: so many pictures
 of a prompt have seeds of their own."""
-PAGE_EVERY = 100
-"""The page is written anew after so many pictures, and at the end."""
+PAGE_EVERY, PAGES = 100, 20
+"""The page is written anew after so many pictures, but of a large set only so many times, and at
+the end."""
 _NAMES_ONLY = ("model", "file")
 """What run.json says for people: a model or a file may have come to another place."""
 
@@ -89,18 +94,24 @@ class PromptRun:
         names = {entry.name for entry in self.folder.iterdir()} if self.folder.is_dir() else set()
         return [n for n in range(len(self.prompts) * self.samples) if self._files(n) <= names]
 
+    def own(self, batch_size: int) -> list[int]:
+        """The numbers of the pictures that this process draws, in order."""
+        total, share = len(self.prompts) * self.samples, (jax.process_index(), jax.process_count())
+        return list(cascade.numbers(total, batch_size, share))
+
     def draw(self, batch_size: int, advance: Callable[[], Any] = lambda: None) -> None:
         """Draw the pictures that are not there, and write the page, also when this is ended early.
 
-        advance: called after each picture.
+        All processes of the program call it, draw a share each, and wait for each other. advance:
+        called after each picture.
         """
-        prompts, total = self.prompts, len(self.prompts) * self.samples
-        missing = set(range(total)).difference(self.drawn())
-        written = 0
+        prompts, own = self.prompts, self.own(batch_size)
+        missing = set(own).difference(self.drawn())
+        written, every = 0, max(PAGE_EVERY, -(-len(own) // PAGES))
         self.write_page()
         try:
-            for start in range(0, total, batch_size):
-                batch = range(start, min(start + batch_size, total))
+            for start in range(0, len(own), batch_size):
+                batch = own[start : start + batch_size]
                 if missing.isdisjoint(batch):
                     continue
                 for number, picture in zip(batch, self._pictures(batch, batch_size), strict=True):
@@ -112,13 +123,16 @@ class PromptRun:
                     output.write(picture, self.folder, number, record)
                     written += 1
                     advance()
-                    if written % PAGE_EVERY == 0:
+                    if written % every == 0:
                         self.write_page()
+            distributed.wait(f"pictures {self.folder}")
         finally:
             self.write_page()
 
     def write_page(self) -> None:
-        """Write index.html about the pictures that are there."""
+        """Write index.html about the pictures that are there; the first process alone does it."""
+        if jax.process_index() > 0:
+            return
         prompts = self.prompts
         shown: dict[int, list[prompt_page.Shown]] = {}
         for number in self.drawn():
@@ -153,7 +167,7 @@ class PromptRun:
         pictures = {f"{number:04d}_{side}.png" for side in self.sides}
         return pictures | {f"{number:04d}.json"}
 
-    def _pictures(self, batch: range, batch_size: int) -> Iterator[Any]:
+    def _pictures(self, batch: Sequence[int], batch_size: int) -> Iterator[Any]:
         """The pictures of a batch, which is filled up to its size: one program draws them all."""
         prompts = self.prompts
         filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]
@@ -170,17 +184,19 @@ class PromptRun:
 
     def warn(self) -> None:
         """Warn of prompts that have words which no caption of the model's had, or more tokens than
-        it reads: how many there are, for drawing would tell of each."""
-        cascade, prompts = self.drawer.cascade, self.prompts
-        unknown = [words for p in prompts if (words := cascade.unknown_words(p.text))]
+        it reads: how many there are, for drawing would tell of each. The first process does it."""
+        if jax.process_index() > 0:
+            return
+        model, prompts = self.drawer.cascade, self.prompts
+        unknown = [words for p in prompts if (words := model.unknown_words(p.text))]
         if unknown:
             words = [word for word, _ in Counter(w for own in unknown for w in own).most_common(5)]
             warnings.warn(
                 f"{len(unknown)} of {len(prompts)} prompts have words that are not in the captions "
-                f"that {cascade.name} was trained on, such as {', '.join(words)}",
+                f"that {model.name} was trained on, such as {', '.join(words)}",
                 stacklevel=2,
             )
-        for encoder in (cascade.encoder, *cascade.own_encoders.values()):
+        for encoder in (model.encoder, *model.own_encoders.values()):
             if encoder is None:
                 continue
             cut = encoder.tokenize([p.text for p in prompts]).truncated
@@ -196,11 +212,20 @@ class PromptRun:
 def opened(run: PromptRun) -> Iterator[None]:
     """While entered, the folder is this run's: new, empty, or begun by the same run before.
 
-    What a killed process had begun to write is removed. Raises UserError for a folder that holds
-    something else, that is of a run with other prompts, model or settings (naming what differs), or
-    that another process is drawing into.
+    What a killed process had begun to write is removed. All processes of the program enter it, and
+    the first one holds the folder. Raises UserError for a folder that holds something else, that is
+    of a run with other prompts, model or settings (naming what differs), or that another program is
+    drawing into; and for processes that were given different ones.
     """
-    folder, about = run.folder, run.about()
+    about = run.about()
+    told = {name: value for name, value in about.items() if name not in ("files", *_NAMES_ONLY)}
+    distributed.agree({"set of prompts, model or settings": json.dumps(told)})
+    with contextlib.ExitStack() as stack:
+        distributed.all_or_none(lambda: _begin(run.folder, about, stack))
+        yield
+
+
+def _begin(folder: Path, about: Mapping[str, Any], stack: contextlib.ExitStack) -> None:
     if folder.is_dir() and not (folder / "run.json").exists():
         others = [p.name for p in folder.iterdir() if not _is_of_the_killed(p.name)]
         if others:
@@ -209,15 +234,41 @@ def opened(run: PromptRun) -> Iterator[None]:
                 "new or empty folder"
             )
     paths.make_folder(folder)
-    with lock.Lock(folder, held_by="another drawing", way_out="name another --out"):
-        if (folder / "run.json").exists():
-            _check_same(folder, about)
-        else:
-            paths.write_json(folder / "run.json", about)
-        for entry in folder.iterdir():
-            if re.fullmatch(r"\..*\.partial", entry.name):
-                entry.unlink()
-        yield
+    held = lock.Lock(folder, held_by="another drawing", way_out="name another --out")
+    stack.enter_context(held)
+    if (folder / "run.json").exists():
+        check_same(folder, about)
+    else:
+        paths.write_json(folder / "run.json", about)
+    for entry in folder.iterdir():
+        if re.fullmatch(r"\..*\.partial", entry.name):
+            entry.unlink()
+
+
+def check_same(folder: Path, now: Mapping[str, Any]) -> None:
+    """Raise UserError that names what differs, unless the run.json of a folder says what is `now`.
+
+    now: JSON values, as of `PromptRun.about`; the names of models and files may differ.
+    """
+    try:
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(
+            f"--out {folder}: its run.json is not readable as JSON ({e}); name another folder"
+        ) from None
+    was, new = (dict(_leaves(value)) for value in (before, json.loads(json.dumps(now))))
+    differing = [
+        f"{name} was {json.dumps(was.get(name))} and is {json.dumps(new.get(name))} now"
+        for name in dict.fromkeys([*new, *was])
+        if was.get(name) != new.get(name) and name.rpartition(".")[2] not in _NAMES_ONLY
+    ]
+    if was.get("until") != new.get("until"):  # what one alone draws has no other settings
+        differing = [said for said in differing if not said.startswith("settings.")]
+    if differing:
+        raise UserError(
+            f"--out {folder}: was begun by another run: {'; '.join(differing[:3])}; give what it "
+            "was begun with, or name another folder"
+        )
 
 
 def check_layout(layout: Layout, files: Sequence[PromptFile]) -> None:
@@ -292,28 +343,6 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
     told = [[prompt.text, prompt.category, dict(prompt.fields)] for prompt in prompts]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def _check_same(folder: Path, now: Mapping[str, Any]) -> None:
-    try:
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise UserError(
-            f"--out {folder}: its run.json is not readable as JSON ({e}); name another folder"
-        ) from None
-    was, new = (dict(_leaves(value)) for value in (before, json.loads(json.dumps(now))))
-    differing = [
-        f"{name} was {json.dumps(was.get(name))} and is {json.dumps(new.get(name))} now"
-        for name in dict.fromkeys([*new, *was])
-        if was.get(name) != new.get(name) and name.rpartition(".")[2] not in _NAMES_ONLY
-    ]
-    if was.get("until") != new.get("until"):  # what one alone draws has no other settings
-        differing = [said for said in differing if not said.startswith("settings.")]
-    if differing:
-        raise UserError(
-            f"--out {folder}: was begun by another run: {'; '.join(differing[:3])}; give what it "
-            "was begun with, or name another folder"
-        )
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

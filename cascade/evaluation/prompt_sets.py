@@ -24,7 +24,7 @@ from cascade.storage import paths
 
 Format = Literal["csv", "tsv", "JSON lines", "text"]
 
-MOST_BYTES = 2**24
+MOST_BYTES = 2**25
 """A file of prompts has at most so many bytes."""
 PROMPT_COLUMNS = ("prompt", "prompts")
 CATEGORY_COLUMNS = ("category", "tag")

@@ -1,10 +1,13 @@
 """`cascade eval prompts`: what it draws, that it goes on where it was, and what others read."""
 
+import contextlib
 import json
 import os
 import re
 
+import model_folders
 import numpy as np
+import processes
 import pytest
 
 from cascade import images, testing
@@ -12,6 +15,7 @@ from cascade.commands import eval as evaluate
 from cascade.data.samples import SamplesData
 from cascade.errors import UserError
 from cascade.evaluation import prompt_runs
+from cascade.runner import output
 from cascade.runner.cascade import Cascade
 from cascade.stage import Stage
 from cascade.storage import paths
@@ -295,6 +299,49 @@ def test_the_page_of_a_run_that_is_stopped_shows_what_is_there(loaded, file, tmp
     text = (tmp_path / "out" / "index.html").read_text()
     assert re.findall(r'<img src="([^"]+)"', text) == ["0000_8.png", "0001_8.png"]
     assert "<tr><th>all<th>3<th>2<th>1" in text and "1 to draw yet</small>" in text
+
+
+def share(argv, printed):
+    own = f"{printed}_{os.environ['JAX_PROCESS_ID']}"
+    written = output.write
+
+    def telling(picture, folder, number, record):
+        with open(f"{own}.numbers", "a") as told:
+            print(number, file=told)
+        return written(picture, folder, number, record)
+
+    with open(own, "w") as out, contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as m:
+        m.setattr(output, "write", telling)
+        evaluate.main(argv)
+
+
+def test_several_processes_share_the_pictures_and_the_first_tells(tmp_path, file, capsys):
+    """Batches of two of nine pictures, of which the sixth is there already."""
+    model = model_folders.model_folder(tmp_path / "model", testing.smallest_stage(128))
+    words = ["--samples", "3", "--batch", "2", "--model", str(model), "--layout", "geneval2"]
+    run(file, tmp_path / "alone", *words)
+    capsys.readouterr()
+    run(file, tmp_path / "out", *words)
+    capsys.readouterr()
+    for picture in range(9):
+        if picture != 5:
+            (tmp_path / "out" / f"{picture:04d}.json").unlink()
+    argv = ["prompts", str(file), "--out", str(tmp_path / "out"), *words]
+    argv.append("--no-compilation-cache")
+    group = processes.start_group(2, share, argv, str(tmp_path / "printed"))
+    assert processes.codes(group) == [0, 0]
+    own = [(tmp_path / f"printed_{i}.numbers").read_text().split() for i in range(2)]
+    assert own == [["0", "1", "4", "8"], ["2", "3", "6", "7"]]
+    report, silence = ((tmp_path / f"printed_{i}").read_text() for i in range(2))
+    assert json.loads(report)["drawn_before"] == 1 and silence == ""
+    alone, shared = contents(tmp_path / "alone"), contents(tmp_path / "out")
+    assert shared.keys() == alone.keys() and shared["index.html"] == alone["index.html"]
+    for n in range(9):
+        one, other = (
+            np.asarray(images.load_image(tmp_path / name / f"{n:04d}_8.png")).astype(int)
+            for name in ("alone", "out")
+        )
+        assert np.abs(one - other).max() <= 1
 
 
 def test_what_a_person_should_know_is_said_once(loaded, tmp_path, monkeypatch, capsys):

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cascade import config
-from cascade.commands.eval import people, pictures, prompts, scenes
+from cascade.commands.eval import coco, people, pictures, prompts, scenes
 from cascade.errors import UserError
 from cascade.tasks import that_have
 
 COMMANDS: Mapping[str, tuple[Any, Callable[[Any], dict[str, Any] | None], str]] = {
     **scenes.COMMANDS,
     **pictures.COMMANDS,
+    **coco.COMMANDS,
     **prompts.COMMANDS,
     **people.COMMANDS,
 }

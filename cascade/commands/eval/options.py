@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,26 @@ def drawer_of(
     )
 
 
+@contextmanager
+def processes(compilation_cache: bool) -> Iterator[None]:
+    """While entered, this process is one of all that run the command (see `distributed`)."""
+    from cascade.devices import distributed, xla_flags
+    from cascade.devices.programs import use_compilation_cache
+
+    xla_flags.apply(xla_flags.expected_backend(), os.environ)
+    with distributed.processes():
+        if compilation_cache:
+            use_compilation_cache()
+        yield
+
+
+def is_first() -> bool:
+    """Whether this process is the first of those that run the command, which tells of it."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def described(options: Options, drawer: Drawer) -> dict[str, Any]:
     return {
         "model": options.model,
@@ -98,9 +119,21 @@ def write(folder: paths.Path, report: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[], Any]]:
-    """While entered, a bar on stderr tells pictures done, pictures a second and time left."""
-    with bar(total=total, unit="picture", desc="evaluating") as shown:
+def progress(total: int) -> Iterator[Callable[..., Any]]:
+    """While entered, a bar on stderr tells pictures done, pictures a second and time left.
+
+    Of several processes the first has a bar, which is about its own share.
+    """
+    own = {"disable": not is_first(), "unit": "picture", "desc": "evaluating"}
+    with bar(total=total, **own) as shown:
+        yield shown.update
+
+
+@contextmanager
+def drawing(total: int, done: int) -> Iterator[Callable[[], Any]]:
+    """As `progress`, of drawing, where `done` of `total` pictures are there already."""
+    own = {"disable": not is_first(), "unit": "picture", "desc": "drawing"}
+    with bar(total=total, initial=done, **own) as shown:
         yield shown.update
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cascade.commands.eval.options import Folder, write
-from cascade.devices.terminal import bar
+from cascade.commands.eval.options import Folder, is_first, processes, progress, write
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,19 +105,20 @@ def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
             "REFERENCE is missing: give the true pictures, or --save-statistics FILE for those of "
             f"{options.pictures} alone"
         )
-    kept = _new_statistics(options)
+    kept = new_statistics(options)
     with _program(options, "another `cascade eval fid`") as (folder, unfinished):
         from cascade.evaluation import fid
+        from cascade.evaluation.features import own
 
         words = [word for word in (options.pictures, options.reference) if word]
         sets = [_set(word, options) for word in words]
-        network = _network(options)
-        with bar(total=sum(s.count for s in sets), unit="picture", desc="evaluating") as shown:
+        network = network_of(options)
+        with progress(sum(own(s.count) for s in sets)) as advance:
             seen = [
-                fid.seen(s, network, unfinished, batch=options.batch_size, advance=shown.update)
+                fid.seen(s, network, unfinished, batch=options.batch_size, advance=advance)
                 for s in sets
             ]
-        if not _is_first():
+        if not is_first():
             return None
         report = {
             "network": network.name,
@@ -148,14 +147,14 @@ def evaluate_clip(options: CLIPOptions) -> dict[str, Any] | None:
         source, count = _source(options.pictures, options)
         model = clip.load(options.weights)
         network = features.of_clip(model)
-        with bar(total=count, unit="picture", desc="evaluating") as shown:
+        with progress(features.own(count)) as advance:
             found = clip_score.score(
                 *(source, count, model, network, unfinished),
                 batch=options.batch_size,
                 seed=options.seed,
-                advance=shown.update,
+                advance=advance,
             )
-        if not _is_first():
+        if not is_first():
             return None
         report = {
             "network": network.name,
@@ -196,15 +195,10 @@ def _check(options: Any) -> None:
 @contextlib.contextmanager
 def _program(options: Any, held_by: str) -> Iterator[tuple[AnyPath | None, AnyPath]]:
     """While entered, this process is one of all that run the command: (OUT, what is unfinished)."""
-    from cascade.devices import distributed, xla_flags
-    from cascade.devices.programs import use_compilation_cache
-    from cascade.evaluation import resumable
-
-    xla_flags.apply(xla_flags.expected_backend(), os.environ)
-    with distributed.processes():
-        if options.compilation_cache:
-            use_compilation_cache()
+    with processes(options.compilation_cache):
         import jax
+
+        from cascade.evaluation import resumable
 
         if options.out is not None:
             with resumable.folder(options.out, held_by) as folders:
@@ -216,13 +210,8 @@ def _program(options: Any, held_by: str) -> Iterator[tuple[AnyPath | None, AnyPa
                 yield None, Path(folder)
 
 
-def _is_first() -> bool:
-    import jax
-
-    return jax.process_index() == 0
-
-
-def _network(options: FIDOptions) -> Features:
+def network_of(options: Any) -> Features:
+    """The network of --network, --weights and --like, and for CLIP its own."""
     from cascade.evaluation import features
     from cascade.published import clip, inception
 
@@ -261,7 +250,8 @@ def _source(word: str, options: Any) -> tuple[Source, int]:
     return source, min(len(source), options.count or len(source))
 
 
-def _new_statistics(options: FIDOptions) -> AnyPath | None:
+def new_statistics(options: Any) -> AnyPath | None:
+    """The file of --save-statistics, which must be new; None where none is asked for."""
     from cascade.storage import paths
 
     if options.save_statistics is None:

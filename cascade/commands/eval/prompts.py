@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,12 +16,17 @@ from cascade.commands.eval.options import (
     check,
     described,
     drawer_of,
+    drawing,
+    is_first,
+    processes,
     progress,
     write,
 )
 from cascade.commands.sample import ByStage, Until
-from cascade.devices.terminal import bar
 from cascade.errors import UserError
+
+if TYPE_CHECKING:
+    from cascade.evaluation.prompt_sets import PromptFile
 
 Column = Annotated[
     str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: as in the public sets)")
@@ -39,7 +45,8 @@ class PromptsOptions(Options):
     also says "category" and, in "of_set", what else the set says of the prompt), run.json and
     index.html, a page with all of them. The command may be stopped at any time: given again, it
     goes on where it was, and draws the same files. With other prompts, model or settings it is
-    refused. On stdout are the counts by category, and what the pictures were made with.
+    refused. On stdout are the counts by category, and what the pictures were made with. Several
+    processes, started as `cascade train --help` says, share the pictures among them.
     """
 
     files: Annotated[
@@ -109,7 +116,7 @@ class DrawbenchOptions(Options):
     """Noise on the low-resolution picture, 0 to 1, by super-resolution stage."""
 
 
-def draw_prompts(options: PromptsOptions) -> dict[str, Any]:
+def draw_prompts(options: PromptsOptions) -> dict[str, Any] | None:
     """Do `cascade eval prompts`: fill options.out, and return what goes to stdout."""
     from cascade.evaluation import prompt_runs, prompt_sets
     from cascade.runner import output
@@ -142,6 +149,14 @@ def draw_prompts(options: PromptsOptions) -> dict[str, Any]:
         if file.empty:
             lines = ", ".join(map(str, file.empty[:10])) + ", ..." * (len(file.empty) > 10)
             warnings.warn(f"{file.path}: no prompt in line {lines}; passed over", stacklevel=1)
+    with processes(options.compilation_cache):
+        return _draw(options, files, folder)
+
+
+def _draw(options: PromptsOptions, files: Sequence[PromptFile], folder: Path) -> Any:
+    from cascade.evaluation import prompt_runs
+    from cascade.runner.cascade import default_batch_size
+
     drawer = drawer_of(
         options,
         guidance=options.guidance,
@@ -149,8 +164,6 @@ def draw_prompts(options: PromptsOptions) -> dict[str, Any]:
         aug_level=options.aug_level,
         until=options.until,
     )
-    from cascade.runner.cascade import default_batch_size
-
     run = prompt_runs.PromptRun(
         drawer=drawer,
         files=files,
@@ -162,16 +175,20 @@ def draw_prompts(options: PromptsOptions) -> dict[str, Any]:
     )
     with prompt_runs.opened(run):
         run.warn()
-        total, there = count * options.samples, len(run.drawn())
-        with bar(total=total, initial=there, unit="picture", desc="drawing") as shown:
-            run.draw(options.batch or default_batch_size(), shown.update)
+        batch, there = options.batch or default_batch_size(), run.drawn()
+        own = run.own(batch)
+        done = len(set(own).intersection(there))
+        with drawing(len(own), done) as advance:
+            run.draw(batch, advance)
+        if not is_first():
+            return None
         laid = prompt_runs.write_layout(run, options.layout)
     return {
         "folder": str(folder),
         "layout": None if laid is None else str(laid),
-        "prompts": count,
-        "pictures": total,
-        "drawn_before": there,
+        "prompts": len(run.prompts),
+        "pictures": len(run.prompts) * options.samples,
+        "drawn_before": len(there),
         "categories": run.counts,
         **run.about(),
     }
