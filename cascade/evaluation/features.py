@@ -207,11 +207,12 @@ def store(
             for start in range(0, len(indices), batch):
                 some = indices[start : start + batch]
                 examples = list(readers.map(functools.partial(_read, source), some))
-                if good := [j for j, e in enumerate(examples) if not isinstance(e, BadRecord)]:
-                    found = rows([examples[j] for j in good])
+                good = {j: e for j, e in enumerate(examples) if not isinstance(e, BadRecord)}
+                if good:
+                    found = rows(list(good.values()))
                     if made.shape[1] != found.shape[1]:
                         made = np.full((len(indices), found.shape[1]), np.nan, np.float32)
-                    made[start + np.array(good)] = found
+                    made[start + np.array(list(good))] = found
                 advance(len(some))
             with paths.writing(files[i]) as part, open(part, "wb") as opened:
                 np.save(opened, made)
