@@ -125,6 +125,19 @@ def test_the_kernel_distance_is_the_unbiased_sum_over_pairs():
     assert (found["subsets"], found["subset_size"]) == (2, 12)
 
 
+def test_the_kernel_distance_of_subsets_has_their_mean_and_their_spread():
+    x, y = gaussian(9).astype(np.float64), gaussian(30, seed=1).astype(np.float64) + 0.5
+    asked = ([], [])
+    takes = [
+        lambda i, z=z, to=to: to.append(i) or z[i] for z, to in zip((x, y), asked, strict=True)
+    ]
+    found = kernel(*takes, (9, 30), subsets=4, size=6)
+    values = [slow_kernel(x[i], y[j]) for i, j in zip(*asked, strict=True)]
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["std"] == pytest.approx(np.sqrt(np.mean(np.square(values - np.mean(values)))))
+    assert max(map(max, asked[1])) > 9
+
+
 def test_the_kernel_distance_of_one_distribution_is_zero_in_the_mean():
     """And its subsets are drawn anew, by the seed, without a picture twice."""
     x, y = gaussian(900), gaussian(900, seed=1)
