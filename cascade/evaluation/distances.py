@@ -85,7 +85,8 @@ class Statistics:
                 f"{how}"
             )
         odd = np.abs(covariance - covariance.T).max(initial=0) > 1e-3 * largest
-        if odd or (np.diag(covariance) < 0).any() or count < 0 or count == 1:
+        below = np.diag(covariance).min(initial=0) < -1e-6 * largest  # but for rounding
+        if odd or below or count < 0 or count == 1:
             raise UserError(
                 f"statistics {file}: are of no pictures; sigma must be a covariance, symmetric and "
                 f"with no variance below 0, and count two or more; {how}"

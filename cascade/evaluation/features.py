@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -214,8 +215,10 @@ def store(
                         made = np.full((len(indices), found.shape[1]), np.nan, np.float32)
                     made[start + np.array(list(good))] = found
                 advance(len(some))
-            with paths.writing(files[i]) as part, open(part, "wb") as opened:
-                np.save(opened, made)
+            content = io.BytesIO()  # NumPy's own writing to a file hides why a disk refuses it
+            np.save(content, made)
+            with paths.writing(files[i]) as part:
+                part.write_bytes(content.getvalue())
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

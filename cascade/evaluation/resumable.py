@@ -27,12 +27,14 @@ def folder(out: Any, held_by: str) -> Iterator[tuple[paths.Path, paths.Path]]:
 
     What lies in the latter stays when the block raises or the process is killed, and is removed
     when the block ends. All processes of the program call it. held_by: what works there, for
-    people. Raises UserError for a folder that holds anything else, or where another works.
+    people. Raises UserError for a folder that holds anything else, or where another works, and when
+    its disk is full.
     """
     where = paths.path(out)
     inside = where / NAME
     with contextlib.ExitStack() as stack:
         distributed.all_or_none(lambda: _begin(where, inside, held_by, stack))
+        stack.enter_context(paths.telling_of_full_disks(where))
         yield where, inside
         if jax.process_index() == 0:
             if isinstance(inside, paths.pathlib.Path):

@@ -59,6 +59,10 @@ def test_statistics_survive_a_file_and_pytorch_fids_are_read(tmp_path):
     assert (again.count, again.network) == (400, "random")
     np.savez(tmp_path / "theirs.npz", mu=found.mean, sigma=found.covariance)
     theirs = Statistics.load(tmp_path / "theirs.npz")
+    constant = np.full((7, 3), 0.1, np.float32)
+    rounded = statistics([constant])
+    Statistics(mean=rounded.mean, covariance=rounded.covariance - 1e-40).save(tmp_path / "c.npz")
+    assert Statistics.load(tmp_path / "c.npz").covariance.max() < 1e-12
     assert (theirs.count, theirs.network) == (None, None) and frechet(theirs, found) < 1e-9
 
 

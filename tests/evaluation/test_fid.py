@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 
 import jax
 import numpy as np
@@ -447,6 +448,18 @@ def test_a_folder_is_one_runs_and_what_others_put_there_stays(tmp_path):
     assert [p.name for p in out.iterdir()] == ["results.json"]
     with pytest.raises(UserError, match=r"holds results\.json"):
         resumable.folder(out, "a run").__enter__()
+
+
+def test_a_full_disk_is_told_of_and_nothing_half_written_is_left(tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = pytest.raises(UserError, match=r"out: cannot be written to \(File too.*make room")
+    with told, resumable.folder(tmp_path / "out", "a run") as (_, inside):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, usual[1]))
+        try:
+            features.store(Numbers(20), 20, inside, means, batch=4)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert list((tmp_path / "out").rglob("*")) == []
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
