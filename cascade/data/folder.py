@@ -30,6 +30,8 @@ class FolderData(PictureData):
     path: str
     """The folder. One in object storage (gs://BUCKET/NAME, s3://BUCKET/NAME), where looking for
     files is slow, must have captions.jsonl."""
+    needs_captions: bool = True
+    """Whether a picture without a text file is left out; else its caption is empty."""
 
     def open(self, resolution: int) -> Source:
         """The examples in the order of the list, or of the pictures' paths; see `Data.open`."""
@@ -49,7 +51,8 @@ class _FolderSource(PictureSource):
         _check_within(listing, self._folder, str(listing))
         if listing.is_dir():
             raise UserError(f"{listing}: is a folder; it must be a list of pictures and captions")
-        found = list(_listed(listing) if listing.exists() else _paired(self._folder))
+        alone = not config.needs_captions
+        found = list(_listed(listing) if listing.exists() else _paired(self._folder, alone))
         self.left_out = [one for one in found if isinstance(one, BadRecord)]
         pairs = [cast(tuple[Path, str], one) for one in found if not isinstance(one, BadRecord)]
         self.filtered = collections.Counter[str]()
@@ -132,8 +135,11 @@ def _listed(listing: Path) -> Iterator[tuple[Path, str] | BadRecord]:
         raise UserError(f"{listing}: names no picture; write one line for each, or remove the file")
 
 
-def _paired(folder: Path) -> Iterator[tuple[Path, str] | BadRecord]:
-    """The pictures under a folder, with the text files beside them, in the order of their paths."""
+def _paired(folder: Path, alone: bool) -> Iterator[tuple[Path, str] | BadRecord]:
+    """The pictures under a folder, with the text files beside them, in the order of their paths.
+
+    alone: whether those without a text file are taken too.
+    """
     if not isinstance(folder, pathlib.Path):
         raise UserError(f"data folder {folder}: in object storage it must hold captions.jsonl")
     some = seen = False
@@ -158,7 +164,7 @@ def _paired(folder: Path) -> Iterator[tuple[Path, str] | BadRecord]:
             )
         elif path.suffix.lower() in _SUFFIXES:
             some = True
-            yield _pair(path, folder, key)
+            yield _pair(path, folder, key, alone)
         seen = seen or some or path.suffix.lower() in _UNREAD
     if not seen:
         raise UserError(
@@ -167,7 +173,9 @@ def _paired(folder: Path) -> Iterator[tuple[Path, str] | BadRecord]:
         )
 
 
-def _pair(path: pathlib.Path, folder: pathlib.Path, key: str) -> tuple[Path, str] | BadRecord:
+def _pair(
+    path: pathlib.Path, folder: pathlib.Path, key: str, alone: bool
+) -> tuple[Path, str] | BadRecord:
     """The picture and the caption beside it."""
     beside = path.with_suffix(".txt")
     for file in (path, beside):
@@ -175,6 +183,8 @@ def _pair(path: pathlib.Path, folder: pathlib.Path, key: str) -> tuple[Path, str
     if not _is_file(path):
         return BadRecord(f"picture {path}: a link to nothing, or no file", key, "no file")
     if not _is_file(beside):
+        if alone:
+            return path, ""
         return BadRecord(
             f"picture {path}: has no caption; write it to {beside.name} beside it, "
             f"or list all pictures in {folder / 'captions.jsonl'}",

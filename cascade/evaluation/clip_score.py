@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from cascade import images
 from cascade.data.source import Example, Source, hashes_of
+from cascade.errors import UserError
 from cascade.evaluation.features import Features, store
 from cascade.published.clip import CLIP
 from cascade.scenes.judge import share
@@ -71,7 +72,8 @@ def score(
 
     network: the features of `model`. folder: for embeddings, of which those that are there are not
     made anew. seed: chooses the other captions, which are texts of the set that differ from the
-    picture's own. All processes of the program call it.
+    picture's own. All processes of the program call it. Raises UserError for fewer than two
+    pictures that can be read.
     """
     width = model.config.projection_dim
 
@@ -83,6 +85,11 @@ def score(
         return np.concatenate([pictures, texts[: len(examples)], hashes], axis=1)
 
     stored = store(source, count, folder, rows, batch=batch, advance=advance)
+    if len(stored) < 2:
+        raise UserError(
+            f"{len(stored)} pictures of {count} can be read; two are needed; look at the others "
+            "with `cascade data inspect`"
+        )
     all_rows = stored.take(np.arange(len(stored)))
     pictures, texts, halves = np.split(all_rows, [width, 2 * width], axis=1)
     found = scores(pictures, texts, halves @ [2**16, 1], seed)

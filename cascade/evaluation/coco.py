@@ -398,13 +398,21 @@ def measure(
     by_clip = seen(true, with_clip) if with_clip and true.source else None
     found: list[tuple[fid.Seen, fid.Seen | None, clip_score.Scores | None]] = []
     for run in runs.values():
-        source = SamplesData(path=str(run.folder)).open(judges.side)
-        drawn = fid.Pictures(name=str(run.folder), source=source, count=protocol.prompts)
+        data = SamplesData(path=str(run.folder))
+        source = data.open(judges.side)
+        drawn = fid.Pictures(
+            name=str(run.folder),
+            side=judges.side,
+            data=data,
+            source=source,
+            count=protocol.prompts,
+        )
         scores = None
         if judges.clip is not None and with_clip is not None:
-            own = inside / f"{run.folder.name} {(with_clip.digest or '')[:16]} {judges.side}"
+            own = inside / "captions"
+            place = features.place(own, with_clip, data, source, protocol.prompts)
             scores = clip_score.score(
-                *(source, protocol.prompts, judges.clip, with_clip, own),
+                *(source, protocol.prompts, judges.clip, with_clip, place),
                 batch=judges.batch,
                 seed=protocol.seed,
                 advance=advance,

@@ -17,6 +17,7 @@ precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et 
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from jaxtyping import Float, Float64, Int
 from cascade.errors import UserError
 from cascade.storage import paths
 
-MOST_WIDTH = 2**15
+MOST_WIDTH = 2**13
 """Statistics of at most so many features are read."""
 
 
@@ -55,32 +56,59 @@ class Statistics:
         how = "give a file of --save-statistics, or of pytorch-fid"
         try:
             paths.check_regular(file)
-            with paths.reading(file) as local, np.load(local, allow_pickle=False) as arrays:
-                mean, covariance = (np.asarray(arrays[name]) for name in ("mu", "sigma"))
-                count = int(arrays["count"]) if "count" in arrays else 0
-                network = str(arrays["network"]) if "network" in arrays else ""
+            with paths.reading(file) as local, zipfile.ZipFile(local) as arrays:
+                names = set(arrays.namelist())
+                for name in ("mu.npy", "sigma.npy"):
+                    if name not in names:
+                        raise ValueError(f"it has no array {name.removesuffix('.npy')!r}")
+                mean = _array(arrays, "mu.npy", 1)
+                covariance = _array(arrays, "sigma.npy", 2)
+                count = int(_array(arrays, "count.npy", 0)) if "count.npy" in names else 0
+                network = str(_array(arrays, "network.npy", 0)) if "network.npy" in names else ""
         except FileNotFoundError:
             raise UserError(f"statistics {file}: no such file; {how}") from None
-        except KeyError as e:
-            raise UserError(f"statistics {file}: has no array {e.args[0]!r:.80}; {how}") from None
         except (
             Exception
         ) as e:  # NumPy and zipfile have many errors for files that are none of theirs
             raise UserError(f"statistics {file}: cannot be read ({e!s:.200}); {how}") from None
         floats = all(a.dtype.kind == "f" for a in (mean, covariance))
-        if not floats or mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        if not floats or covariance.shape != (len(mean), len(mean)):
             raise UserError(
                 f"statistics {file}: mu must be [d] and sigma [d, d] of floats, got "
                 f"{list(mean.shape)} and {list(covariance.shape)}; {how}"
             )
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise UserError(f"statistics {file}: hold a value that is not a finite number; {how}")
-        return cls(
-            mean=mean.astype(np.float64),
-            covariance=covariance.astype(np.float64),
-            count=count or None,
-            network=network or None,
+        mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+        largest = np.abs([mean, *covariance]).max(initial=0)
+        if not largest < _LARGEST:
+            raise UserError(
+                f"statistics {file}: hold a value that is not a finite number below {_LARGEST:g}; "
+                f"{how}"
+            )
+        odd = np.abs(covariance - covariance.T).max(initial=0) > 1e-3 * largest
+        below = np.diag(covariance).min(initial=0) < -1e-6 * largest  # but for rounding
+        if odd or below or count < 0 or count == 1:
+            raise UserError(
+                f"statistics {file}: are of no pictures; sigma must be a covariance, symmetric and "
+                f"with no variance below 0, and count two or more; {how}"
+            )
+        return cls(mean=mean, covariance=covariance, count=count or None, network=network or None)
+
+
+_LARGEST = 1e100  # sums of squares of such values, and products of two, are finite
+
+
+def _array(arrays: zipfile.ZipFile, name: str, axes: int) -> np.ndarray:
+    """Read an array of so many axes, after its header has said that it is no larger than ours."""
+    with arrays.open(name) as opened:
+        if (version := np.lib.format.read_magic(opened)) != (1, 0):
+            raise ValueError(f"{name} is of version {version} of the format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(opened)
+    if len(shape) != axes or max(shape, default=0) > MOST_WIDTH or dtype.itemsize > 2**14:
+        raise ValueError(
+            f"{name} is {dtype} {list(shape)}; it must have {axes} axes of at most {MOST_WIDTH}"
         )
+    with arrays.open(name) as opened:
+        return np.lib.format.read_array(opened, allow_pickle=False)
 
 
 def statistics(parts: Iterable[Float[np.ndarray, "_ d"]], network: str | None = None) -> Statistics:

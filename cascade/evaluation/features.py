@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import io
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +22,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from cascade.data.source import BadRecord, Example, Source
+from cascade.data.source import BadRecord, Data, Example, Source
 from cascade.devices import distributed, sharding
+from cascade.errors import UserError
 from cascade.evaluation import quality
 from cascade.evaluation.distances import Statistics, statistics
 from cascade.models import InceptionConfig, Network
@@ -51,11 +55,19 @@ class Features:
     """What is done to a picture on the host, before."""
     digest: str | None = None
     """The SHA-256 of its weights; None for a network that has none of its own."""
+    settings: str = ""
+    """What its features depend on besides, such as how pictures are normalised."""
+
+    def of_side(self, side: int) -> str:
+        """What features of pictures of `side` pixels are called: those of one name compare."""
+        weights = f", weights {self.digest[:16]}" if self.digest else ""
+        return f"{self.name}{weights}, pictures of {side} px"
 
     def __call__(self, pictures: Pictures, batch: int) -> Float[np.ndarray, "n d"]:
         """The features of n pictures, `batch` or fewer, all of one size after `prepare`.
 
-        One program is compiled for a batch and a size.
+        One program is compiled for a batch and a size. Raises UserError where weights give values
+        that are not finite.
         """
         mesh, program, params = self._compiled
         devices = sharding.batch_parts(mesh)
@@ -63,7 +75,13 @@ class Features:
         missing = -(-batch // devices) * devices - len(rows)
         filled = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
         placed = jax.device_put(filled, sharding.batch_sharding(mesh))
-        return np.asarray(program(params, placed))[: len(rows)]
+        found = np.asarray(program(params, placed))[: len(rows)]
+        if not np.isfinite(found).all():
+            raise UserError(
+                f"{self.name}: gives features that are not finite numbers; its weights are "
+                "damaged: use others"
+            )
+        return found
 
     @functools.cached_property
     def width(self) -> int:
@@ -103,6 +121,7 @@ def of_clip(model: CLIP) -> Features:
         apply=model.images,
         prepare=model.prepare,
         digest=model.digest,
+        settings=f"{model.config} {model.mean} {model.std}",
     )
 
 
@@ -122,7 +141,8 @@ class Stored:
     """Features of pictures on disk, in the order of the pictures."""
 
     files: Sequence[paths.Path]
-    """A file for each PART pictures, float [pictures, d], NaN for those that could not be read."""
+    """A file for each PART pictures, float [pictures, d], NaN for those that could not be read;
+    [pictures, 1] where none of them could."""
     indices: Int[np.ndarray, " n"]
     """Which pictures have been read, in rising order."""
 
@@ -134,9 +154,9 @@ class Stored:
             yield rows[~np.isnan(rows[:, 0])]
 
     def take(self, which: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d"]:
-        """The rows of pictures `indices[which]`."""
+        """The rows of pictures `indices[which]`, one or more."""
         parts, rows = np.divmod(self.indices[which], PART)
-        found = np.empty((len(rows), _open(self.files[0]).shape[1]), np.float32)
+        found = np.empty((len(rows), _open(self.files[parts[0]]).shape[1]), np.float32)
         for part in np.unique(parts):
             found[parts == part] = _open(self.files[part])[rows[parts == part]]
         return found
@@ -156,6 +176,16 @@ def own(count: int) -> int:
     return sum(min(PART, count - start) for start in parts)
 
 
+def place(
+    folder: paths.Path, network: Features, data: Data, source: Source, count: int
+) -> paths.Path:
+    """The folder inside for features of the first `count` examples: another one wherever anything
+    differs that features are made of, for `store` believes what it finds."""
+    made_of = [network.of_side(source.resolution), network.digest, network.settings, repr(data)]
+    text = json.dumps([*made_of, count, len(source)])
+    return folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def store(
     source: Source,
     count: int,
@@ -169,8 +199,8 @@ def store(
 
     rows: examples, one to `batch` -> a row for each. advance: called with how many pictures have
     been done, those too that were there or cannot be read. All processes of the program call it,
-    with a folder that all see, and wait for each other. Examples are read in several threads.
-    Raises BadRecord where no example of a part can be read.
+    with a folder that all see, and wait for each other. Examples are read in several threads, a
+    batch at a time.
     """
     paths.make_folder(folder)
     files = [folder / f"part-{i:05d}.npy" for i in range(-(-count // PART))]
@@ -180,34 +210,24 @@ def store(
             if files[i].exists():
                 advance(len(indices))
                 continue
-            examples = list(readers.map(functools.partial(_read, source), indices))
-            made = _rows(examples, rows, batch, advance)
-            with paths.writing(files[i]) as part, open(part, "wb") as opened:
-                np.save(opened, made)
+            made = np.full((len(indices), 1), np.nan, np.float32)
+            for start in range(0, len(indices), batch):
+                some = indices[start : start + batch]
+                examples = list(readers.map(functools.partial(_read, source), some))
+                good = {j: e for j, e in enumerate(examples) if not isinstance(e, BadRecord)}
+                if good:
+                    found = rows(list(good.values()))
+                    if made.shape[1] != found.shape[1]:
+                        made = np.full((len(indices), found.shape[1]), np.nan, np.float32)
+                    made[start + np.array(list(good))] = found
+                advance(len(some))
+            content = io.BytesIO()  # NumPy's own writing to a file hides why a disk refuses it
+            np.save(content, made)
+            with paths.writing(files[i]) as part:
+                part.write_bytes(content.getvalue())
     distributed.wait(f"features {folder}")
     read = [np.flatnonzero(~np.isnan(_open(f)[:, 0])) + i * PART for i, f in enumerate(files)]
     return Stored(files=files, indices=np.concatenate(read))
-
-
-def _rows(
-    examples: Sequence[Example | BadRecord],
-    rows: Callable[[Sequence[Example]], Float[np.ndarray, "_ d"]],
-    batch: int,
-    advance: Callable[[int], Any],
-) -> Float[np.ndarray, "n d"]:
-    good = {i: e for i, e in enumerate(examples) if not isinstance(e, BadRecord)}
-    if not good:
-        raise next(example for example in examples if isinstance(example, BadRecord))
-    made: Any = None
-    for start in range(0, len(good), batch):
-        some = list(good)[start : start + batch]
-        found = rows([good[i] for i in some])
-        if made is None:
-            made = np.full((len(examples), found.shape[1]), np.nan, np.float32)
-        made[some] = found
-        advance(len(some))
-    advance(len(examples) - len(good))
-    return made
 
 
 def _read(source: Source, index: int) -> Example | BadRecord:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cascade import images
-from cascade.data.source import Source
+from cascade.data.source import Data, Source
 from cascade.errors import UserError
 from cascade.evaluation import distances
 from cascade.evaluation.distances import NEAREST, Statistics
-from cascade.evaluation.features import Features, Stored, store
+from cascade.evaluation.features import Features, Stored, place, store
 from cascade.storage import paths
 
 SUBSETS, SUBSET_SIZE = 100, 1000
@@ -33,8 +31,12 @@ class Pictures:
 
     name: str
     """How a person called it."""
+    side: int
+    """The side that its pictures are brought to first, in pixels."""
+    data: Data | None = None
+    """The dataset; None where there are statistics alone."""
     source: Source | None = None
-    """The pictures; None where there are statistics alone."""
+    """The pictures of `data` at that side."""
     count: int = 0
     """How many of them are taken, from the first; two or more."""
     known: Statistics | None = None
@@ -66,23 +68,23 @@ def seen(
     All processes of the program call it. Raises UserError for statistics of another network, and
     for fewer than two pictures that can be read.
     """
-    if pictures.source is None:
+    kind = network.of_side(pictures.side)
+    if pictures.source is None or pictures.data is None:
         known: Any = pictures.known
         width = network.width
-        if known.network not in (None, network.name) or len(known.mean) != width:
+        if known.network not in (None, kind) or len(known.mean) != width:
             raise UserError(
                 f"statistics {pictures.name}: are of {len(known.mean)} features of "
-                f"{known.network or 'a network that they do not name'}, and these are {width} of "
-                f"{network.name}; choose that network, or make them anew with --save-statistics"
+                f"({known.network or 'a network that they do not name'}), and these are {width} of "
+                f"({kind}); choose that network, its weights and that --side, or make them anew "
+                "with --save-statistics"
             )
         about = {"what": pictures.name, "pictures": known.count}
         return Seen(about=about, statistics=known, stored=None)
-    key = json.dumps([pictures.name, pictures.count, pictures.source.resolution, network.name])
-    key = hashlib.sha256(f"{key}{network.digest}{len(pictures.source)}".encode()).hexdigest()[:16]
     stored = store(
         pictures.source,
         pictures.count,
-        folder / key,
+        place(folder, network, pictures.data, pictures.source, pictures.count),
         lambda examples: network([example["image"] for example in examples], batch),
         batch=batch,
         advance=advance,
@@ -95,7 +97,7 @@ def seen(
     if left_out := pictures.count - len(stored):
         print(f"warning: {pictures.name}: left out {left_out} pictures", file=sys.stderr)
     about = {"what": pictures.name, "pictures": len(stored), "left_out": left_out}
-    return Seen(about=about, statistics=stored.statistics(network.name), stored=stored)
+    return Seen(about=about, statistics=stored.statistics(kind), stored=stored)
 
 
 def compare(drawn: Seen, true: Seen, network: Features, seed: int = 0) -> dict[str, Any]:
@@ -128,12 +130,14 @@ def compare(drawn: Seen, true: Seen, network: Features, seed: int = 0) -> dict[s
     return found | figures | {"neighbours": {"pictures": few, "nearest": NEAREST}}
 
 
-def sheet(folder: paths.Path, drawn: Pictures, true: Pictures) -> None:
-    """Write sheet.png: the first SHOWN pictures of each set that has any, the drawn ones first."""
+def sheet(folder: paths.Path, sets: Sequence[tuple[Pictures, Seen]]) -> None:
+    """Write sheet.png: the first SHOWN pictures of each set that can be read, sets from left to
+    right; none where all sets are statistics alone."""
     grids = []
-    for pictures in (drawn, true):
-        if pictures.source is not None:
-            some = [pictures.source[i]["image"] for i in range(min(SHOWN, pictures.count))]
+    for pictures, found in sets:
+        if pictures.source is not None and found.stored is not None:
+            shown = found.stored.indices[:SHOWN]
+            some = [pictures.source[int(i)]["image"] for i in shown]
             grids.append(images.grid([_at_most(picture, 128) for picture in some], columns=8))
     if grids:
         height = max(len(grid) for grid in grids)

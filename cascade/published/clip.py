@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from cascade import ranges
 from cascade.config import read_json
 from cascade.errors import UserError
 from cascade.models import CLIPConfig, Network
@@ -103,10 +104,16 @@ class CLIP:
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
         """Embed texts, float32. One that is too long keeps its beginning. Raises UserError for what
-        is no text."""
+        is no text, and where weights give values that are not finite."""
         length = self.config.text.max_position_embeddings
         ids = text_clip.tokenize(self.tokenizer, texts, length).ids
-        return np.asarray(_texts(self.config, self.params, jnp.asarray(ids)))
+        found = np.asarray(_texts(self.config, self.params, jnp.asarray(ids)))
+        if not np.isfinite(found).all():
+            raise UserError(
+                f"CLIP {self.name}: gives embeddings that are not finite numbers; its weights are "
+                "damaged: use others"
+            )
+        return found
 
 
 def normalised(
@@ -240,7 +247,8 @@ def _normalisation(folder: Path, side: int) -> tuple[tuple[float, ...], tuple[fl
             raise UserError(f"{file}: {name} must be image_size={side} of config.json, got {given}")
     for name, value in (("resample", 3), ("rescale_factor", 1 / 255)):
         given = fields.get(name, value)
-        if not isinstance(given, (int, float)) or abs(given - value) > 1e-6:
+        close = isinstance(given, (int, float)) and value - 1e-6 <= given <= value + 1e-6
+        if not close:  # NaN is not, nor is a whole number that no float can hold
             raise UserError(f"{file}: {name} must be {value:.6g}, got {given!r}")
     for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
         if fields.get(name, True) is not True:
@@ -248,10 +256,11 @@ def _normalisation(folder: Path, side: int) -> tuple[tuple[float, ...], tuple[fl
     found = []
     for name, usual in (("image_mean", _MEAN), ("image_std", _STD)):
         given = fields.get(name, usual)
-        numbers = isinstance(given, (list, tuple)) and all(isinstance(v, float) for v in given)
-        if not numbers or len(given) != 3 or not all(0 < v < 10 for v in given):
-            raise UserError(f"{file}: {name} must be three numbers above 0, got {given!r}")
-        found.append(tuple(given))
+        numbers = isinstance(given, (list, tuple)) and all(map(ranges.is_real, given))
+        least = 0 if name == "image_mean" else 1e-3
+        if not numbers or len(given) != 3 or not all(least <= v <= 10 for v in given):
+            raise UserError(f"{file}: {name} must be three numbers, {least:g} to 10, got {given!r}")
+        found.append(tuple(map(float, given)))
     return found[0], found[1]
 
 

@@ -31,7 +31,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     file = paths.path(path)
     if not file.is_file():
-        raise UserError(f"Inception's weights {file}: no such file; {HOW}")
+        what = "is no regular file" if file.exists() else "no such file"
+        raise UserError(f"Inception's weights {file}: {what}; {HOW}")
     if file.suffix in (".pth", ".pt", ".bin"):
         raise UserError(
             f"Inception's weights {file}: are pickled, which is never read; convert them once "

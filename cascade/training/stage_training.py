@@ -241,6 +241,12 @@ class RunningStage(Running):
         held_out = None
         if job.validation:
             source, held_out = divided(source, job.validation)
+        self._examples = source if held_out is None else held_out
+        if job.eval_every_images and len(self.examples(2)) < 2:
+            raise UserError(
+                f"eval_every_images={job.eval_every_images}: of what is evaluated fewer than two "
+                "pictures can be read; give more data or a larger validation, or set it to 0"
+            )
         self._text: Online | Stored | None = None
         if job.stage.text is not None:
             stored = job.embeddings is not None
@@ -248,7 +254,6 @@ class RunningStage(Running):
         reader = None if self._text is None else self._text.reader
         read = self.read(source, reader, sharding.process_rows(mesh, job.batch_size))
         self._read = self.batches = read
-        self._examples = source if held_out is None else held_out
         self.evaluate_every_images = job.eval_every_images
         drawn = job.preview_every_images and job.stage.lowres is None
         own = first_captions(source, job.preview_captions) if drawn else []

@@ -1,5 +1,7 @@
 """Distances of two sets of features, against closed forms and against slow and plain code."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,10 @@ def test_statistics_survive_a_file_and_pytorch_fids_are_read(tmp_path):
     assert (again.count, again.network) == (400, "random")
     np.savez(tmp_path / "theirs.npz", mu=found.mean, sigma=found.covariance)
     theirs = Statistics.load(tmp_path / "theirs.npz")
+    constant = np.full((7, 3), 0.1, np.float32)
+    rounded = statistics([constant])
+    Statistics(mean=rounded.mean, covariance=rounded.covariance - 1e-40).save(tmp_path / "c.npz")
+    assert Statistics.load(tmp_path / "c.npz").covariance.max() < 1e-12
     assert (theirs.count, theirs.network) == (None, None) and frechet(theirs, found) < 1e-9
 
 
@@ -64,6 +70,10 @@ def test_statistics_survive_a_file_and_pytorch_fids_are_read(tmp_path):
     "arrays,said",
     [
         ({"mu": np.zeros(3)}, "has no array 'sigma"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2], [0, 1]])}, "must be a covariance"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no variance below 0"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "count": 1}, "count two or more"),
+        ({"mu": np.full(2, 1e200), "sigma": np.eye(2)}, "finite number below 1e"),
         ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"got \[3\] and \[2, 2\]"),
         ({"mu": np.zeros(2, int), "sigma": np.zeros((2, 2), int)}, "of floats"),
         ({"mu": np.full(2, np.nan), "sigma": np.zeros((2, 2))}, "not a finite number"),
@@ -79,6 +89,22 @@ def test_what_is_no_statistics_is_refused_and_no_pickle_is_read(arrays, said, tm
         Statistics.load(tmp_path / "s.npz")
     with pytest.raises(UserError, match="no such file"):
         Statistics.load(tmp_path / "none.npz")
+
+
+def test_no_array_is_read_whose_header_tells_of_too_much(tmp_path):
+    """A few bytes of a zip may be gigabytes of zeros."""
+    for name, shape in (("mu", (10**9,)), ("sigma", (2**14, 2**14)), ("count", (10**9,))):
+        arrays = {"mu": np.zeros(2), "sigma": np.eye(2), "count": np.int64(9)}
+        with zipfile.ZipFile(tmp_path / "s.npz", "w") as file:
+            for other, array in arrays.items():
+                with file.open(f"{other}.npy", "w") as member:
+                    header = np.lib.format.header_data_from_array_1_0(array)
+                    if other == name:
+                        header["shape"] = shape
+                    np.lib.format.write_array_header_1_0(member, header)
+                    member.write(array.tobytes())
+        with pytest.raises(UserError, match=rf"{name}\.npy is .*{shape[0]}.*at most 8192"):
+            Statistics.load(tmp_path / "s.npz")
 
 
 def taken(x):
@@ -101,6 +127,19 @@ def test_the_kernel_distance_is_the_unbiased_sum_over_pairs():
     found = kernel(taken(x), taken(y), (12, 12), subsets=2, size=12)
     assert found["mean"] == pytest.approx(slow_kernel(x, y)) and found["std"] < 1e-12
     assert (found["subsets"], found["subset_size"]) == (2, 12)
+
+
+def test_the_kernel_distance_of_subsets_has_their_mean_and_their_spread():
+    x, y = gaussian(9).astype(np.float64), gaussian(30, seed=1).astype(np.float64) + 0.5
+    asked = ([], [])
+    takes = [
+        lambda i, z=z, to=to: to.append(i) or z[i] for z, to in zip((x, y), asked, strict=True)
+    ]
+    found = kernel(*takes, (9, 30), subsets=4, size=6)
+    values = [slow_kernel(x[i], y[j]) for i, j in zip(*asked, strict=True)]
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["std"] == pytest.approx(np.sqrt(np.mean(np.square(values - np.mean(values)))))
+    assert max(map(max, asked[1])) > 9
 
 
 def test_the_kernel_distance_of_one_distribution_is_zero_in_the_mean():

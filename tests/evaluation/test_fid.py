@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 
 import jax
 import numpy as np
 import processes
 import pytest
+import safetensors.numpy
 from fixtures.feature_networks import clip_folder
 from PIL import Image, ImageFilter
 
@@ -16,8 +18,10 @@ from cascade import images
 from cascade.commands import eval as evaluate
 from cascade.data.source import BadRecord, Source
 from cascade.errors import UserError
-from cascade.evaluation import clip_score, features
+from cascade.evaluation import clip_score, features, resumable
 from cascade.evaluation.distances import Statistics
+from cascade.published import clip
+from cascade.scenes.dataset import ScenesData
 from cascade.scenes.render import render
 from cascade.scenes.spec import scene_at
 
@@ -66,8 +70,9 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
     assert sum(done) == 20 and list(stored.indices) == expected
     np.testing.assert_array_equal(stored.take(np.arange(17))[:, 0], expected)
     assert stored.statistics("n").count == 17
-    with pytest.raises(BadRecord):
-        features.store(Numbers(3, bad={0, 1, 2}), 3, tmp_path / "other", means, batch=4)
+    unlucky = features.store(Numbers(21, bad={*range(10), 20}), 21, tmp_path / "o", means, batch=4)
+    np.testing.assert_array_equal(unlucky.take(np.arange(10))[:, 0], np.arange(10, 20))
+    assert unlucky.statistics("n").count == 10
 
 
 def test_features_are_those_of_each_picture_on_eight_devices_and_in_any_batch():
@@ -158,7 +163,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, capsys, monkeypat
     argv = ("fid", a, b, *PROXY, "--out", tmp_path / "out")
     expected = run(capsys, *argv[:-2])
     monkeypatch.setattr(features, "PART", 16)
-    true, count = features._rows, []
+    true, count = np.save, []
 
     def stopped(*args):
         count.append(args)
@@ -166,10 +171,10 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, capsys, monkeypat
             raise KeyboardInterrupt
         return true(*args)
 
-    monkeypatch.setattr(features, "_rows", stopped)
+    monkeypatch.setattr(np, "save", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(capsys, *argv)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"unfinished"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {resumable.NAME}
     assert run(capsys, *argv)["fd_proxy"] == pytest.approx(expected["fd_proxy"], rel=1e-6)
     assert len(count) == 4 + 6 - 3  # of six parts, three were there
 
@@ -226,6 +231,10 @@ FEW = (("a", 1), ("b", 2))
         (["fid", "a", "b", *PROXY, "--weights", "w"], "a random network has none"),
         (["fid", "a", "b", *PROXY, "--count", "1"], "--count must be 2 or more, got 1"),
         (["fid", "a", "b", "--side", "4"], "--side must be 8 or more, got 4"),
+        (["fid", "a", "b", "--side", "5000"], "--side must be at most 4096, got 5000"),
+        (["fid", "a", "b", *PROXY, "--batch-size", "1000000000"], "--batch-size must be at most"),
+        (["fid", "a", "b", *PROXY, "--seed", "-1"], "--seed must be in [0, 2^32), got -1"),
+        (["fid", "", "b", *PROXY], "the name of a file or folder is empty"),
         (["fid", "scenes:seen", "a", *PROXY], "scenes have no end; say how many with --count"),
         (["fid", "a.npz", "a", *PROXY], "statistics a.npz: no such file"),
         (["fid", "none", "a", *PROXY], "none"),
@@ -248,8 +257,10 @@ def test_statistics_of_another_network_are_refused(tmp_path, capsys):
     run(capsys, "fid", a, *PROXY, "--save-statistics", tmp_path / "s.npz")
     folder = clip_folder(tmp_path / "clip", tokenizer=True)
     argv = ("fid", tmp_path / "s.npz", a, "--side", 32, "--network", "clip", "--weights", folder)
-    with pytest.raises(UserError, match="are of 120 features of random, and these are 8 of clip"):
+    with pytest.raises(UserError, match=r"are of 120 .* of \(random, pic.*these are 8 of \(clip"):
         run(capsys, *argv)
+    with pytest.raises(UserError, match=r"\(random, pictures of 32 px\), and these .* of 16 px\)"):
+        run(capsys, "fid", tmp_path / "s.npz", a, "--network", "random", "--side", 16)
 
 
 def test_a_picture_is_retrieved_if_its_own_caption_is_the_nearest():
@@ -293,8 +304,6 @@ def test_the_clip_command_scores_samples_by_their_prompts(tmp_path, capsys):
     report = run(capsys, *argv, "--out", tmp_path / "out")
     assert report == json.loads((tmp_path / "out" / "results.json").read_text())
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", *FILES}
-    from cascade.published import clip
-
     model = clip.load(folder)
     pictures = np.stack(
         [np.asarray(images.load_image(drawn / f"{i:04d}_16.png")) for i in range(4)]
@@ -307,3 +316,157 @@ def test_the_clip_command_scores_samples_by_their_prompts(tmp_path, capsys):
 
 
 FILES = {"clip.png", "sheet.png"}
+
+
+def test_features_lie_elsewhere_wherever_anything_differs_that_they_are_made_of(tmp_path):
+    network, data, source = features.of_random(), ScenesData(split="seen"), Numbers(9)
+    other_side = Numbers(9)
+    other_side.resolution = 16
+    made_of = [
+        (network, data, source, 5),
+        (network, data, source, 6),
+        (network, data, Numbers(10), 5),
+        (network, data, other_side, 5),
+        (network, dataclasses.replace(data, seed=1), source, 5),
+        (network, dataclasses.replace(data, split="unseen"), source, 5),
+        *(
+            (dataclasses.replace(network, **{name: "x"}), data, source, 5)
+            for name in ("name", "digest", "settings")
+        ),
+    ]
+    found = [features.place(tmp_path, *some) for some in made_of]
+    assert len(set(found)) == len(made_of) and {p.parent for p in found} == {tmp_path}
+    assert features.place(tmp_path, *made_of[0]) == found[0]
+
+
+def test_what_clips_see_depends_on_more_than_their_weights(tmp_path):
+    model = clip.load(clip_folder(tmp_path / "clip", tokenizer=True))
+    other = dataclasses.replace(model, std=(1.0, 1.0, 1.0))
+    one, two = features.of_clip(model), features.of_clip(other)
+    assert one.digest == two.digest == model.digest and len(model.digest) == 64
+    assert one.settings != two.settings
+
+
+def test_a_second_clip_does_not_judge_by_the_first_ones_embeddings(tmp_path, capsys, monkeypatch):
+    a = write_pictures(tmp_path / "a", lambda p: p, count=6)
+    for name in ("one", "two"):
+        clip_folder(tmp_path / name, tokenizer=True)
+    file = tmp_path / "two" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["text_projection.weight"] *= -1
+    safetensors.numpy.save_file(tensors, file)
+    argv = ("clip", a, "--side", 32, "--batch-size", 6)
+    expected = run(capsys, *argv, "--weights", tmp_path / "two")
+    with monkeypatch.context() as patched:
+        patched.setattr(clip_score, "sheet", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(capsys, *argv, "--weights", tmp_path / "one", "--out", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [resumable.NAME]
+    found = run(capsys, *argv, "--weights", tmp_path / "two", "--out", tmp_path / "out")
+    assert found == expected and found["clip_score"] > 0
+
+
+def test_a_broken_picture_is_left_out_of_figures_and_sheet_and_captions_need_not_be(
+    tmp_path, capsys
+):
+    a, b = (write_pictures(tmp_path / n, lambda p: p, start=s, count=9) for n, s in FEW)
+    (a / "001.png").write_bytes(b"no picture")
+    for file in [*a.glob("*.txt"), *b.glob("*.txt")]:
+        file.unlink()
+    report = run(capsys, "fid", a, f"folder:{b}", *PROXY, "--out", tmp_path / "out")
+    assert report["pictures"]["left_out"] == 1 and report["reference"]["pictures"] == 9
+    assert (tmp_path / "out" / "sheet.png").is_file()
+    with pytest.raises(UserError, match=r"has no caption; write it to 000\.txt"):
+        run(capsys, "clip", b, "--side", 32)
+
+
+def test_weights_that_give_no_numbers_are_told_of(tmp_path, capsys):
+    a = write_pictures(tmp_path / "a", lambda p: p, count=3)
+    folder = clip_folder(tmp_path / "clip", tokenizer=True)
+    for name in ("visual_projection.weight", "text_projection.weight"):
+        tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+        safetensors.numpy.save_file(
+            {**tensors, name: np.zeros_like(tensors[name])}, tmp_path / "clip" / "model.safetensors"
+        )
+        with pytest.raises(UserError, match="not finite numbers; its weights are damaged"):
+            run(capsys, "clip", a, "--side", 32, "--weights", folder, "--out", tmp_path / name)
+        assert not list((tmp_path / name).glob("results.json"))
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def test_one_picture_has_no_interval(tmp_path, capsys):
+    folder = clip_folder(tmp_path / "clip", tokenizer=True)
+    a = write_pictures(tmp_path / "a", lambda p: p, count=2)
+    (a / "000.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="1 pictures of 2 can be read; two are needed"):
+        run(capsys, "clip", a, "--side", 32, "--weights", folder)
+    one = write_pictures(tmp_path / "one", lambda p: p, count=1)
+    with pytest.raises(UserError, match="has 1 picture; two or more are needed"):
+        run(capsys, "clip", one, "--side", 32, "--weights", folder)
+
+
+def test_statistics_are_kept_at_the_very_end_so_that_a_stopped_run_can_go_on(
+    tmp_path, capsys, monkeypatch
+):
+    a, b = (write_pictures(tmp_path / n, lambda p: p, start=s, count=9) for n, s in FEW)
+    argv = ("fid", a, b, *PROXY, "--out", tmp_path / "out", "--save-statistics", tmp_path / "s.npz")
+    with monkeypatch.context() as patched:
+        patched.setattr(Statistics, "save", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(capsys, *argv)
+    there = {p.name for p in (tmp_path / "out").iterdir()}
+    assert there == {"results.json", "sheet.png", resumable.NAME}
+    assert run(capsys, *argv)["fd_proxy"] > 0 and (tmp_path / "s.npz").is_file()
+    nowhere = ("--save-statistics", tmp_path / "none" / "s.npz")
+    with pytest.raises(UserError, match="none is no folder that can be written to; make it"):
+        run(capsys, "fid", a, *PROXY, *nowhere)
+
+
+def test_a_folder_is_one_runs_and_what_others_put_there_stays(tmp_path):
+    out = tmp_path / "out"
+    with resumable.folder(out, "a run") as (where, inside):
+        assert where == out and inside.is_dir()
+        with pytest.raises(UserError, match="a run holds this folder"):
+            resumable.folder(out, "a run").__enter__()
+        assert inside.is_dir()
+        (inside / "part").write_text("x")
+    assert list(out.iterdir()) == []
+    with pytest.raises(KeyError), resumable.folder(out, "a run"):
+        raise KeyError  # a mistake, before anything was made
+    assert list(out.iterdir()) == []
+    with pytest.raises(KeyError), resumable.folder(out, "a run") as (_, inside):
+        (inside / "part").write_text("x")
+        raise KeyError
+    (out / f".results.json.{'0' * 16}.partial").write_text("of a process that was killed")
+    (out / "results.json").write_text("whole, but its process was killed after it")
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match=r"holds mine\.txt"):
+        resumable.folder(out, "a run").__enter__()
+    (out / "mine.txt").unlink()
+    with resumable.folder(out, "a run") as (_, inside):
+        assert (inside / "part").read_text() == "x"
+    assert [p.name for p in out.iterdir()] == ["results.json"]
+    with pytest.raises(UserError, match=r"holds results\.json"):
+        resumable.folder(out, "a run").__enter__()
+
+
+def test_a_full_disk_is_told_of_and_nothing_half_written_is_left(tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = pytest.raises(UserError, match=r"out: cannot be written to \(File too.*make room")
+    with told, resumable.folder(tmp_path / "out", "a run") as (_, inside):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, usual[1]))
+        try:
+            features.store(Numbers(20), 20, inside, means, batch=4)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert list((tmp_path / "out").rglob("*")) == []
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (out / resumable.NAME).symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"holds {resumable.NAME}"):
+        resumable.folder(out, "a run").__enter__()
+    assert list(elsewhere.iterdir()) == []

@@ -14,10 +14,12 @@ from cascade import cli, testing
 from cascade.data import FolderData
 from cascade.devices import sharding
 from cascade.errors import UserError
+from cascade.evaluation import features
 from cascade.evaluation.while_training import WhileTraining
 from cascade.scenes.dataset import ScenesData
 from cascade.stage import Stage
-from cascade.training import preview
+from cascade.training import loop, preview
+from cascade.training.log import TrainingLog
 from cascade.training.loop import fit
 from cascade.training.stage_training import RunningStage, StageTraining
 
@@ -42,20 +44,76 @@ def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_figures_are_in_the_rows_of_their_images_and_in_the_plot(tmp_path):
-    seen = []
+def test_figures_are_in_the_rows_of_their_images_and_in_the_plot(tmp_path, monkeypatch):
+    """They are of the averaged weights, and their time is no time of steps."""
+    seen, averaged, paused, now = [], [], [], [0.0]
+    true = loop.whole
+
+    def whole(job, state, trained):
+        averaged.append(trained is state["ema"])
+        return true(job, state, trained)
+
+    def clock():
+        now[0] += 1e-3
+        return now[0]
+
+    monkeypatch.setattr(loop, "whole", whole)
+    monkeypatch.setattr(TrainingLog, "pause", lambda log, seconds: paused.append(seconds))
+    monkeypatch.setattr(loop.time, "perf_counter", clock)
 
     def evaluate(running, params):
+        now[0] += 100
         seen.append(jax.tree.map(np.asarray, params))
         return {"eval/fd_proxy": float(len(seen)), "eval/facts": 0.5}
 
     assert fit(job(), tmp_path / "run", evaluate=evaluate)
     rows = rows_of(tmp_path / "run")
+    assert len(averaged) >= 2 and all(averaged)
+    assert [round(seconds) for seconds in paused if seconds > 1] == [100, 100]
     assert [row["images"] for row in rows if "eval/fd_proxy" in row] == [16, 32]
     assert [row["eval/fd_proxy"] for row in rows if "eval/fd_proxy" in row] == [1.0, 2.0]
     first, last = (jax.tree.leaves(params) for params in seen)
     assert any((a != b).any() for a, b in zip(first, last, strict=True))
     assert Image.open(tmp_path / "run" / "loss.png").size == (720, (4 + 2 * 2) * 120)
+
+
+def test_nothing_is_evaluated_where_fewer_than_two_pictures_can_be_read(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"no picture")
+        (tmp_path / f"{i:02d}.txt").write_text(f"picture {i}")
+    Image.new("RGB", (16, 16)).save(tmp_path / "20.png")
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    folder = FolderData(path=str(tmp_path))
+    with pytest.raises(UserError, match="eval_every_images=16: of what is evaluated fewer than"):
+        RunningStage(job(data=folder), mesh)
+    Image.new("RGB", (16, 16)).save(tmp_path / "30.png")
+    running = RunningStage(job(data=folder), mesh)
+    assert [e["caption"] for e in running.examples(9)] == ["picture 20", "picture 30"]
+    running.batches.close()
+
+
+def test_inceptions_distance_is_called_fid_and_each_network_sees_pictures_for_itself(monkeypatch):
+    def small(weights):
+        network = features.of_random()
+        seen = network.apply
+        return dataclasses.replace(
+            network, name=weights, suffix="", apply=lambda p, x: 2 * seen(p, x)
+        )
+
+    monkeypatch.setattr(features, "of_inception", small)
+    evaluate = WhileTraining(job(eval_inception="w", eval_pictures=6))
+    found = evaluate(Drawn(lambda picture: 255 - picture), None)
+    assert set(found) == {"eval/fd_proxy", "eval/fid"}
+    assert found["eval/fid"] == pytest.approx(4 * found["eval/fd_proxy"], rel=1e-3)
+
+
+def test_a_stage_that_examples_say_too_little_for_is_told_of():
+    class Silent(Drawn):
+        def draw(self, params, examples):
+            return None
+
+    with pytest.raises(UserError, match="examples do not say all that .* set it to 0"):
+        WhileTraining(job())(Silent(None), None)
 
 
 class Drawn:

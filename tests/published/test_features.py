@@ -160,10 +160,10 @@ def test_a_picture_is_prepared_as_openai_has_it(tiny):
 
 def test_normalisation_is_that_of_the_preprocessor(tiny, tmp_path):
     clip_folder(tmp_path, tokenizer=True)
-    fields = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 0.5], "crop_size": 12}
+    fields = {"image_mean": [0, 0.5, 0.5], "image_std": [0.25, 0.5, 0.5], "crop_size": 12}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
     other = clip.load(tmp_path)
-    assert other.mean == (0.5, 0.5, 0.5) and other.std == (0.25, 0.5, 0.5)
+    assert other.mean == (0, 0.5, 0.5) and other.std == (0.25, 0.5, 0.5)
     picture = jnp.full((1, 12, 12, 3), 128, np.uint8)
     away = np.abs(other.images(other.params, picture) - tiny.images(tiny.params, picture)).max()
     assert away > 1e-3
@@ -174,7 +174,10 @@ def test_normalisation_is_that_of_the_preprocessor(tiny, tmp_path):
     [
         ({"resample": 2}, "resample must be 3, got 2"),
         ({"size": {"shortest_edge": 224}}, "size must be image_size=12"),
-        ({"image_mean": [0.5]}, "image_mean must be three numbers above 0"),
+        ({"image_mean": [0.5]}, "image_mean must be three numbers, 0 to 10"),
+        ({"image_std": [0, 1, 1]}, "image_std must be three numbers, 0.001 to 10"),
+        ({"rescale_factor": 10**400}, "rescale_factor must be 0.0039"),
+        ({"rescale_factor": float("nan")}, "rescale_factor must be 0.0039"),
         ({"do_center_crop": False}, "do_center_crop must be true, got False"),
         ([], "must hold the fields of a CLIPImageProcessor"),
     ],

@@ -66,6 +66,21 @@ def test_waiting_for_data_is_counted_in_one_row_and_all_writers_are_closed(tmp_p
     assert closed == [True]
 
 
+def test_speed_is_that_of_the_steps_without_the_pauses_between(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training_log.time, "perf_counter", lambda: now[0])
+    log = log_in(tmp_path)
+    now[0] = 50.0
+    log.compiled(1)
+    for step, pause in ((3, 1000.0), (5, 2000.0), (7, 0.0)):
+        now[0] += 4.0
+        log.add(metrics(1.0), waited=0.0)
+        now[0] += pause
+        log.pause(pause)
+        assert log.write(step)["step_seconds"] == 2.0
+    log.close()
+
+
 def test_a_changed_command_is_marked_in_the_row_and_in_the_plot(tmp_path):
     for name, told in (("plain", ""), ("changed", "optimizer.learning_rate: 0.1 before, 1 now")):
         (tmp_path / name).mkdir()

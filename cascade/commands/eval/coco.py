@@ -169,20 +169,27 @@ def _check(options: CocoOptions) -> tuple[float, ...] | None:
 
 
 def _true(options: CocoOptions, captions: protocols.Captions, network: Features) -> fid.Pictures:
+    from cascade.data import FolderData
     from cascade.evaluation import coco, fid
     from cascade.evaluation.distances import Statistics
     from cascade.storage import paths
 
     if options.reference is not None:
         known = Statistics.load(paths.path(options.reference))
-        true = fid.Pictures(name=str(options.reference), known=known)
+        true = fid.Pictures(name=str(options.reference), side=options.side, known=known)
         fid.seen(true, network, options.out, batch=1)  # those of another network are refused now
         return true
     assert options.pictures is not None
     source = coco.TruePictures(captions, options.pictures, options.side)
     if len(source) < 2:
         raise UserError(f"{captions.path}: names {len(source)} picture; two or more are needed")
-    return fid.Pictures(name=str(options.pictures), source=source, count=len(source))
+    return fid.Pictures(
+        name=str(options.pictures),
+        side=options.side,
+        data=FolderData(path=str(options.pictures)),
+        source=source,
+        count=len(source),
+    )
 
 
 def _protocol(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from cascade.commands.eval.options import Folder, is_first, processes, progress,
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
-    from cascade.data.source import Source
+    from cascade.data.source import Data, Source
     from cascade.evaluation.features import Features
     from cascade.storage.paths import Path as AnyPath
 
@@ -110,7 +111,7 @@ def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
         from cascade.evaluation import fid
         from cascade.evaluation.features import own
 
-        words = [word for word in (options.pictures, options.reference) if word]
+        words = [options.pictures, *([options.reference] if options.reference else [])]
         sets = [_set(word, options) for word in words]
         network = network_of(options)
         with progress(sum(own(s.count) for s in sets)) as advance:
@@ -127,13 +128,15 @@ def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
             **{name: s.about for name, s in zip(("pictures", "reference"), seen, strict=False)},
         }
         if kept is not None:
-            seen[0].statistics.save(kept)
             report["statistics"] = str(kept)
         if len(seen) > 1:
             report |= fid.compare(seen[0], seen[1], network, options.seed)
         if folder is not None:
-            fid.sheet(folder, *sets) if len(sets) > 1 else None
+            if len(sets) > 1:
+                fid.sheet(folder, list(zip(sets, seen, strict=True)))
             write(folder, report)
+        if kept is not None:  # last, for where it is there the command is not given again
+            seen[0].statistics.save(kept)
     return report
 
 
@@ -144,12 +147,13 @@ def evaluate_clip(options: CLIPOptions) -> dict[str, Any] | None:
         from cascade.evaluation import clip_score, features
         from cascade.published import clip
 
-        source, count = _source(options.pictures, options)
+        data, source, count = _source(options.pictures, options)
         model = clip.load(options.weights)
         network = features.of_clip(model)
+        place = features.place(unfinished / "captions", network, data, source, count)
         with progress(features.own(count)) as advance:
             found = clip_score.score(
-                *(source, count, model, network, unfinished),
+                *(source, count, model, network, place),
                 batch=options.batch_size,
                 seed=options.seed,
                 advance=advance,
@@ -184,10 +188,13 @@ COMMANDS = {
 
 
 def _check(options: Any) -> None:
-    for name, least in (("side", 8), ("batch_size", 1), ("count", 2)):
+    for name, least, most in (("side", 8, 4096), ("batch_size", 1, 4096), ("count", 2, 10**8)):
         value = getattr(options, name)
+        flag = f"--{name.replace('_', '-')}"
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+            raise UserError(f"{flag} must be {least} or more, got {value}")
+        if value is not None and value > most:
+            raise UserError(f"{flag} must be at most {most}, got {value}")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), got {options.seed}")
 
@@ -232,22 +239,27 @@ def _set(word: str, options: FIDOptions) -> Any:
     from cascade.storage import paths
 
     if word.endswith(".npz"):
-        return fid.Pictures(name=word, known=Statistics.load(paths.path(word)))
-    source, count = _source(word, options)
-    if count < 2:
-        raise UserError(f"{word}: has {count} picture; two or more are needed")
-    return fid.Pictures(name=word, source=source, count=count)
+        known = Statistics.load(paths.path(word))
+        return fid.Pictures(name=word, side=options.side, known=known)
+    data, source, count = _source(word, options, needs_captions=False)
+    return fid.Pictures(name=word, side=options.side, data=data, source=source, count=count)
 
 
-def _source(word: str, options: Any) -> tuple[Source, int]:
+def _source(word: str, options: Any, *, needs_captions: bool = True) -> tuple[Data, Source, int]:
+    from cascade.data import FolderData
     from cascade.scenes.dataset import ScenesData
     from cascade.scenes.words import dataset
 
     data = dataset(word, options.split, options.seed)
+    if isinstance(data, FolderData):
+        data = replace(data, needs_captions=needs_captions)
     if isinstance(data, ScenesData) and options.count is None:
         raise UserError(f"{word}: scenes have no end; say how many with --count, such as 2000")
     source = data.open(options.side)
-    return source, min(len(source), options.count or len(source))
+    count = min(len(source), options.count or len(source))
+    if count < 2:
+        raise UserError(f"{word}: has {count} picture; two or more are needed")
+    return data, source, count
 
 
 def new_statistics(options: Any) -> AnyPath | None:
@@ -261,4 +273,10 @@ def new_statistics(options: Any) -> AnyPath | None:
         raise UserError(f"--save-statistics {file}: must end with .npz")
     if file.exists():
         raise UserError(f"--save-statistics {file}: exists already; name a new file")
+    folder = file.parent
+    if not paths.is_remote(file) and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(
+            f"--save-statistics {file}: {folder} is no folder that can be written to; make it, or "
+            "name another"
+        )
     return file
