@@ -12,6 +12,7 @@ import processes
 import pytest
 import safetensors.numpy
 from fixtures.feature_networks import clip_folder
+from jax.experimental import multihost_utils
 from PIL import Image, ImageFilter
 
 from cascade import images
@@ -60,6 +61,25 @@ def test_features_lie_in_parts_and_what_is_there_is_not_made_anew(tmp_path, monk
     again = features.store(source, 23, tmp_path, means, batch=4)
     assert sorted(source.read) == list(range(10, 20))
     np.testing.assert_array_equal(np.concatenate(list(again))[:, 0], np.arange(23))
+
+
+def test_each_process_makes_parts_of_its_own(tmp_path, monkeypatch):
+    """And waits for the others, whose parts it then has."""
+    monkeypatch.setattr(features, "PART", 10)
+    source = Numbers(45)
+
+    def wait(name):
+        with monkeypatch.context() as alone:
+            alone.setattr(jax, "process_count", lambda: 1)
+            alone.setattr(jax, "process_index", lambda: 0)
+            features.store(Numbers(45), 45, tmp_path, means, batch=4)
+
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", wait)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    stored = features.store(source, 45, tmp_path, means, batch=4)
+    assert sorted(source.read) == [*range(10, 20), *range(30, 40)]
+    np.testing.assert_array_equal(np.concatenate(list(stored))[:, 0], np.arange(45))
 
 
 def test_pictures_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
