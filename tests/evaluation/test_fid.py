@@ -12,13 +12,14 @@ import processes
 import pytest
 import safetensors.numpy
 from fixtures.feature_networks import clip_folder
+from jax.experimental import multihost_utils
 from PIL import Image, ImageFilter
 
 from cascade import images
 from cascade.commands import eval as evaluate
 from cascade.data.source import BadRecord, Source
 from cascade.errors import UserError
-from cascade.evaluation import clip_score, features, resumable
+from cascade.evaluation import clip_score, distances, features, resumable
 from cascade.evaluation.distances import Statistics
 from cascade.published import clip
 from cascade.scenes.dataset import ScenesData
@@ -60,6 +61,25 @@ def test_features_lie_in_parts_and_what_is_there_is_not_made_anew(tmp_path, monk
     again = features.store(source, 23, tmp_path, means, batch=4)
     assert sorted(source.read) == list(range(10, 20))
     np.testing.assert_array_equal(np.concatenate(list(again))[:, 0], np.arange(23))
+
+
+def test_each_process_makes_parts_of_its_own(tmp_path, monkeypatch):
+    """And waits for the others, whose parts it then has."""
+    monkeypatch.setattr(features, "PART", 10)
+    source = Numbers(45)
+
+    def wait(name):
+        with monkeypatch.context() as alone:
+            alone.setattr(jax, "process_count", lambda: 1)
+            alone.setattr(jax, "process_index", lambda: 0)
+            features.store(Numbers(45), 45, tmp_path, means, batch=4)
+
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", wait)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    stored = features.store(source, 45, tmp_path, means, batch=4)
+    assert sorted(source.read) == [*range(10, 20), *range(30, 40)]
+    np.testing.assert_array_equal(np.concatenate(list(stored))[:, 0], np.arange(45))
 
 
 def test_pictures_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
@@ -156,6 +176,47 @@ def test_the_command_writes_what_it_prints_and_statistics_stand_for_pictures(tmp
         run(capsys, *argv)
     with pytest.raises(UserError, match=r"out: holds (results|sheet).*name a new or empty folder"):
         run(capsys, *argv[:-2])
+
+
+def test_figures_are_of_the_drawn_beside_the_true_and_the_seed_chooses_subsets(tmp_path, capsys):
+    a = write_pictures(tmp_path / "a", noisy(12), start=1, count=9)
+    b = write_pictures(tmp_path / "b", lambda p: p, start=2, count=14)
+    network, rows = features.of_random(), []
+    for folder in (a, b):
+        some = [np.asarray(images.load_image(file)) for file in sorted(folder.glob("*.png"))]
+        rows.append(network(some, 16))
+    reports = [run(capsys, "fid", a, b, *PROXY, "--seed", seed) for seed in (0, 1)]
+    first, second = reports
+    for name, value in distances.neighbourhoods(*rows).items():
+        assert first[name] == pytest.approx(value, abs=1e-5)
+    takes = (rows[0].__getitem__, rows[1].__getitem__)
+    kernel = distances.kernel(*takes, (9, 14), subsets=100, size=4, seed=1)
+    assert second["kd_proxy"]["mean"] == pytest.approx(kernel["mean"], abs=1e-6)
+    assert first["kd_proxy"]["mean"] != second["kd_proxy"]["mean"]
+    assert first["fd_proxy"] == second["fd_proxy"]
+    few = [run(capsys, "fid", "scenes:seen", b, *PROXY, "--count", 7, "--seed", s) for s in (0, 1)]
+    assert few[0]["fd_proxy"] != few[1]["fd_proxy"] and few[0]["reference"]["pictures"] == 7
+
+
+def test_the_sheet_has_the_best_first_and_the_worst_last(tmp_path, monkeypatch):
+    said = []
+    true = images.captioned
+
+    def captioned(pictures, texts):
+        said.extend(texts)
+        return true(pictures, texts)
+
+    monkeypatch.setattr(images, "captioned", captioned)
+    found = clip_score.Scores(
+        cosines=np.linspace(0.1, 0.4, 30, dtype=np.float32),
+        retrieved=np.ones(30, bool),
+        others=1,
+        indices=np.arange(100, 130),
+    )
+    clip_score.sheet(tmp_path, Numbers(200), found)
+    numbers = [int(text.split()[1]) for text in said]
+    assert numbers == [*range(129, 117, -1), *range(111, 99, -1)]
+    assert said[0] == "40.0 129" and said[-1] == "10.0 100"
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
@@ -276,6 +337,9 @@ def test_a_picture_is_retrieved_if_its_own_caption_is_the_nearest():
     chance = clip_score.scores(x, np.roll(x, 1, axis=0), n).as_json()
     low, high = chance["r_precision"]["interval"]
     assert low <= 0.01 <= high and abs(chance["clip_score"]) < 10
+    other = clip_score.scores(x, np.roll(x, 1, axis=0), n, seed=1)
+    same = clip_score.scores(x, np.roll(x, 1, axis=0), n, seed=0)
+    assert (other.retrieved != same.retrieved).any()
     again = x[[0, 1, 0, 1]]
     twice = clip_score.scores(again, again, np.array([5, 7, 5, 7]))
     assert twice.retrieved.all() and twice.others == 1

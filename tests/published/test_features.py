@@ -3,6 +3,7 @@
 Weights are random functions of their names; features.npz has what the references made of them.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import safetensors.numpy
 from fixtures.feature_networks import SHAPES, clip_folder, inception_tensors
 
 from cascade.errors import UserError
+from cascade.evaluation import features
 from cascade.models import InceptionConfig, Network
 from cascade.models.inception import resizing
 from cascade.published import clip, inception
@@ -40,6 +42,14 @@ def test_inception_has_the_features_of_the_reference(like, weights):
     expected, other = (RECORDED[n] for n in (like, *({"torch-fidelity", "pytorch-fid"} - {like})))
     scale = expected.std()
     assert np.abs(found - expected).max() < 1e-4 * scale < 0.1 * np.abs(found - other).max()
+
+
+def test_features_of_inception_tell_their_way_and_their_weights_apart(weights):
+    one, other = (features.of_inception(weights, way) for way in ("torch-fidelity", "pytorch-fid"))
+    assert one.name == "inception (torch-fidelity)" and other.name == "inception (pytorch-fid)"
+    assert one.apply.config.like == "torch-fidelity" and other.apply.config.like == "pytorch-fid"
+    assert one.digest == hashlib.sha256(weights.read_bytes()).hexdigest() == other.digest
+    assert (one.suffix, one.width) == ("", 2048)
 
 
 def test_pictures_are_resized_as_by_tensorflow_1_and_by_pytorch():

@@ -72,12 +72,12 @@ def test_speed_is_that_of_the_steps_without_the_pauses_between(tmp_path, monkeyp
     log = log_in(tmp_path)
     now[0] = 50.0
     log.compiled(1)
-    for step, pause in ((3, 1000.0), (5, 2000.0), (7, 0.0)):
-        now[0] += 4.0
+    for step, seconds, pause in ((3, 4.0, 1000.0), (5, 10.0, 2000.0), (7, 2.0, 0.0)):
+        now[0] += seconds
         log.add(metrics(1.0), waited=0.0)
         now[0] += pause
         log.pause(pause)
-        assert log.write(step)["step_seconds"] == 2.0
+        assert log.write(step)["step_seconds"] == seconds / 2
     log.close()
 
 
