@@ -3,8 +3,11 @@ program twice."""
 
 import gc
 import os
+import sys
 import tempfile
 from importlib.metadata import version
+
+import pytest
 
 FASTER = (
     "--xla_cpu_use_fusion_emitters=false",
@@ -37,6 +40,26 @@ gc.set_threshold(100_000)
 def pytest_xdist_auto_num_workers(config):
     """One more than there are cores: some tests wait for processes, and a core would stand idle."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_curves():
+    """Of a run's curve there is the file alone, for matplotlib takes a tenth of a small run.
+
+    Tests of what a curve shows have a fixture of this name, which draws them.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        if log := sys.modules.get("cascade.training.log"):
+            patched.setattr(log, "_plot_loss", _leave_a_picture)
+        yield
+
+
+def _leave_a_picture(rows, path, title):
+    import numpy as np
+
+    from cascade import images
+
+    images.save_png(path, np.zeros((1, 1, 3), np.uint8))
 
 
 # A file's tests run in one process, for they share what takes long to make; files are taken up one
