@@ -54,6 +54,17 @@ def plain_curves():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Only the first device is seen: a step on eight that are simulated takes the time of eight."""
+    import jax
+
+    alone = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "devices", lambda *_: alone)
+        yield
+
+
 def _leave_a_picture(rows, path, title):
     import numpy as np
 

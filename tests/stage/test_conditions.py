@@ -296,9 +296,8 @@ def test_parameters_lie_under_the_name_of_their_condition():
     assert held(of(TEXT)) == {"conditions": {"text"}}
     assert held(of(Count(kinds=5), Mask(), TEXT)) == {"conditions": {"count", "text"}}
     assert held(testing.super_resolution_stage()) == {"conditions": {"lowres", "text"}}
-    rows = jax.jit(Stage(of(Count(kinds=5))).init)(jax.random.key(0, impl="rbg"))["conditions"][
-        "count"
-    ]["rows"]
+    made = jax.jit(Stage(of(Count(kinds=5))).init)(jax.random.key(0, impl="rbg"))
+    rows = made["conditions"]["count"]["rows"]
     assert rows.shape == (5, 64) and rows.dtype == jnp.float32 and rows.std() > 0.5
 
 

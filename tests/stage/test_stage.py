@@ -113,7 +113,7 @@ def test_network_time_runs_from_0_clean_to_1000_noise_and_is_linear_in_cosine_ti
 
 def test_an_untrained_v_network_has_the_loss_of_predicting_zero():
     """The output is zero at the start, so the loss is the mean of v^2 = alpha^2 + sigma^2 x0^2."""
-    stage = Stage(testing.base_stage())
+    stage = Stage(testing.smallest_stage())
     batch = batch_of(64) | {"image": jnp.full((64, 8, 8, 3), 255, jnp.uint8)}
     value, metrics = jax.jit(stage.loss)(untrained(stage), batch, jax.random.key(1))
     # x0 = 1 everywhere: alpha^2 + sigma^2 = 1 on average, up to the noise of 64 * 192 draws
@@ -319,7 +319,7 @@ def test_the_second_half_of_a_learned_variance_networks_channels_is_its_gamma():
 
 
 def test_sampling_visits_the_times_of_its_grid(monkeypatch):
-    stage, seen = Stage(testing.base_stage()), []
+    stage, seen = Stage(testing.smallest_stage()), []
     params = testing.lively(stage)
 
     def spy(params, x, time, signals, key=None):
@@ -450,7 +450,7 @@ def test_a_picture_is_drawn_with_all_of_its_settings(monkeypatch):
     noise = jax.random.normal(jax.random.key(9), (2, 8, 8, 3))
     monkeypatch.setattr(samplers, "initial_noise", lambda keys, shape: noise)
     schedule = process.Cosine(shift=-3.0)
-    stage = Stage(dataclasses.replace(testing.base_stage(), schedule=schedule))
+    stage = Stage(dataclasses.replace(testing.smallest_stage(), schedule=schedule))
     params, values = testing.lively(stage), texts(2)
     factors, threshold = (1.0, 0.0, 2.0, 0.5), Threshold(percentile=0.9, cap=1.7)
     grid = grids.Quadratic()
@@ -480,7 +480,7 @@ def test_a_picture_is_drawn_with_all_of_its_settings(monkeypatch):
 
 
 def test_all_that_a_config_says_of_training_changes_the_loss():
-    config = changed(testing.base_stage(), "text", dropout=0.0)
+    config = changed(testing.smallest_stage(), "text", dropout=0.0)
     changes = [
         {},
         {"schedule": process.Cosine(shift=-3.0)},

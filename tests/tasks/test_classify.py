@@ -149,7 +149,7 @@ def test_a_classifier_that_cannot_be_is_refused(fields, message):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(one_device, tmp_path_factory):
     """A classifier that was trained to tell dark pictures from light ones."""
     folder = tmp_path_factory.mktemp("classify")
     (folder / "data").mkdir()
@@ -170,10 +170,7 @@ def run(tmp_path_factory):
         log_every_images=1600,
         preview_every_images=0,
     )
-    alone = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jax, "devices", lambda *_: alone)
-        fit(job, folder / "run")
+    fit(job, folder / "run")
     return folder
 
 

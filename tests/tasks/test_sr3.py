@@ -25,6 +25,7 @@ from cascade.training.job import Job, Optimizer
 from cascade.training.loop import fit
 from cascade.training.stage_training import StageTraining
 
+pytestmark = pytest.mark.usefixtures("one_device")
 CONFIGS = Path(__file__).parents[2] / "configs" / "sr3"
 
 
