@@ -76,19 +76,12 @@ def _leave_a_picture(rows, path, title):
 # A file's tests run in one process, for they share what takes long to make; files are taken up one
 # after the other, so the longest come first.
 LONGEST = (
-    *("processes", "train", "notebooks", "end_to_end", "text", "version_0_1_0", "models", "judge"),
-    *("finetuning", "trainable", "page_in_browser", "text_training", "classify", "finetune_page"),
-    *("scenes_training", "validation", "stored_text", "contract", "launch", "style", "sr3"),
-    *(
-        "restore",
-        "inpaint",
-        "new_task",
-        "storage",
-        "skipped",
-        "full_disk",
-        "memory",
-        "without_text",
-    ),
+    *("notebooks", "processes", "train", "end_to_end", "text", "earlier_versions", "stored_text"),
+    *("classify", "text_training", "stage", "python_door", "page_in_browser", "contract"),
+    *("finetune_page", "scenes_training", "style", "models", "judge", "tasks", "sr3"),
+    *("validation", "inpaint", "storage", "finetuning", "trainable", "launch", "restore"),
+    *("upscaler", "deepfloyd", "job", "sample", "page", "skipped", "full_disk", "memory"),
+    "without_text",
 )
 
 
