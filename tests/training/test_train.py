@@ -81,12 +81,8 @@ def run(config, mesh_config, steps, optimizer=None):
     return after
 
 
-ONE_LEVEL = EfficientUNetConfig(  # two blocks with all that is split over devices
-    levels=(
-        EfficientLevel(width=16, blocks=1, stride=1, self_attention=True, text_attention=True),
-    ),
-    head_width=8,
-)
+ATTENDING = EfficientLevel(width=16, blocks=1, stride=1, self_attention=True, text_attention=True)
+ONE_LEVEL = EfficientUNetConfig(levels=(ATTENDING,), head_width=8)
 
 
 def moved_by_the_gradient(mesh, microbatches=1):
