@@ -3,8 +3,11 @@ program twice."""
 
 import gc
 import os
+import sys
 import tempfile
 from importlib.metadata import version
+
+import pytest
 
 FASTER = (
     "--xla_cpu_use_fusion_emitters=false",
@@ -39,22 +42,46 @@ def pytest_xdist_auto_num_workers(config):
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_curves():
+    """Of a run's curve there is the file alone, for matplotlib takes a tenth of a small run.
+
+    Tests of what a curve shows have a fixture of this name, which draws them.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        if log := sys.modules.get("cascade.training.log"):
+            patched.setattr(log, "_plot_loss", _leave_a_picture)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Only the first device is seen: a step on eight that are simulated takes the time of eight."""
+    import jax
+
+    alone = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "devices", lambda *_: alone)
+        yield
+
+
+def _leave_a_picture(rows, path, title):
+    import numpy as np
+
+    from cascade import images
+
+    images.save_png(path, np.zeros((1, 1, 3), np.uint8))
+
+
 # A file's tests run in one process, for they share what takes long to make; files are taken up one
 # after the other, so the longest come first.
 LONGEST = (
-    *("processes", "train", "notebooks", "end_to_end", "text", "version_0_1_0", "models", "judge"),
-    *("finetuning", "trainable", "page_in_browser", "text_training", "classify", "finetune_page"),
-    *("scenes_training", "validation", "stored_text", "contract", "launch", "style", "sr3"),
-    *(
-        "restore",
-        "inpaint",
-        "new_task",
-        "storage",
-        "skipped",
-        "full_disk",
-        "memory",
-        "without_text",
-    ),
+    *("notebooks", "processes", "train", "end_to_end", "text", "earlier_versions", "stored_text"),
+    *("classify", "text_training", "stage", "python_door", "page_in_browser", "contract"),
+    *("finetune_page", "scenes_training", "style", "models", "judge", "tasks", "sr3"),
+    *("validation", "inpaint", "storage", "finetuning", "trainable", "launch", "restore"),
+    *("upscaler", "deepfloyd", "job", "sample", "page", "skipped", "full_disk", "memory"),
+    "without_text",
 )
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from notebooks import executed, pictures
 from PIL import Image
@@ -21,16 +22,8 @@ SMALL = ["--batch-size", "4", "--log-every-images", "8", "--preview-every-images
 SMALL += ["--optimizer.warmup-images", "0", "--optimizer.cooldown-images", "0"]
 
 
-def cascade(*argv, check=True, **options):
-    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
-    done = subprocess.run(
-        [sys.executable, "-m", "cascade", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        **options,
-    )
+def cascade(*argv, check=True):
+    done = processes.cascade(*argv, cwd=ROOT)
     assert not check or done.returncode == 0, done.stderr
     return done
 

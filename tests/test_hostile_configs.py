@@ -1,8 +1,6 @@
 """Configs that are not what they should be, in Python or in JSON: one line that names the field."""
 
-import subprocess
-import sys
-
+import processes
 import pytest
 
 from cascade import config, testing
@@ -72,11 +70,8 @@ def test_values_of_another_type_are_told_by_their_field(tmp_path, line, message)
     """In a process of its own: the tests' check every call already."""
     file = tmp_path / "config.py"
     file.write_text(HEAD + f"    {line}\n    {RETURN}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "cascade", "train", str(file), "--workdir", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-    )
+    words = ("train", file, "--workdir", tmp_path / "run")
+    done = processes.cascade(*words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: config {file}") and message in done.stderr
     assert not (tmp_path / "run").exists()

@@ -146,7 +146,13 @@ class T5Encoder:
 
     @functools.cached_property
     def _graphdef(self) -> Any:
-        return nnx.graphdef(nnx.eval_shape(lambda: T5EncoderModel(self.config, nnx.Rngs(0))))
+        return _traced(self.config)[0]
+
+
+@functools.cache
+def _traced(config: T5Config) -> tuple[Any, Any]:
+    """The encoder's graph and the shapes of its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: T5EncoderModel(config, nnx.Rngs(0))))
 
 
 _OTHERS = "give one that `cascade train` has made (WORKDIR/text_encoder), or a name on the hub"
@@ -323,8 +329,7 @@ def target(config: T5Config, shardings: Callable[[Any], Any] | None = None) -> A
 
     shardings: parameters as ShapeDtypeStructs -> the placement of each; None is the default device.
     """
-    model = nnx.eval_shape(lambda: T5EncoderModel(config, nnx.Rngs(0)))
-    abstract = nnx.to_pure_dict(nnx.state(model))
+    abstract = nnx.to_pure_dict(_traced(config)[1])
 
     def dtype(leaf: jax.ShapeDtypeStruct) -> Any:
         if leaf.dtype == jnp.int8:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -274,11 +275,7 @@ def test_a_seed_drawn_at_random_is_told_and_draws_the_same_again(fake, tmp_path,
 
 def test_quiet_leaves_stderr_to_errors(tmp_path):
     words = ["sample", "frog", "zebra", "--until", "64", "--steps", "1", "--quiet"]
-    done = subprocess.run(
-        [sys.executable, "-m", "cascade", *words, "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
+    done = processes.cascade(*words, "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert len(done.stdout.splitlines()) == 2
 
@@ -421,11 +418,7 @@ def test_errors_call_options_as_they_are_typed(fake, tmp_path, capsys, words, me
 def test_warnings_are_lines_before_the_bar(tmp_path):
     """In a process of its own: pytest collects warnings that a person would see."""
     words = ["sample", "red frog", "a frog", "--until", "64", "--steps", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "cascade", *words, "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
+    done = processes.cascade(*words, "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, *others = done.stderr.splitlines()
     assert first == "warning: not in the captions that scenes was trained on: frog"

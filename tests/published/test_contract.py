@@ -69,7 +69,7 @@ def test_the_output_is_float32_of_the_shape_of_x_and_of_nothing_but_the_inputs(c
     config = dataclasses.replace(config, compute_dtype=dtype)
     network = Network(config, config.widths)
     params, told = testing.lively(network), inputs(config)
-    assert jax.tree.map(jnp.shape, network.init(jax.random.key(0))) == jax.tree.map(
+    assert jax.tree.map(jnp.shape, jax.eval_shape(network.init, jax.random.key(0))) == jax.tree.map(
         jnp.shape, params
     )
     run = jax.jit(network.__call__)

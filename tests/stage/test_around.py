@@ -25,6 +25,10 @@ def text(b=2):
     return {"text": TextInput(values, jnp.ones((b, 3), bool))}
 
 
+def estimate(**options):
+    return jax.jit(STAGE.denoiser(PARAMS, text(), **options))(X, LOGSNR)
+
+
 def raised(x0, x_t, logsnr):
     return x0 + 0.5 * jnp.sin(3 * x_t)
 
@@ -35,8 +39,7 @@ def around(denoiser):
 
 def test_what_is_around_is_given_the_guided_estimate_and_its_own_is_thresholded():
     def x0(threshold, **options):
-        made = STAGE.denoiser(PARAMS, text(), guidance=4.0, threshold=threshold, **options)
-        return made(X, LOGSNR)
+        return estimate(guidance=4.0, threshold=threshold, **options)
 
     guided = x0(NONE)
     assert np.abs(guided).max() > 1.2  # so that the order matters
@@ -45,7 +48,7 @@ def test_what_is_around_is_given_the_guided_estimate_and_its_own_is_thresholded(
     other_order = raised(jnp.clip(guided, -1, 1), X, LOGSNR)
     assert np.abs(wanted - other_order).max() > 0.2
     # and it is not the conditional half alone that is changed
-    plain = STAGE.denoiser(PARAMS, text(), threshold=STATIC, around=around)(X, LOGSNR)
+    plain = estimate(threshold=STATIC, around=around)
     assert np.abs(plain - wanted).max() > 0.1
 
 

@@ -62,6 +62,10 @@ def null(stage, values):
     return {c.name: c.null(values[c.name]) for c in stage.config.conditions}
 
 
+def untrained(stage):
+    return jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
+
+
 def x0_of(stage, params, values, x, logsnr, **options):
     options = {"threshold": NONE} | options
     return jax.jit(lambda x, logsnr: stage.denoiser(params, values, **options)(x, logsnr))(
@@ -109,9 +113,9 @@ def test_network_time_runs_from_0_clean_to_1000_noise_and_is_linear_in_cosine_ti
 
 def test_an_untrained_v_network_has_the_loss_of_predicting_zero():
     """The output is zero at the start, so the loss is the mean of v^2 = alpha^2 + sigma^2 x0^2."""
-    stage = Stage(testing.base_stage())
+    stage = Stage(testing.smallest_stage())
     batch = batch_of(64) | {"image": jnp.full((64, 8, 8, 3), 255, jnp.uint8)}
-    value, metrics = jax.jit(stage.loss)(stage.init(jax.random.key(0)), batch, jax.random.key(1))
+    value, metrics = jax.jit(stage.loss)(untrained(stage), batch, jax.random.key(1))
     # x0 = 1 everywhere: alpha^2 + sigma^2 = 1 on average, up to the noise of 64 * 192 draws
     assert abs(float(value) - 1) < 0.05
     assert set(metrics) >= {"loss", "x0_mse"}
@@ -168,7 +172,7 @@ class OwnTime:
 def test_without_augmentation_the_network_sees_the_upsampled_picture_itself(monkeypatch):
     config = testing.super_resolution_stage()
     stage = Stage(changed(config, "lowres", augmentation=Augmentation(max_level=0.0)))
-    params, batch = stage.init(jax.random.key(1)), batch_of(4, 16, 8)
+    params, batch = testing.lively(stage), batch_of(4, 16, 8)
     seen = watch(monkeypatch, stage)
     stage.loss(params, batch, jax.random.key(0))
     clean = images.upsample(images.to_float(batch["lowres"]), (16, 16))
@@ -185,7 +189,7 @@ def test_noise_after_upsampling_is_independent_from_pixel_to_pixel(monkeypatch):
     for upsampled in (False, True):
         augmentation = Augmentation(after_upsampling=upsampled)
         stage = Stage(changed(config, "lowres", augmentation=augmentation))
-        params = stage.init(jax.random.key(1))
+        params = testing.lively(stage)
         seen = watch(monkeypatch, stage)
         stage.loss(params, batch, jax.random.key(0))
         picture, logsnr = seen["lowres"]
@@ -213,14 +217,14 @@ def test_an_untrained_residual_stage_draws_the_enlargement_itself():
     stage, low = Stage(config), images.to_float(batch_of(2, 16, 8)["lowres"])
     settings = dataclasses.replace(config.sampling, threshold=NONE, aug_level=0.0)
     given = texts(2) | {"lowres": (low,)}
-    drawn = stage.sample(stage.init(jax.random.key(0)), given, keys(0, 1), settings=settings)
+    drawn = stage.sample(untrained(stage), given, keys(0, 1), settings=settings)
     assert np.allclose(drawn, images.upsample(low, (16, 16)), atol=1e-3)
 
 
 def test_a_residual_network_is_told_to_add_what_the_enlargement_lacks(monkeypatch):
     """The loss vanishes for the network that returns x0 minus alpha times the noisy enlargement."""
     stage, batch = Stage(residual_stage()), batch_of(4, 16, 8)
-    params = stage.init(jax.random.key(1))
+    params = testing.lively(stage)
 
     def oracle(seen):
         picture, logsnr = seen["lowres"]
@@ -315,8 +319,8 @@ def test_the_second_half_of_a_learned_variance_networks_channels_is_its_gamma():
 
 
 def test_sampling_visits_the_times_of_its_grid(monkeypatch):
-    stage, seen = Stage(testing.base_stage()), []
-    params = stage.init(jax.random.key(1))
+    stage, seen = Stage(testing.smallest_stage()), []
+    params = testing.lively(stage)
 
     def spy(params, x, time, signals, key=None):
         jax.debug.callback(lambda t: seen.append(float(t)), time[0])
@@ -446,7 +450,7 @@ def test_a_picture_is_drawn_with_all_of_its_settings(monkeypatch):
     noise = jax.random.normal(jax.random.key(9), (2, 8, 8, 3))
     monkeypatch.setattr(samplers, "initial_noise", lambda keys, shape: noise)
     schedule = process.Cosine(shift=-3.0)
-    stage = Stage(dataclasses.replace(testing.base_stage(), schedule=schedule))
+    stage = Stage(dataclasses.replace(testing.smallest_stage(), schedule=schedule))
     params, values = testing.lively(stage), texts(2)
     factors, threshold = (1.0, 0.0, 2.0, 0.5), Threshold(percentile=0.9, cap=1.7)
     grid = grids.Quadratic()
@@ -476,7 +480,7 @@ def test_a_picture_is_drawn_with_all_of_its_settings(monkeypatch):
 
 
 def test_all_that_a_config_says_of_training_changes_the_loss():
-    config = changed(testing.base_stage(), "text", dropout=0.0)
+    config = changed(testing.smallest_stage(), "text", dropout=0.0)
     changes = [
         {},
         {"schedule": process.Cosine(shift=-3.0)},

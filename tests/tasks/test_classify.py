@@ -81,8 +81,9 @@ def test_accuracy_is_one_half_for_who_looks_away_and_one_for_who_is_right():
 
 
 def test_before_training_every_picture_is_the_same_to_it():
-    params = Network(TINY).init(jax.random.key(0))
-    logits = Network(TINY)(params, jax.random.normal(jax.random.key(1), (3, 8, 8, 3)), jnp.zeros(3))
+    params = jax.jit(Network(TINY).init)(jax.random.key(0, impl="rbg"))
+    pictures = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+    logits = jax.jit(Network(TINY))(params, pictures, jnp.zeros(3))
     assert logits.shape == (3, 2) and len(np.unique(logits)) == 1
 
 
@@ -90,15 +91,20 @@ def test_in_pure_noise_it_falls_back_on_what_it_knows_without_looking():
     """Else guidance, which divides by alpha, would follow its errors."""
     _, params = own()
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-    network = Network(TINY)
+
+    @jax.jit
+    def both(x, levels):
+        def log_p(x):
+            logits = Network(TINY)(params, x, levels)
+            return jax.nn.log_sigmoid(logits).sum(), logits
+
+        return jax.grad(log_p, has_aux=True)(x)
 
     def moved(logsnr):
         """How far guidance with scale 1 moves x0, by the gradient over alpha."""
-        levels = jnp.full(2, logsnr)
-        gradient = jax.grad(lambda x: jax.nn.log_sigmoid(network(params, x, levels)).sum())(x)
-        return np.abs(gradient).max() * np.exp(-logsnr / 2)
+        return np.abs(both(x, jnp.full(2, logsnr))[0]).max() * np.exp(-logsnr / 2)
 
-    noise = network(params, x, jnp.full(2, -20.0))
+    noise = both(x, jnp.full(2, -20.0))[1]
     np.testing.assert_allclose(noise, np.broadcast_to(params["prior"], (2, 2)), atol=1e-2)
     assert 1e-3 < moved(-20.0) < 20 * moved(0.0)
 
@@ -109,13 +115,15 @@ def test_the_gradient_is_that_of_differences():
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
     levels = jnp.zeros(1)
 
+    @jax.jit
+    @jax.value_and_grad
     def log_p(x):
         return jax.nn.log_sigmoid(Network(TINY)(params, x, levels)).sum()
 
     direction = jax.random.normal(jax.random.key(1), x.shape)
-    slope = jnp.vdot(jax.grad(log_p)(x), direction)
+    slope = jnp.vdot(log_p(x)[1], direction)
     h = 1e-3
-    differences = (log_p(x + h * direction) - log_p(x - h * direction)) / (2 * h)
+    differences = (log_p(x + h * direction)[0] - log_p(x - h * direction)[0]) / (2 * h)
     assert abs(slope) > 1e-2
     np.testing.assert_allclose(slope, differences, rtol=2e-2)
 
@@ -141,7 +149,7 @@ def test_a_classifier_that_cannot_be_is_refused(fields, message):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(one_device, tmp_path_factory):
     """A classifier that was trained to tell dark pictures from light ones."""
     folder = tmp_path_factory.mktemp("classify")
     (folder / "data").mkdir()
@@ -174,9 +182,10 @@ def test_it_learns_to_tell_clean_pictures_apart_and_not_what_noise_hides(run):
     noise = jax.random.normal(jax.random.key(0), (64, 8, 8, 3))
     there = jnp.stack([jnp.arange(64) % 2 == 0, jnp.arange(64) % 2 == 1], axis=-1)
     clean = jnp.where(there[:, 0], -0.5, 0.5)[:, None, None, None] + 0.2 * noise
-    told = Network(small)(params, clean, jnp.full(64, 6.0))
+    read = jax.jit(lambda x, logsnr: Network(small)(params, x, jnp.full(64, logsnr)))
+    told = read(clean, 6.0)
     assert accuracy(told, there, jnp.ones(64, bool)) > 0.95
-    hidden = Network(small)(params, noise, jnp.full(64, -20.0))
+    hidden = read(noise, -20.0)
     assert abs(float(accuracy(hidden, there, jnp.ones(64, bool))) - 0.5) < 0.05
     assert np.ptp(hidden, axis=0).max() < 0.05 < 1 < np.ptp(told, axis=0).min()
 

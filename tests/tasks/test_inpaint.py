@@ -53,7 +53,7 @@ def test_the_first_output_is_that_of_the_stage_it_begins_from(network):
     # Random, since a fresh network's output is zero whatever it is told.
     params = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.3,
-        Stage(stage).init(jax.random.key(0)),
+        jax.jit(Stage(stage).init)(jax.random.key(0, impl="rbg")),
     )
     more = widened(params, Stage(wide).abstract(), stage)
     x, logsnr = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.zeros(2)
@@ -107,7 +107,9 @@ def test_a_super_resolution_stage_begins_as_it_was_and_is_told_both_pictures():
 
 def test_weights_of_another_stage_are_refused():
     stage = plain_stage()
-    params = Stage(dataclasses.replace(stage, network=PATCHED)).init(jax.random.key(0))
+    params = jax.jit(Stage(dataclasses.replace(stage, network=PATCHED)).init)(
+        jax.random.key(0, impl="rbg")
+    )
     with pytest.raises((UserError, ValueError)):
         widened(params, Stage(with_hole(stage)).abstract(), stage)
 

@@ -3,13 +3,11 @@ registers it. Its module (`points.py`, beside this file) has a network, a condit
 channels and one that gives a vector, a space of points of the plane, a steering and a job."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -44,9 +42,7 @@ def config():
 
 def cascade(folder, *words):
     """The command line in a process of its own, which has imported nothing of the task."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(HERE.parents[1])}
-    command = [sys.executable, "-m", "cascade", *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return processes.cascade(*words, cwd=folder)
 
 
 def done(folder, *words):

@@ -138,7 +138,9 @@ def test_the_network_sees_noise_in_holes_and_is_told_of_no_mask():
 
 def test_errors_count_in_holes_alone():
     stage = Stage(stage_of())
-    params = stage.init(jax.random.key(0))  # whose predictions are zero, whatever it is shown
+    params = jax.jit(stage.init)(
+        jax.random.key(0, impl="rbg")
+    )  # whose predictions are zero, whatever it is shown
     truth, hole = noisy(4), np.zeros((4, 8, 8, 1), bool)
     hole[:, :4] = True
 
@@ -181,7 +183,7 @@ def test_what_is_drawn_depends_on_what_is_known():
 
 def test_an_untrained_residual_stage_draws_what_is_left():
     stage = Stage(stage_of(residual=True))
-    params = stage.init(jax.random.key(0))
+    params = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
     source, hole = noisy(1), np.ones((1, 8, 8, 1), bool)
     np.testing.assert_array_equal(restored(stage, params, source, hole), source)
     hole[:, 4:] = False

@@ -65,8 +65,13 @@ class Weights(StageTraining):
 
 
 def run_weights(workdir, seconds_a_step=0.0):
-    """`run`, longer, of Weights, with a checkpoint after every step."""
-    run(workdir, seconds_a_step, Weights(**SETTINGS | {"images": 40 * 8, "save_every_images": 8}))
+    """`run`, of Weights."""
+    run(workdir, seconds_a_step, Weights(**SETTINGS))
+
+
+def run_long(workdir, seconds_a_step=0.0):
+    """`run_weights`, longer, with a checkpoint after every step."""
+    run(workdir, seconds_a_step, Weights(**SETTINGS | {"images": 20 * 8, "save_every_images": 8}))
 
 
 def run(workdir, seconds_a_step=0.0, config=CONFIG):
@@ -107,7 +112,7 @@ def whole(tmp_path_factory, cache):
     """(process count, function that runs) -> folder of an uninterrupted run."""
     done = {}
 
-    def get(count, run=run):
+    def get(count, run):
         if (count, run) not in done:
             folder = done[count, run] = tmp_path_factory.mktemp(f"whole{count}")
             group = (
@@ -150,10 +155,10 @@ def begun(workdir, count=1):
     return lambda: all((workdir / f"began_{i}").exists() for i in range(count))
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_train_like_one(count, whole):
-    many = whole(count)
-    assert np.allclose(losses(many), losses(whole(1)), rtol=1e-4)
+@pytest.mark.parametrize("count,run", [(2, run), (4, run_weights)])
+def test_several_processes_train_like_one(count, run, whole):
+    many = whole(count, run)
+    assert np.allclose(losses(many), losses(whole(1, run)), rtol=1e-4)
     rows = [json.loads((many / f"rows_{i}").read_text()) for i in range(count)]
     assert sorted(sum(rows, [])) == list(range(8)) and {len(r) for r in rows} == {8 // count}
     shards = {p.name for p in (many / "checkpoints" / str(STEPS) / "train").iterdir()}
@@ -161,16 +166,18 @@ def test_several_processes_train_like_one(count, whole):
     assert len(list((many / "tensorboard").iterdir())) == 1
 
 
-def test_a_run_killed_at_twenty_moments_ends_like_an_uninterrupted_one(tmp_path, whole, cache):
+def test_a_run_killed_at_ten_moments_ends_like_an_uninterrupted_one(tmp_path, whole, cache):
+    """launch/soak.sh kills one as often as one likes."""
+
     def newest():
         names = [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")]
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     moments, killed = random.Random(0), 0
-    for i in range(20):
+    for i in range(10):
         (tmp_path / "began_0").unlink(missing_ok=True)
         before = newest()
-        process = processes.start(run_weights, tmp_path, 0.1, environment=cache)
+        process = processes.start(run_long, tmp_path, 0.1, environment=cache)
         # Every other time it may get somewhere first.
         wait_for(
             lambda p=process, n=before, further=i % 2: (
@@ -180,15 +187,15 @@ def test_a_run_killed_at_twenty_moments_ends_like_an_uninterrupted_one(tmp_path,
         process.join(moments.uniform(0, 0.1))
         process.kill()
         killed += processes.codes([process]) == [-9]
-    assert killed == 20
-    assert processes.codes([processes.start(run_weights, tmp_path, environment=cache)]) == [0]
-    assert_ends_like(tmp_path, whole(1, run_weights), steps=40)
+    assert killed == 10
+    assert processes.codes([processes.start(run_long, tmp_path, environment=cache)]) == [0]
+    assert_ends_like(tmp_path, whole(1, run_long), steps=20)
 
 
 def test_several_processes_stop_together_and_go_on(tmp_path, whole, cache):
     """A SIGTERM to one saves and stops all in peace, which all know to be no end; when one is
     killed the others end by error."""
-    group = processes.start_group(2, run, tmp_path, 0.4, environment=cache)
+    group = processes.start_group(2, run_weights, tmp_path, 0.4, environment=cache)
     wait_for(begun(tmp_path, 2))
     group[1].terminate()
     group[1].terminate()  # being told twice does not interrupt the saving
@@ -196,14 +203,15 @@ def test_several_processes_stop_together_and_go_on(tmp_path, whole, cache):
     stopped = Checkpoints(tmp_path).steps()[-1]
     assert 1 <= stopped < STEPS
 
-    group = processes.start_group(2, run, tmp_path, 0.4, environment=cache)
+    group = processes.start_group(2, run_weights, tmp_path, 0.4, environment=cache)
     wait_for(lambda: max(Checkpoints(tmp_path).steps()) > stopped)
     group[0].kill()
     left, lost = processes.codes(group[1:], 60)[0], processes.codes(group[:1])[0]
     assert lost == -9 and left not in (0, 2, -9)  # -9: it hung for a minute
 
-    assert processes.codes(processes.start_group(2, run, tmp_path, environment=cache)) == [0, 0]
-    assert_ends_like(tmp_path, whole(2))
+    group = processes.start_group(2, run_weights, tmp_path, environment=cache)
+    assert processes.codes(group) == [0, 0]
+    assert_ends_like(tmp_path, whole(2, run_weights))
 
 
 ENCODER = T5Config(

@@ -45,14 +45,6 @@ CONFIG = StageTraining(
 PROMPTS = ["a red circle", "a star that no caption has"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_plot():
-    """Half of the time of a small step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_log, "_plot_loss", lambda *_: None)
-        yield
-
-
 def store_of(folder, dtype="float32", data=DATA, **changes):
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))

@@ -24,6 +24,7 @@ from cascade.training.stage_training import StageTraining
 from cascade.training.text_job import SENTINELS, batches
 from cascade.training.text_training import TextTraining
 
+pytestmark = pytest.mark.usefixtures("one_device")
 CONFIG = "configs/text_encoder_own.py"
 WORDS = ("schwarzer", "roter", "gelber", "weißer")
 COLOURS = ((0, 0, 0), (255, 0, 0), (255, 255, 0), (255, 255, 255))

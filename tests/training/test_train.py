@@ -20,7 +20,7 @@ from cascade.data import BSR
 from cascade.devices import sharding
 from cascade.devices.sharding import MeshConfig
 from cascade.errors import UserError
-from cascade.models import Level, UNetConfig
+from cascade.models import EfficientLevel, EfficientUNetConfig, Level, UNetConfig
 from cascade.runner.cascade import Cascade
 from cascade.runner.model_folder import open_model
 from cascade.scenes.dataset import ScenesData
@@ -81,7 +81,8 @@ def run(config, mesh_config, steps, optimizer=None):
     return after
 
 
-ONE_LEVEL = UNetConfig(levels=(Level(width=16, blocks=1, attention=True),), head_width=8)
+ATTENDING = EfficientLevel(width=16, blocks=1, stride=1, self_attention=True, text_attention=True)
+ONE_LEVEL = EfficientUNetConfig(levels=(ATTENDING,), head_width=8)
 
 
 def moved_by_the_gradient(mesh, microbatches=1):

@@ -18,6 +18,11 @@ from cascade.training import log as training_log
 from cascade.training.log import TrainingLog
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_curves():
+    """Here they are drawn."""
+
+
 def log_in(folder, **options):
     options = {"step": 0, "batch_size": 4, "skip_limit": 3, **options}
     return TrainingLog(folder, "title", **options)

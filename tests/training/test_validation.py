@@ -44,6 +44,11 @@ def job_of(data) -> StageTraining:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_curves():
+    """Here they are drawn."""
+
+
 def rows_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
