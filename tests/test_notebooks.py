@@ -1,5 +1,8 @@
 """Notebooks show what they say they show; test_end_to_end.py executes the third."""
 
+import json
+
+import pytest
 from notebooks import executed, pictures
 
 from cascade import Cascade, images
@@ -9,6 +12,14 @@ from cascade.scenes.dataset import ScenesData
 from cascade.scenes.judge import judge
 
 
+def test_the_first_notebook_draws_a_picture_and_trains_a_model(tmp_path):
+    notebook = executed("first_picture", "tiny_images, num, until = 160, 1, 64", tmp_path)
+    assert pictures(notebook) >= 9
+    rows = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["images"] == 160
+
+
+@pytest.mark.long
 def test_the_first_notebook_trains_a_model_that_draws_the_prompt_far_above_chance(tmp_path):
     """Chance is what the same pictures show of other prompts, the next three of each."""
     notebook = executed("first_picture", "tiny_images, num, until = 4_000, 1, 64", tmp_path)
