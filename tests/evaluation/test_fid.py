@@ -420,7 +420,10 @@ def test_a_second_clip_does_not_judge_by_the_first_ones_embeddings(tmp_path, cap
     tensors["text_projection.weight"] *= -1
     safetensors.numpy.save_file(tensors, file)
     argv = ("clip", a, "--side", 32, "--batch-size", 6)
-    expected = run(capsys, *argv, "--weights", tmp_path / "two")
+    seeds, true = [], clip_score.scores
+    monkeypatch.setattr(clip_score, "scores", lambda *a: seeds.append(a[-1]) or true(*a))
+    expected = run(capsys, *argv, "--weights", tmp_path / "two", "--seed", 7)
+    assert seeds == [7]
     with monkeypatch.context() as patched:
         patched.setattr(clip_score, "sheet", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -524,6 +527,13 @@ def test_a_full_disk_is_told_of_and_nothing_half_written_is_left(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert list((tmp_path / "out").rglob("*")) == []
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(UserError, match="out: is a file; name a folder"):
+        resumable.folder(tmp_path / "out", "a run").__enter__()
+    assert (tmp_path / "out").read_text() == "x"
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
