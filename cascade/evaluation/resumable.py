@@ -16,7 +16,7 @@ from cascade.storage import lock, paths
 
 NAME = "unfinished-eval"
 """The folder inside, which holds what is done so far and is gone at the end."""
-WRITTEN = ("results.json", "sheet.png", "clip.png")
+WRITTEN = ("results.json", "sheet.png", "clip.png", "drawn")
 """What commands write at the end, and again if they were stopped before the folder was gone."""
 _BEGUN = rf"\.({'|'.join(map(re.escape, (*WRITTEN, lock.NAME)))})\.[0-9a-f]{{16}}\.partial"
 

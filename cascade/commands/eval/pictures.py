@@ -12,18 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cascade.commands.eval.options import Folder, is_first, processes, progress, write
+from cascade.commands.eval.options import (
+    Folder,
+    Options,
+    drawer_of,
+    drawing,
+    is_first,
+    processes,
+    progress,
+    write,
+)
 from cascade.errors import UserError
 
 if TYPE_CHECKING:
+    from cascade.data.samples import SamplesData
     from cascade.data.source import Data, Source
     from cascade.evaluation.features import Features
     from cascade.storage.paths import Path as AnyPath
-
-SET = (
-    "a folder of pictures, a folder of `cascade sample` (samples:DIR), or any other dataset "
-    "(tar:, parquet:, hf:, table:, tfds:NAME@DIR, scenes:seen)"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +51,10 @@ class FIDOptions(_Options):
 
     PICTURES are beside REFERENCE, the true ones. Each is a folder of pictures, a folder of `cascade
     sample` (samples:DIR), any other dataset (tar:, parquet:, hf:, table:, tfds:NAME@DIR,
-    scenes:seen), or statistics (.npz, also those of pytorch-fid). FID and KID are by Inception, and
-    need its weights; with CLIP, or with a random network that needs none, figures have other names.
+    scenes:seen), or statistics (.npz, also those of pytorch-fid). PICTURES may be a model
+    (model:NAME), which draws the captions of REFERENCE into OUT/drawn. FID and KID are by
+    Inception, and need its weights; with CLIP, or with a random network that needs none, figures
+    have other names.
     FID falls with the number of pictures: compare values of equally many alone. JSON is on stdout;
     OUT gets results.json and sheet.png. A run that was stopped goes on when the same command is
     given again with its OUT, which several processes may share (see `cascade train --help`).
@@ -72,6 +79,11 @@ class FIDOptions(_Options):
     out: Folder = None
     """A folder for results.json and sheet.png, which is new or empty, or of a run that was
     stopped."""
+    captions: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the reference's)")
+    ] = None
+    """What a model draws: prompts in text, csv, tsv or JSON lines, as `cascade eval prompts` reads
+    them. It draws with its own settings; picture i has the seed --seed + 1000 i."""
     save_statistics: Annotated[
         Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
     ] = None
@@ -108,11 +120,11 @@ def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
         )
     kept = new_statistics(options)
     with _program(options, "another `cascade eval fid`") as (folder, unfinished):
-        from cascade.evaluation import fid
+        from cascade.evaluation import drawn, fid
         from cascade.evaluation.features import own
 
         words = [options.pictures, *([options.reference] if options.reference else [])]
-        sets = [_set(word, options) for word in words]
+        sets = [_set(word, options, unfinished) for word in words]
         network = network_of(options)
         with progress(sum(own(s.count) for s in sets)) as advance:
             seen = [
@@ -132,6 +144,9 @@ def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
         if len(seen) > 1:
             report |= fid.compare(seen[0], seen[1], network, options.seed)
         if folder is not None:
+            if (unfinished / drawn.FOLDER).exists():
+                os.replace(unfinished / drawn.FOLDER, folder / drawn.FOLDER)
+                sets = [_moved(one, unfinished, folder) for one in sets]
             if len(sets) > 1:
                 fid.sheet(folder, list(zip(sets, seen, strict=True)))
             write(folder, report)
@@ -233,7 +248,7 @@ def network_of(options: Any) -> Features:
     return features.of_inception(options.weights, options.like)
 
 
-def _set(word: str, options: FIDOptions) -> Any:
+def _set(word: str, options: FIDOptions, unfinished: AnyPath) -> Any:
     from cascade.evaluation import fid
     from cascade.evaluation.distances import Statistics
     from cascade.storage import paths
@@ -241,6 +256,12 @@ def _set(word: str, options: FIDOptions) -> Any:
     if word.endswith(".npz"):
         known = Statistics.load(paths.path(word))
         return fid.Pictures(name=word, side=options.side, known=known)
+    if word.startswith("model:"):
+        data = _drawn(word, options, unfinished)
+        source = data.open(options.side)
+        return fid.Pictures(
+            name=word, side=options.side, data=data, source=source, count=len(source)
+        )
     data, source, count = _source(word, options, needs_captions=False)
     return fid.Pictures(name=word, side=options.side, data=data, source=source, count=count)
 
@@ -260,6 +281,47 @@ def _source(word: str, options: Any, *, needs_captions: bool = True) -> tuple[Da
     if count < 2:
         raise UserError(f"{word}: has {count} picture; two or more are needed")
     return data, source, count
+
+
+def _drawn(word: str, options: FIDOptions, unfinished: AnyPath) -> SamplesData:
+    """What a model draws of the captions, as a dataset."""
+    from cascade.evaluation import drawn, prompt_sets
+    from cascade.runner.cascade import default_batch_size
+
+    if options.out is None or not isinstance(unfinished, Path):
+        raise UserError(f"{word}: needs --out DIR, a folder of this machine for what it draws")
+    if word != options.pictures:
+        raise UserError(f"{word}: is drawn of the captions of the reference; give it as PICTURES")
+    if options.captions is not None:
+        file = prompt_sets.read([options.captions])[0]
+    elif not options.reference or options.reference.endswith(".npz"):
+        raise UserError(f"{word}: needs --captions FILE, where no reference has captions")
+    else:
+        _, source, count = _source(options.reference, options)
+        file = drawn.captions_of(source, count, unfinished)
+    count = min(len(file.prompts), options.count or len(file.prompts))
+    last = options.seed + 1000 * (count - 1)
+    if count < 2 or last >= 2**32:
+        raise UserError(
+            f"{word}: {count} captions, the last with the seed {last}; there must be two or more, "
+            "and seeds are below 2^32"
+        )
+    own = Options(model=word.removeprefix("model:"), compilation_cache=options.compilation_cache)
+    return drawn.draw(
+        *(drawer_of(own), file, count, unfinished),
+        side=options.side,
+        seed=options.seed,
+        batch=default_batch_size(),
+        bar=drawing,
+    )
+
+
+def _moved(pictures: Any, unfinished: AnyPath, folder: AnyPath) -> Any:
+    """The set, after what was drawn has come to its place."""
+    if getattr(pictures.data, "path", None) != str(unfinished / "drawn"):
+        return pictures
+    data = replace(pictures.data, path=str(folder / "drawn"))
+    return replace(pictures, data=data, source=data.open(pictures.side))
 
 
 def new_statistics(options: Any) -> AnyPath | None:
