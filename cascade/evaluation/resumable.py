@@ -47,6 +47,8 @@ def _begin(
     where: paths.Path, inside: paths.Path, held_by: str, stack: contextlib.ExitStack
 ) -> None:
     _check(where, inside)  # before anything is written there
+    if not where.exists():
+        stack.callback(_leave_no_empty, where)
     paths.make_folder(where)
     way_out = "name another --out"
     stack.enter_context(lock.Lock(where, held_by=held_by, way_out=way_out))
@@ -73,8 +75,8 @@ def _check(where: paths.Path, inside: paths.Path) -> None:
         )
 
 
-def _leave_no_empty(inside: paths.Path) -> None:
+def _leave_no_empty(folder: paths.Path) -> None:
     """Where a mistake ended the command before anything was made, nothing is left to go on with."""
-    if isinstance(inside, paths.pathlib.Path):
+    if isinstance(folder, paths.pathlib.Path):
         with contextlib.suppress(OSError):  # it holds something, or is gone
-            inside.rmdir()
+            folder.rmdir()

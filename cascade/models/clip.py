@@ -65,6 +65,7 @@ class CLIPTextConfig:
         ranges.whole(self, 1, ranges.MOST_CHANNELS, "hidden_size", "intermediate_size")
         ranges.whole(self, 1, 1024, "num_hidden_layers", "num_attention_heads")
         ranges.whole(self, 2, 4096, "max_position_embeddings")
+        ranges.whole(self, 1, 2**22, "eos_token_id")
         ranges.real(self, 0, 1, "layer_norm_eps")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in _ACTIVATIONS:
             raise ValueError(

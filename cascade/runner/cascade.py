@@ -229,9 +229,9 @@ class Cascade:
         SDEdit repeats; "1:10:2" two at a time, ten times each, as RePaint, with a mask.
 
         best_of: so many candidates are drawn of each picture by the first stage, 1 to 1024, and the
-        one that `judge` likes best is kept: a function of pictures, uint8 [n, s, s, 3], and n
-        prompts, to n numbers, such as `published.clip.load(NAME).likeness`. Candidate j of seed s
-        is the picture of seed best_of * s + j, which is then the picture's.
+        judge's favourite is kept. judge: a function of pictures, uint8 [n, s, s, 3], and n prompts,
+        to n numbers, such as `published.clip.load(NAME).likeness`. Candidate j of seed s is the
+        picture of seed best_of * s + j, which is then the picture's.
 
         frames: so many guesses of each stage at the picture, from noise to the end, are kept in
         `Picture.frames`; at most as many as there are steps.

@@ -376,10 +376,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say(raters):
         assert neglecting / times < 0.9  # as if all answers were independent
 
 
-def test_names_of_anybody_are_shown_as_they_are_and_do_nothing(tmp_path):
+def test_names_of_anybody_are_shown_as_they_are_and_do_nothing(tmp_path, monkeypatch):
     """Formulas that matplotlib cannot parse, letters that no encoding has, a terminal's commands,
     and more categories than a figure has room for."""
-    names = [r"$\frac$", "\ud800", "\x1b[2J", *(f"category {i:03}" for i in range(1200))]
+    names = [r"$\frac$", "\ud800", "\x1b[2J", *(f"category {i:03}" for i in range(20))]
+    monkeypatch.setattr(preference, "MOST_BARS", 5)
     key = key_of(len(names), names)
     found = preference.report(key, [said_of(i, "a") for i in range(1, len(names) + 1)])
     found["runs"] = {"a": "$_$", "b": "\x1b[31m" + "long/" * 40}

@@ -40,6 +40,11 @@ def job(**changes):
     return StageTraining(**(given | changes))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_curves():
+    """Curves are drawn, for one test looks at them."""
+
+
 def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 

@@ -144,8 +144,8 @@ def test_a_report_is_written_to_object_storage(bucket, monkeypatch, capsys):
 
     monkeypatch.setattr(super_resolution, "evaluate_super_resolution", evaluated)
     drawer = types.SimpleNamespace(settings={})
-    monkeypatch.setattr(evaluate, "_drawer", lambda *_, **__: drawer)
-    monkeypatch.setattr(evaluate, "_described", lambda *_: {"model": "none"})
+    monkeypatch.setattr(evaluate.scenes, "drawer_of", lambda *_, **__: drawer)
+    monkeypatch.setattr(evaluate.scenes, "described", lambda *_: {"model": "none"})
     evaluate.main(["sr", "--out", "gs://bucket/report", "--pictures", "2"])
     report = json.loads((bucket / "report" / "results.json").read_text())
     assert report == json.loads(capsys.readouterr().out) and (bucket / "report" / "sr.png").exists()

@@ -292,23 +292,28 @@ def _drawn(word: str, options: FIDOptions, unfinished: AnyPath) -> SamplesData:
         raise UserError(f"{word}: needs --out DIR, a folder of this machine for what it draws")
     if word != options.pictures:
         raise UserError(f"{word}: is drawn of the captions of the reference; give it as PICTURES")
+    own = Options(model=word.removeprefix("model:"), compilation_cache=options.compilation_cache)
+    drawer = drawer_of(own)
+    drawn.stage_of(drawer, options.side)  # what is wrong is told before anything is written
+    file, source = None, None
     if options.captions is not None:
         file = prompt_sets.read([options.captions])[0]
+        count = min(len(file.prompts), options.count or len(file.prompts))
     elif not options.reference or options.reference.endswith(".npz"):
         raise UserError(f"{word}: needs --captions FILE, where no reference has captions")
     else:
         _, source, count = _source(options.reference, options)
-        file = drawn.captions_of(source, count, unfinished)
-    count = min(len(file.prompts), options.count or len(file.prompts))
     last = options.seed + 1000 * (count - 1)
     if count < 2 or last >= 2**32:
         raise UserError(
             f"{word}: {count} captions, the last with the seed {last}; there must be two or more, "
             "and seeds are below 2^32"
         )
-    own = Options(model=word.removeprefix("model:"), compilation_cache=options.compilation_cache)
+    if file is None:
+        assert source is not None
+        file = drawn.captions_of(source, count, unfinished)
     return drawn.draw(
-        *(drawer_of(own), file, count, unfinished),
+        *(drawer, file, count, unfinished),
         side=options.side,
         seed=options.seed,
         batch=default_batch_size(),
