@@ -110,9 +110,9 @@ def stage_configs() -> list[StageConfig]:
     return [base_stage(), super_resolution_stage(8), super_resolution_stage(16)]
 
 
-def cascade() -> Cascade:
-    """An untrained 8 -> 16 -> 32 px cascade on a FakeEncoder."""
-    stages = [Stage(config) for config in stage_configs()]
+def cascade(configs: Sequence[StageConfig] | None = None) -> Cascade:
+    """An untrained cascade of these stages on a FakeEncoder; None is 8 -> 16 -> 32 px."""
+    stages = [Stage(config) for config in (stage_configs() if configs is None else configs)]
     return Cascade(
         [(stage, lively(stage)) for stage in stages],
         FakeEncoder(),

@@ -122,7 +122,7 @@ class Options:
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: none)")
     ] = None
     """The CLIP that chooses: a folder as transformers writes it, or a name such as
-    openai/clip-vit-base-patch16."""
+    openai/clip-vit-large-patch14."""
     text_encoder: Annotated[
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the model's own)")
     ] = None
@@ -359,7 +359,7 @@ def check_judge(best_of: int, clip: str | None) -> None:
         raise UserError(
             f"--best-of {best_of} and --clip {clip}: go together: the former says how many "
             "candidates there are, 2 or more, the latter who chooses, such as "
-            "openai/clip-vit-base-patch16"
+            "openai/clip-vit-large-patch14"
         )
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cascade import config
 from cascade.data.samples import SamplesData
-from cascade.data.source import Source
 from cascade.devices import distributed
 from cascade.errors import UserError
 from cascade.evaluation import prompt_runs, prompt_sets
@@ -23,16 +22,11 @@ FOLDER = "drawn"
 """The name of the folder of the pictures, which are as `cascade sample` writes them."""
 
 
-def captions_of(source: Source, count: int, folder: Path) -> PromptFile:
-    """The first captions of the first `count` examples, as a file of prompts in a folder.
-
-    All processes of the program call it. Raises BadRecord for an example that cannot be read.
-    """
+def kept(captions: Iterable[str], folder: Path) -> PromptFile:
+    """Captions as a file of prompts in a folder, which all processes of the program have then."""
     file = folder / "captions.jsonl"
 
     def write() -> None:
-        captions = (source.captions_of(i)[0] for i in range(count))
-        paths.make_folder(folder)
         with paths.writing(file) as part, open(part, "w", encoding="utf-8") as opened:
             opened.writelines(json.dumps({"prompt": text}) + "\n" for text in captions)
 
@@ -53,7 +47,6 @@ def stage_of(drawer: Drawer, side: int) -> int:
 def draw(
     drawer: Drawer,
     file: PromptFile,
-    count: int,
     folder: Path,
     *,
     side: int,
@@ -61,7 +54,7 @@ def draw(
     batch: int,
     bar: Callable[[int, int], Any],
 ) -> SamplesData:
-    """Draw one picture of each of the first `count` prompts into folder/FOLDER, or what is missing.
+    """Draw one picture of each prompt of a file into folder/FOLDER, or what is missing there.
 
     side: pixels that the pictures have at least. seed: of the first picture. batch: pictures drawn
     together. bar: (how many, how many are there) -> a context whose value is called after each. All
@@ -72,7 +65,7 @@ def draw(
     drawer = dataclasses.replace(drawer, settings={n: drawer.settings[n] for n in stages})
     run = PromptRun(
         drawer=drawer,
-        files=[dataclasses.replace(file, prompts=file.prompts[:count])],
+        files=[file],
         folder=folder / FOLDER,
         samples=1,
         seed=seed,

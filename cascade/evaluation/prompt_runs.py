@@ -24,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 
@@ -37,7 +37,6 @@ from cascade.runner import cascade, output
 from cascade.storage import lock, paths
 
 Layout = Literal["cascade", "geneval", "geneval2", "t2i-compbench"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 SEEDS_APART = 1000
 """The seeds of a prompt's first picture and of the next prompt's are so far apart: so many pictures

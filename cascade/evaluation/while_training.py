@@ -7,7 +7,6 @@ each time, their figures tell how one run's weights come along.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ class WhileTraining:
 
     def __init__(self, job: StageTraining):
         """Loads the networks. Raises UserError for what is wrong with them."""
-        self._job = job
+        self._job, self._of_true = job, list[Statistics]()
         first = jax.process_index() == 0  # the others only help to draw
         self._clip = clip.load(job.eval_clip) if job.eval_clip and first else None
         self._networks: list[Features] = [features.of_random()]
@@ -91,18 +90,13 @@ class WhileTraining:
         facts = [data.scene(i)[1].facts for i in indices] if readable else []
         return [source[i] for i in indices], facts
 
-    @functools.cached_property
-    def _statistics(self) -> dict[str, Statistics]:
-        return {}
-
     def _true(self, running: Any) -> Sequence[Statistics]:
         """The statistics of the true pictures, which are the same each time."""
-        if not self._statistics:
+        if not self._of_true:
             pictures = [example["image"] for example in self._examples(running)[0]]
-            for network in self._networks:
-                rows = _rows(network, pictures)
-                self._statistics[network.name] = distances.statistics([rows])
-        return [self._statistics[network.name] for network in self._networks]
+            of_each = [_rows(network, pictures) for network in self._networks]
+            self._of_true = [distances.statistics([rows]) for rows in of_each]
+        return self._of_true
 
 
 def _rows(network: Features, pictures: Sequence[np.ndarray]) -> np.ndarray:

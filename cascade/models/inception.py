@@ -35,7 +35,7 @@ class InceptionConfig:
     like: Literal["torch-fidelity", "pytorch-fid"] = "torch-fidelity"
     """How pictures are brought to 299 px and to [-1, 1]. torch-fidelity does as TensorFlow 1 did:
     pixel i of n lies at i n / 299, levels are (x - 128) / 128. pytorch-fid centres the pixels, and
-    has 2 x / 255 - 1. Figures of the two differ in the second digit."""
+    has 2 x / 255 - 1."""
 
     def build(self, rngs: nnx.Rngs) -> Inception:
         """Make the network, with fresh float32 parameters."""

@@ -46,7 +46,7 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 class CLIP:
     """A CLIP with its tokenizer: pictures and texts in, embeddings of length 1 out. It is frozen.
 
-    >>> clip = load("openai/clip-vit-base-patch16")
+    >>> clip = load("openai/clip-vit-large-patch14")
     >>> pictures = np.stack([clip.prepare(picture) for picture in some])
     >>> cosines = clip.images(clip.params, pictures) @ clip.texts(["a red circle"]).T
     """
@@ -135,7 +135,7 @@ def load(name: str | Path, *, compute_dtype: Literal["float32", "bfloat16"] = "f
         name,
         what="CLIP",
         begins="config.json",
-        kind="a CLIP of transformers, such as a download of openai/clip-vit-base-patch16",
+        kind="a CLIP of transformers, such as a download of openai/clip-vit-large-patch14",
         holds="config.json, model.safetensors, vocab.json, merges.txt, preprocessor_config.json",
         wanted=_WANTED,
     )

@@ -27,7 +27,6 @@ from cascade.runner.cascade import Cascade
 from cascade.runner.picture import Picture
 from cascade.scenes.render import render
 from cascade.scenes.spec import scene_at
-from cascade.stage import Stage
 from cascade.storage import paths
 
 COUNT = 12
@@ -36,9 +35,9 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def cascade():
-    configs = [testing.smallest_stage(), testing.super_resolution_stage(8)]
-    stages = [(stage := Stage(config), testing.lively(stage)) for config in configs]
-    return Cascade(stages, testing.FakeEncoder(), name="tiny", digest="abc")
+    found = testing.cascade([testing.smallest_stage(), testing.super_resolution_stage(8)])
+    found.name, found.digest = "tiny", "abc"
+    return found
 
 
 @pytest.fixture

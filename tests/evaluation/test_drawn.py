@@ -11,7 +11,6 @@ from cascade.commands import eval as evaluate
 from cascade.errors import UserError
 from cascade.evaluation import prompt_runs
 from cascade.runner.cascade import Cascade
-from cascade.stage import Stage
 
 STAGES = (testing.smallest_stage(), testing.super_resolution_stage(8))
 
@@ -19,8 +18,7 @@ STAGES = (testing.smallest_stage(), testing.super_resolution_stage(8))
 @pytest.fixture(autouse=True)
 def model(monkeypatch):
     """Every model's name is that of a tiny cascade of 8 and 16 px."""
-    stages = [(stage, testing.lively(stage)) for stage in map(Stage, STAGES)]
-    found = Cascade(stages, testing.FakeEncoder(), name="tiny", digest="0" * 64)
+    found = testing.cascade(STAGES)
     monkeypatch.setattr(Cascade, "load", classmethod(lambda cls, *a, **k: found))
     return found
 
@@ -86,6 +84,24 @@ def test_a_drawing_that_was_stopped_goes_on(model, true, tmp_path, capsys, monke
     monkeypatch.setattr(model, "draw", lambda *a, **k: drawn.append(a) or draw(*a, **k))
     assert run(capsys, "model:tiny", true, "--out", out)["pictures"]["pictures"] == 5
     assert len(drawn) == 2
+
+
+def test_drawing_prompts_of_a_file_that_was_stopped_goes_on_too(
+    true, tmp_path, capsys, monkeypatch
+):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a ring\na star\n")
+    whole = prompt_runs.output.write
+    words = ("model:tiny", true, "--captions", prompts, "--out", tmp_path / "out")
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prompt_runs.output, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, *words)
+    monkeypatch.setattr(prompt_runs.output, "write", whole)
+    assert run(capsys, *words)["pictures"]["pictures"] == 2
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from cascade.errors import UserError
 from cascade.evaluation import prompt_runs
 from cascade.runner import output
 from cascade.runner.cascade import Cascade
-from cascade.stage import Stage
 from cascade.storage import paths
 
 LINES = [
@@ -29,9 +28,9 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def cascade():
-    configs = [testing.smallest_stage(), testing.super_resolution_stage(8)]
-    stages = [(stage := Stage(config), testing.lively(stage)) for config in configs]
-    return Cascade(stages, testing.FakeEncoder(), name="tiny", digest="abc")
+    found = testing.cascade([testing.smallest_stage(), testing.super_resolution_stage(8)])
+    found.name, found.digest = "tiny", "abc"
+    return found
 
 
 @pytest.fixture

@@ -12,17 +12,14 @@ from PIL import Image
 from cascade import cli, testing
 from cascade.errors import UserError
 from cascade.published import clip
-from cascade.runner.cascade import Cascade
 from cascade.runner.progress import Bar, Progress
-from cascade.stage import Stage
 
 STAGES = (testing.smallest_stage(), testing.super_resolution_stage(8))
 
 
 @pytest.fixture(scope="module")
 def model():
-    stages = [(stage, testing.lively(stage)) for stage in map(Stage, STAGES)]
-    return Cascade(stages, testing.FakeEncoder(), name="testing")
+    return testing.cascade(STAGES)
 
 
 def brightness(pictures, prompts):

@@ -102,7 +102,7 @@ class CLIPOptions(_Options):
 
     pictures: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")]
     """The pictures with their captions."""
-    weights: str = "openai/clip-vit-base-patch16"
+    weights: str = "openai/clip-vit-large-patch14"
     """The CLIP that judges: a folder as transformers writes it, or OWNER/NAME of the hub."""
     count: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: all)")] = None
     """Pictures, from the first."""
@@ -120,7 +120,7 @@ def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
         )
     kept = new_statistics(options)
     with _program(options, "another `cascade eval fid`") as (folder, unfinished):
-        from cascade.evaluation import drawn, fid
+        from cascade.evaluation import fid
         from cascade.evaluation.features import own
 
         words = [options.pictures, *([options.reference] if options.reference else [])]
@@ -144,9 +144,6 @@ def evaluate_fid(options: FIDOptions) -> dict[str, Any] | None:
         if len(seen) > 1:
             report |= fid.compare(seen[0], seen[1], network, options.seed)
         if folder is not None:
-            if (unfinished / drawn.FOLDER).exists():
-                os.replace(unfinished / drawn.FOLDER, folder / drawn.FOLDER)
-                sets = [_moved(one, unfinished, folder) for one in sets]
             if len(sets) > 1:
                 fid.sheet(folder, list(zip(sets, seen, strict=True)))
             write(folder, report)
@@ -242,7 +239,7 @@ def network_of(options: Any) -> Features:
             raise UserError("--weights: a random network has none; leave them out")
         return features.of_random()
     if options.network == "clip":
-        return features.of_clip(clip.load(options.weights or "openai/clip-vit-base-patch16"))
+        return features.of_clip(clip.load(options.weights or "openai/clip-vit-large-patch14"))
     if options.weights is None:
         raise UserError(f"--weights FILE is missing: {inception.HOW}; or give --network random")
     return features.of_inception(options.weights, options.like)
@@ -286,6 +283,7 @@ def _source(word: str, options: Any, *, needs_captions: bool = True) -> tuple[Da
 def _drawn(word: str, options: FIDOptions, unfinished: AnyPath) -> SamplesData:
     """What a model draws of the captions, as a dataset."""
     from cascade.evaluation import drawn, prompt_sets
+    from cascade.evaluation.prompt_runs import SEEDS_APART
     from cascade.runner.cascade import default_batch_size
 
     if options.out is None or not isinstance(unfinished, Path):
@@ -295,38 +293,27 @@ def _drawn(word: str, options: FIDOptions, unfinished: AnyPath) -> SamplesData:
     own = Options(model=word.removeprefix("model:"), compilation_cache=options.compilation_cache)
     drawer = drawer_of(own)
     drawn.stage_of(drawer, options.side)  # what is wrong is told before anything is written
-    file, source = None, None
     if options.captions is not None:
-        file = prompt_sets.read([options.captions])[0]
-        count = min(len(file.prompts), options.count or len(file.prompts))
+        texts = [prompt.text for prompt in prompt_sets.read([options.captions])[0].prompts]
+        texts = texts[: options.count]
     elif not options.reference or options.reference.endswith(".npz"):
         raise UserError(f"{word}: needs --captions FILE, where no reference has captions")
     else:
         _, source, count = _source(options.reference, options)
-    last = options.seed + 1000 * (count - 1)
-    if count < 2 or last >= 2**32:
+        texts = [source.captions_of(i)[0] for i in range(count)]
+    last = options.seed + SEEDS_APART * (len(texts) - 1)
+    if len(texts) < 2 or last >= 2**32:
         raise UserError(
-            f"{word}: {count} captions, the last with the seed {last}; there must be two or more, "
-            "and seeds are below 2^32"
+            f"{word}: {len(texts)} captions, the last with the seed {last}; there must be two or "
+            "more, and seeds are below 2^32"
         )
-    if file is None:
-        assert source is not None
-        file = drawn.captions_of(source, count, unfinished)
     return drawn.draw(
-        *(drawer, file, count, unfinished),
+        *(drawer, drawn.kept(texts, unfinished), unfinished.parent),
         side=options.side,
         seed=options.seed,
         batch=default_batch_size(),
         bar=drawing,
     )
-
-
-def _moved(pictures: Any, unfinished: AnyPath, folder: AnyPath) -> Any:
-    """The set, after what was drawn has come to its place."""
-    if getattr(pictures.data, "path", None) != str(unfinished / "drawn"):
-        return pictures
-    data = replace(pictures.data, path=str(folder / "drawn"))
-    return replace(pictures, data=data, source=data.open(pictures.side))
 
 
 def new_statistics(options: Any) -> AnyPath | None:
